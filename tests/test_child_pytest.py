@@ -1,4 +1,4 @@
-"""A pytest that a test starts does not know of the pytest-xdist around it."""
+"""A pytest process that a test starts does not inherit the environment of pytest-xdist."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def test_alone(request):
 """
 
 
-def test_a_child_starts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_pytest_does_not_inherit_the_xdist_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID"):
         monkeypatch.setenv(f"PYTEST_XDIST_{name}", "1")
     (tmp_path / "test_inner.py").write_text(INNER)

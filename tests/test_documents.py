@@ -1,4 +1,4 @@
-"""The code of the documentation runs as it stands, its commands are those of the programs, and its messages exist."""
+"""Code in the documentation runs as written, its commands are valid, and the messages that it quotes exist."""
 
 import ast
 import contextlib
@@ -36,7 +36,7 @@ __all__ = ["bucket", "environment", "server"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-# Pages with blocks that a test runs, and all of those.
+# All pages with code blocks that a test runs.
 RUN = {
     ROOT / "README.md",
     DOCS / "egotaskqa.md",
@@ -50,7 +50,7 @@ RUN = {
     DOCS / "usage.md",
 }
 LANGUAGES = {*CODE, "text", "yaml", "toml", "bibtex"}
-# Each command once, with the first place where it stands.
+# Each command once, with the first place where it appears.
 COMMANDS = {
     command: f"{page.name}:{block.line}: {command}"
     for page in reversed(PAGES)
@@ -61,7 +61,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_block_has_a_language_and_is_run_or_says_why_not(page: Path) -> None:
+def test_code_blocks_name_their_language_and_run_unless_exempt(page: Path) -> None:
     found = blocks(page)
     assert not re.search(r"^ +```", page.read_text(encoding="utf-8"), re.MULTILINE), "an indented block is not found"
     assert {block.language for block in found} <= LANGUAGES, [
@@ -76,7 +76,7 @@ def parsers() -> dict:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=COMMANDS.get)
-def test_a_command_is_one_that_the_programs_take(command: str, parsers: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_are_valid(command: str, parsers: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = shlex.split(
         re.sub(r"^(?:srun )?(?:\.venv/bin/)?python -m (?=extract|features|train)", "egopatch ", command)
@@ -107,7 +107,7 @@ def test_a_command_is_one_that_the_programs_take(command: str, parsers: dict, mo
 
 
 def _messages() -> list[str]:
-    """Every string of the code, with … for what is inserted."""
+    """Every string in the code, with … in place of interpolated values."""
     found = []
     for path in (path for name in ("configs", "extract", "features", "train") for path in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -119,7 +119,7 @@ def _messages() -> list[str]:
     return found
 
 
-def test_messages_of_troubleshooting_exist() -> None:
+def test_troubleshooting_messages_exist_in_the_code() -> None:
     messages = _messages()
     rows = re.findall(r"^\| (`.+?`)(?: [a-z ]+)? \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) > 30
@@ -160,7 +160,7 @@ def test_the_store_page_names_every_array() -> None:
     assert not [field.name for field in dataclasses.fields(PatchTokens) if f"`{field.name}`" not in rows]
 
 
-def test_the_front_page_opens_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_example_opens_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _store(tmp_path / "runs" / "demo" / "stores" / "egovlpv2")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -173,7 +173,7 @@ def _run_all(page: Path, smaller: dict[str, str]) -> None:
     assert not wrong, "the page shows lines that the commands do not print"
 
 
-# What stands for the experiment on each page.
+# What replaces the experiment on each page.
 EXPERIMENTS = {
     "egotaskqa.md": {"configs/egotaskqa_direct.yaml": "small.yaml"},
     "training.md": {"--config C": "--config small.yaml"},
@@ -199,7 +199,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXPERIMENTS)
-def test_commands_of_a_page_on_a_small_experiment(page: str, small: Config) -> None:
+def test_page_commands_print_the_documented_output(page: str, small: Config) -> None:
     fit(small, "a test")
     _run_all(DOCS / page, EXPERIMENTS[page])
     assert small.run.table is not None
@@ -207,7 +207,7 @@ def test_commands_of_a_page_on_a_small_experiment(page: str, small: Config) -> N
 
 
 @pytest.mark.slow
-def test_commands_about_a_bucket_and_a_bad_video(small: Config, bucket: str) -> None:
+def test_howto_commands_print_the_documented_output(small: Config, bucket: str) -> None:
     convert(small.store.path, f"{bucket}/x")
     write_video(Path("a.mp4"), frames=4)
     places = {"STORE": "stores/x", "VIDEO": "a.mp4", "--config C": "--config small.yaml"}
@@ -230,7 +230,7 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_tutorial_from_top_to_bottom(tutorial: Path) -> None:
+def test_tutorial_runs_from_top_to_bottom(tutorial: Path) -> None:
     assert (tutorial / "runs" / "tutorial" / "report.html").is_file()
     assert (tutorial / "runs" / "tutorial" / "ask.jpg").is_file()
 
@@ -244,7 +244,7 @@ with ProgressDisplay("encode", 2, "clips") as display:
 
 
 @pytest.mark.slow
-def test_the_notebook_page_in_a_kernel(tutorial: Path) -> None:
+def test_notebook_page_runs_in_a_jupyter_kernel(tutorial: Path) -> None:
     # Imported here, because quick tests need neither.
     import nbformat
     from nbclient import NotebookClient
@@ -260,7 +260,7 @@ def test_the_notebook_page_in_a_kernel(tutorial: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_videos_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_videos_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     render(tmp_path / "made", clips=20)
     (tmp_path / "data" / "mine" / "videos").mkdir(parents=True)
     for video in sorted((tmp_path / "made" / "qa_videos").iterdir())[:6]:
@@ -274,7 +274,7 @@ def test_own_videos_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_loop_of_your_own(tmp_path: Path) -> None:
+def test_own_loops_page_trains_with_a_custom_loop(tmp_path: Path) -> None:
     names = [f"clip{n}" for n in range(64)]
     labels = {name: n % 3 for n, name in enumerate(names)}
     spec = StoreSpec.for_patches(2, (3, 4), 16, "float16", 8)

@@ -1,4 +1,4 @@
-"""docs/egosynth.md says what the results say: its tables and its sentences about differences are the script's own."""
+"""docs/egosynth.md matches the results: the script writes its tables and its sentences about differences."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def found() -> dict[str, Any]:
     return {"table": table, "ablation": [], "ratios": [], "looks": [], "search": []}
 
 
-def test_sentences_follow_the_verdicts() -> None:
+def test_findings_state_the_verdicts_in_words() -> None:
     assert bench.findings(found()) == [
         "- **Direct, systems.** psa (lite) is above majority and egovlp; it is below attention (lite); it cannot be "
         "told apart from pooled (lite).",
@@ -43,7 +43,7 @@ def test_sentences_follow_the_verdicts() -> None:
     ]
 
 
-def test_the_whole_is_below_what_is_above_it() -> None:
+def test_ablation_findings_compare_the_whole_with_each_part() -> None:
     parts = {"two frames": "below", "dropout 0": "above", "without times": "cannot be told apart"}
     number = {"mean": 50, "low": 40, "high": 60}
     ablation = [
@@ -56,7 +56,7 @@ def test_the_whole_is_below_what_is_above_it() -> None:
     ]
 
 
-def test_scores_that_rank_patches_are_a_table() -> None:
+def test_patch_ranking_scores_are_written_as_a_table() -> None:
     numbers = {
         "deletion": 37.06,
         "insertion": 59.4,
@@ -74,7 +74,7 @@ def test_scores_that_rank_patches_are_a_table() -> None:
     assert "Attention is not an explanation" in text
 
 
-def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
+def test_write_docs_replaces_only_the_section_of_its_set(tmp_path: Path) -> None:
     path = tmp_path / "egosynth.md"
     first, last = bench.markers("hard")
     path.write_text(f"before\n\n{first}\nearlier results\n{last}\n\nafter\n")
@@ -91,20 +91,20 @@ def test_only_the_part_of_the_set_is_replaced(tmp_path: Path) -> None:
         bench.write_docs("demo", found(), path)
 
 
-def test_a_set_has_the_systems_that_it_has_configs_for() -> None:
+def test_benchmark_runs_only_systems_that_have_a_config() -> None:
     assert "mfas" in Bench("hard", 1000, [0]).systems
     assert Bench("demo", 1000, [0]).systems == [label for label in SYSTEMS if label != "mfas"]
 
 
 @pytest.mark.parametrize("name", ["demo", "hard"])
-def test_the_docs_are_those_of_the_results(name: str) -> None:
+def test_docs_match_the_results(name: str) -> None:
     first, last = bench.markers(name)
     written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
     file = RESULTS / ("egosynth.json" if name == "demo" else f"egosynth_{name}.json")
     assert written == (bench.markdown(json.loads(file.read_text())) if file.exists() else bench.NOT_MEASURED)
 
 
-def test_the_docs_are_those_of_the_multiple_choice_results() -> None:
+def test_docs_match_the_multiple_choice_results() -> None:
     first, last = bench.markers("choice")
     written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
     rows = json.loads((RESULTS / egosynth_choice.RESULT).read_text())["systems"]
@@ -124,7 +124,7 @@ def test_the_seeds_of_psa_on_the_hard_set_agree(split: str, goal: float) -> None
 
 @pytest.mark.parametrize("split", ["direct", "indirect"])
 @pytest.mark.parametrize("set_seed", [0, 1])
-def test_the_training_of_the_hard_config_is_measured_on_two_sets(set_seed: int, split: str) -> None:
+def test_hard_config_results_hold_on_two_generated_sets(set_seed: int, split: str) -> None:
     config = load_config(Path("configs/egosynth_hard_lite.yaml"))
     train, dropout = config.train, config.head.dropout
     training = {"lr": train.lr, "epochs": train.epochs, "ema": train.ema, "dropout": dropout}
@@ -138,7 +138,7 @@ def test_the_training_of_the_hard_config_is_measured_on_two_sets(set_seed: int, 
     assert f"| {', '.join(f'{value:.1f}' for value in test)} | {mean:.1f}, {spread:.1f} |" in bench.DOCS.read_text()
 
 
-def test_the_table_of_long_trainings_of_the_hard_set_is_that_of_the_results() -> None:
+def test_docs_table_of_long_hard_set_runs_matches_the_results() -> None:
     docs = bench.DOCS.read_text()
     for row in json.loads((RESULTS / "egosynth_hard_rates.json").read_text())["rows"]:
         if row["epochs"] > 24:
@@ -147,7 +147,7 @@ def test_the_table_of_long_trainings_of_the_hard_set_is_that_of_the_results() ->
 
 
 @pytest.mark.parametrize("split", ["direct", "indirect"])
-def test_lone_seeds_of_the_demo_agree_with_the_training_of_its_config(split: str) -> None:
+def test_individually_trained_demo_seeds_agree(split: str) -> None:
     config = load_config(Path("configs/demo/egovlpv2.yaml"))
     training = {"split": split, "trained": "each by itself", "lr": config.train.lr, "dropout": config.head.dropout}
     rows = json.loads((RESULTS / "egosynth_demo_seeds.json").read_text())["rows"]
@@ -156,7 +156,7 @@ def test_lone_seeds_of_the_demo_agree_with_the_training_of_its_config(split: str
     assert max(psa["test"]) - min(psa["test"]) <= 6
 
 
-def test_the_table_of_seeds_of_the_demo_is_that_of_the_results() -> None:
+def test_docs_table_of_demo_seeds_matches_the_results() -> None:
     docs = bench.DOCS.read_text()
     for row in json.loads((RESULTS / "egosynth_demo_seeds.json").read_text())["rows"]:
         val, test = (", ".join(f"{value:.1f}" for value in row[part]) for part in ("val", "test"))
@@ -164,7 +164,7 @@ def test_the_table_of_seeds_of_the_demo_is_that_of_the_results() -> None:
         assert f"| {row['split']} | {val} | {test} | {mean:.1f} | {spread:.1f} |" in docs
 
 
-def test_wordings_that_seeds_disagree_about_are_told_from_all_others() -> None:
+def test_disagreements_list_wordings_with_varying_or_low_accuracy() -> None:
     def questions(text: str, count: int, start: int) -> list[Question]:
         return [Question(str(start + n), "clip", text.format(("red box", "blue jar")[n % 2]), "left", "open", ())
                 for n in range(count)]  # fmt: skip

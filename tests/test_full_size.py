@@ -1,4 +1,4 @@
-"""The whole way with the full-size network: real video -> store -> a trained head, and a corrupt video beside it."""
+"""End to end with the full-size network: real video -> store -> trained head, with a corrupt video in the data set."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the sample videos are not here; EGO_MEDIA names their folder")
-def test_real_video_through_the_full_size_network(tmp_path: Path) -> None:
+def test_full_size_network_extracts_a_real_video_and_trains_a_head(tmp_path: Path) -> None:
     clips = [
         {"clip_id": "first", "video": str(MEDIA / "ego4d_sample.mp4"), "start_s": 0.0, "end_s": 1.0},
         {"clip_id": "second", "video": str(MEDIA / "ego4d_sample.mp4"), "start_s": 1.0, "end_s": 2.0},

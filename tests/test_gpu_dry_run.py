@@ -1,4 +1,4 @@
-"""`make gpu` stays alive where there is no GPU."""
+"""`make gpu` keeps working on machines without a GPU."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ def gpu(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_part_runs_dry(tmp_path: Path) -> None:
+def test_dry_run_completes_every_part(tmp_path: Path) -> None:
     result = gpu("--dry-run", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     parts = {"tests", "races", "memory", "kernels", "one_question", "encoder", "step", "stage_one", "nvdec"}
@@ -29,14 +29,14 @@ def test_every_part_runs_dry(tmp_path: Path) -> None:
     assert {record["exit_code"] for record in records} <= {0, 5}
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_missing_gpu_is_reported_with_exit_code_2() -> None:
     result = gpu(CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert "torch sees no CUDA device; expected one, or --dry-run" in result.stderr
 
 
-def test_every_test_that_takes_a_gpu_is_run_on_one() -> None:
-    """Also one that gets it from the fixture `device` and has no mark of its own."""
+def test_gpu_run_includes_every_test_file_that_uses_a_gpu() -> None:
+    """Including tests that take the fixture `device` and are not marked `cuda` themselves."""
     taking = set()
     for file in (ROOT / "tests").glob("**/test_*.py"):
         for function in ast.walk(ast.parse(file.read_text())):

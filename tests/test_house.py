@@ -1,4 +1,4 @@
-"""What keeps the tree a house: small rooms that say what they are for, documentation that names them, plain words."""
+"""What keeps the repository tidy: small, documented subpackages, documentation that names them, plain wording."""
 
 import ast
 import re
@@ -54,14 +54,14 @@ AVOIDED = {
 }
 
 
-def test_the_top_has_what_people_look_for_and_nothing_else() -> None:
+def test_repository_root_holds_only_the_expected_entries() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a clone, so files that are not part of the repository cannot be told apart")
     assert {name.partition("/")[0] for name in listed.stdout.splitlines()} == TOP
 
 
-def test_what_other_programs_read_at_the_top_is_current() -> None:
+def test_citation_changelog_and_issue_forms_are_current() -> None:
     version = egopatch.__version__
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == version
@@ -72,7 +72,7 @@ def test_what_other_programs_read_at_the_top_is_current() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_small_and_says_what_belongs_there(room: str) -> None:
+def test_subpackage_has_few_modules_and_a_docstring(room: str) -> None:
     modules = [path.name for path in (ROOT / room).glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
     assert len(modules) <= MODULES, sorted(modules)
     docstring = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text(encoding="utf-8")))
@@ -81,7 +81,7 @@ def test_a_room_is_small_and_says_what_belongs_there(room: str) -> None:
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room.count("/") == 1])
-def test_the_design_names_every_room(room: str) -> None:
+def test_design_page_names_every_subpackage(room: str) -> None:
     assert f"`{room.replace('/', '.')}`" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
@@ -98,7 +98,7 @@ def test_documents_name_files_that_exist(document: Path) -> None:
     assert not missing
 
 
-def test_the_pictures_are_those_that_the_script_draws() -> None:
+def test_pictures_match_the_drawing_script() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))
     for name, rows in script["PICTURES"].items():
         assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == script["draw"](rows), name
@@ -116,7 +116,7 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_sentences_are_plain(path: Path) -> None:
+def test_text_avoids_unidiomatic_phrases(path: Path) -> None:
     found = [
         f"line {line}: {match[0]!r}; write: {better}"
         for line, text in _texts(path)

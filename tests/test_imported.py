@@ -66,7 +66,7 @@ def test_a_head_trains_on_imported_features(
     assert "or remove these, and the questions about them, from the annotations" in error
 
 
-def test_a_text_model_that_cannot_be_loaded_is_refused_with_the_packaged_one(
+def test_unavailable_text_model_error_suggests_the_packaged_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

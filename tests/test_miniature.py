@@ -1,4 +1,4 @@
-"""A miniature of EgoTaskQA as it is released goes the whole way: data, doctor, features, train, evaluate, score, table.
+"""A miniature EgoTaskQA, laid out as released, runs end to end: data, doctor, features, train, evaluate, score, table.
 
 Twenty rendered clips stand for the videos and random-weight networks for the checkpoints. Everything else is as
 published: both archives, every file that the published preprocessing leaves in both splits, file names with pipes,
@@ -31,7 +31,7 @@ SPLITS = ("direct", "indirect")
 PARTS = ("train", "val", "test")
 Record = dict[str, Any]
 ENCODERS = {"egovlpv2": "EgoVLPv2.pth", "egovlp": "EgoVLP.pth"}
-# What makes a store: the config of the demo, and what is changed in it. MFAS starts from EgoVLPv2's file.
+# How each store is made: the demo's config, and changes to it. MFAS starts from EgoVLPv2's file.
 STORES = {"egovlpv2": ("egovlpv2", []), "egovlp": ("egovlp", []), "mfas": ("egovlpv2", ["--encoder.arch", "mfas"])}
 # System to the store that it reads; the blind ones are shown beside EgoVLPv2.
 SYSTEMS = {
@@ -82,7 +82,7 @@ def _spoil(tests: list[list[Record]]) -> None:
 
 
 def _preprocess(folder: Path, parts: dict[str, list[Record]]) -> None:
-    """Every file of the published preprocessing; those that nothing here reads hold next to nothing."""
+    """Every file of the published preprocessing; files that nothing here reads are nearly empty."""
     answers = ["<UNK0>", "<UNK1>", *dict.fromkeys(record["answer"].lower() for record in parts["train"])]
     (folder / "answer_set.txt").write_text("".join(f"{answer}\n" for answer in answers))
     for part, records in parts.items():
@@ -144,7 +144,7 @@ def options(root: Path, store: str, system: str | None = None, split: str = "dir
     ]
 
 
-def test_from_the_published_archives_to_the_table(
+def test_miniature_egotaskqa_runs_from_archives_to_results_table(
     published: tuple[Path, Server], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, server = published
@@ -182,7 +182,7 @@ def test_from_the_published_archives_to_the_table(
 def _evaluated_and_scored_alike(
     root: Path, store: str, system: str, split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`evaluate` and `score` on the answers that `fit` wrote give the figures that `fit` gave."""
+    """`evaluate` and `score` on the answers that `fit` wrote reproduce the scores of `fit`."""
     run = root / "runs" / split / system
     fitted = json.loads((run / "test.json").read_text())
     assert train(["evaluate", *options(root, store, system, split)]) == 0

@@ -1,4 +1,4 @@
-"""The names that the package has: `egopatch` where it is installed, short ones beside it in a checkout."""
+"""The names of the package: `egopatch` when installed, and short names as well in a checkout."""
 
 import ast
 import contextlib
@@ -49,7 +49,7 @@ def run(*command: str | Path, cwd: Path, path: Path | None = None) -> subprocess
     return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def test_short_names_of_a_checkout_are_the_same_modules() -> None:
+def test_short_names_in_a_checkout_import_the_same_modules() -> None:
     done = run(sys.executable, "-W", "error", "-c", SAME, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -76,7 +76,7 @@ runpy.run_module(sys.argv[1], run_name="__main__")
         ("train", "egopatch.configs.command_line"),
     ],
 )
-def test_an_interrupt_during_the_imports_is_one_line(program: str, module: str) -> None:
+def test_interrupt_during_imports_prints_one_line(program: str, module: str) -> None:
     done = run(sys.executable, "-c", INTERRUPTED_IMPORT, program, module, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
 
@@ -101,7 +101,7 @@ def test_an_interrupt_before_the_imports_is_silent(program: str, tmp_path: Path)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_importing_changes_no_handler(tmp_path: Path) -> None:
+def test_importing_the_package_keeps_signal_handlers(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("import egopatch")
     show = "import signal; raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
@@ -110,7 +110,7 @@ def test_importing_changes_no_handler(tmp_path: Path) -> None:
         assert run(sys.executable, *args, cwd=tmp_path).returncode == 0
 
 
-def test_a_command_line_imports_no_array_library_before_it_knows_its_command() -> None:
+def test_command_line_startup_does_not_import_numpy() -> None:
     code = "import sys, egopatch.__main__, features.common.command_line; sys.exit('numpy' in sys.modules)"
     assert run(sys.executable, "-c", code, cwd=ROOT).returncode == 0
 
@@ -129,7 +129,7 @@ for stage in STAGES:
 """
 
 
-def test_help_and_wrong_options_do_without_slow_libraries() -> None:
+def test_help_and_option_errors_do_not_import_slow_libraries() -> None:
     """Torch alone takes two seconds to import."""
     done = run(sys.executable, "-c", HELP_AND_TYPOS, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -177,7 +177,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
+def test_wheel_contains_every_file_under_one_top_level_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"egopatch"}
     for folder in FOLDERS:
@@ -187,7 +187,7 @@ def test_a_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_installed_beside_files_of_the_same_names(installed: Path, tmp_path: Path) -> None:
+def test_installed_package_ignores_user_files_with_the_same_names(installed: Path, tmp_path: Path) -> None:
     for name in ("train.py", "features.py", "extract.py"):
         (tmp_path / name).write_text(f"raise SystemExit('the user\\'s own {name} was run')\n")
     (tmp_path / "configs").mkdir()
@@ -222,7 +222,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_wheel_answers_a_question_about_a_video_in_another_folder(environment: Path, tmp_path: Path) -> None:
+def test_installed_wheel_answers_questions_about_new_videos(environment: Path, tmp_path: Path) -> None:
     egopatch = environment / "bin" / "egopatch"
 
     def succeed(*args: str) -> str:
@@ -257,7 +257,7 @@ def test_a_wheel_answers_a_question_about_a_video_in_another_folder(environment:
 
 
 @pytest.mark.slow
-def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_help_text_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
     from egopatch.__main__ import COMMANDS, STAGES, main
 
     calls = [[name] for name in COMMANDS]
@@ -289,7 +289,7 @@ def test_every_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ],
 )
-def test_a_command_without_config_shows_what_it_takes(
+def test_commands_without_a_config_document_their_arguments(
     capsys: pytest.CaptureFixture[str], command: str, usage: str, shown: str, needed: str
 ) -> None:
     from egopatch.__main__ import main
@@ -316,7 +316,7 @@ def test_a_command_without_config_shows_what_it_takes(
         "train publish --config configs/demo/lite.yaml --to",
     ],
 )
-def test_a_url_becomes_no_folder(
+def test_output_url_is_refused_and_creates_no_folder(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from egopatch.__main__ import main
@@ -330,7 +330,7 @@ def test_a_url_becomes_no_folder(
 
 
 @pytest.mark.slow
-def test_every_command_of_a_stage_prints_json() -> None:
+def test_every_stage_command_has_a_json_option() -> None:
     from egopatch.__main__ import STAGES
     from egopatch.completion import _commands_of
 
@@ -339,7 +339,7 @@ def test_every_command_of_a_stage_prints_json() -> None:
 
 
 @pytest.mark.slow
-def test_completion_knows_commands_and_options() -> None:
+def test_shell_completion_offers_commands_and_options() -> None:
     from egopatch.completion import script
 
     def complete(*words: str) -> list[str]:
@@ -356,7 +356,7 @@ def test_completion_knows_commands_and_options() -> None:
     assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
 
 
-def test_the_demo_ends_with_its_results(
+def test_demo_prints_its_results_when_it_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from egopatch import demo
@@ -381,7 +381,7 @@ def test_the_demo_ends_with_its_results(
     assert capsys.readouterr().out == ""
 
 
-def test_the_demos_commands_name_options_and_write_below_one_folder(tmp_path: Path) -> None:
+def test_demo_commands_use_known_options_and_write_to_one_folder(tmp_path: Path) -> None:
     from egopatch.configs.command_line import load_config, option_names
     from egopatch.demo import FULL, Recipe
 
@@ -406,14 +406,14 @@ def test_the_demos_commands_name_options_and_write_below_one_folder(tmp_path: Pa
 
 
 @pytest.mark.parametrize("start", [("-m", "train", "fit"), ("-m", "egopatch"), ("-c", "from features import Store")])
-def test_another_python_than_the_checkouts_is_one_line(start: tuple[str, ...]) -> None:
+def test_python_without_the_dependencies_fails_with_one_line(start: tuple[str, ...]) -> None:
     done = run(sys.executable, "-S", *start, cwd=ROOT)  # without the installed packages
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "without the packages that egopatch needs; use .venv/bin/python, which `make setup` makes" in line
 
 
-def test_an_older_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_python_version_fails_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     first = [ROOT / "egopatch" / name for name in ("__init__.py", "environment.py")]
     first += [ROOT / name / "__init__.py" for name in ("configs", "extract", "train")]
     for path in first:
@@ -423,7 +423,7 @@ def test_an_older_python_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         require_environment()
 
 
-def test_a_misspelled_variable_of_make_is_refused() -> None:
+def test_make_refuses_a_misspelled_variable() -> None:
     done = run("make", "-n", "train", "CONIFG=configs/demo/lite.yaml", cwd=ROOT)
     assert done.returncode == 2
     assert "no target uses CONIFG; the variables are CONFIG RATIOS" in done.stderr
@@ -431,7 +431,7 @@ def test_a_misspelled_variable_of_make_is_refused() -> None:
     assert "CONFIG=configs/x.yaml" in run("make", "help", cwd=ROOT).stdout
 
 
-def test_setup_looks_at_an_environment_that_is_there(tmp_path: Path) -> None:
+def test_make_setup_detects_a_damaged_environment(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     kept = tmp_path / "damaged" / "kept"
@@ -444,7 +444,7 @@ def test_setup_looks_at_an_environment_that_is_there(tmp_path: Path) -> None:
     assert kept.exists()
 
 
-def test_setup_needs_no_other_python_where_an_environment_is(tmp_path: Path) -> None:
+def test_make_setup_reuses_an_existing_environment(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "made" / "bin" / "python"

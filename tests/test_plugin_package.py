@@ -106,9 +106,7 @@ run:     {{dir: {root}/runs/gated}}
 
 
 @pytest.mark.slow
-def test_every_command_works_with_a_package_of_an_encoder_a_data_set_and_a_head(
-    installed: Path, experiment: list[str]
-) -> None:
+def test_every_command_works_with_a_plugin_package(installed: Path, experiment: list[str]) -> None:
     root = Path(experiment[1]).parent
     script = root / "script.py"
     script.write_text(COMMANDS)
@@ -144,7 +142,7 @@ BROKEN = {
 
 
 @pytest.mark.slow
-def test_what_is_broken_is_one_line(installed: Path, experiment: list[str], tmp_path: Path) -> None:
+def test_plugin_errors_are_reported_in_one_line(installed: Path, experiment: list[str], tmp_path: Path) -> None:
     code = f"""
 import contextlib, io, json
 from egopatch.__main__ import main

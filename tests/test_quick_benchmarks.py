@@ -1,4 +1,4 @@
-"""Every benchmark runs as it is committed: they use inner classes, which change, and nothing else would notice."""
+"""Every committed benchmark runs: they use internal classes, whose changes nothing else would notice."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ KEYS = {
 }
 
 
-def test_what_is_not_run_here_is_run_elsewhere() -> None:
+def test_benchmarks_skipped_here_are_run_by_other_tests() -> None:
     assert ELSEWHERE <= SCRIPTS
     dry = {word for part in PARTS if "--help" not in part.dry for word in part.dry}
     assert {f"benchmarks/{name}.py" for name in ELSEWHERE - {"gpu", "kernel_budget"}} <= dry
@@ -36,7 +36,7 @@ def test_what_is_not_run_here_is_run_elsewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SCRIPTS - ELSEWHERE))
-def test_a_quick_run_measures_and_leaves_the_results_alone(name: str, tmp_path: Path) -> None:
+def test_quick_benchmark_measures_without_changing_saved_results(name: str, tmp_path: Path) -> None:
     if name == "index_cost" and subprocess.run(["git", "cat-file", "-e", "b431f91"], cwd=ROOT).returncode:
         pytest.skip("a clone without history has no reader to compare with")
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}

@@ -29,7 +29,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site: Path) -> None:
+def test_site_is_complete_and_loads_no_external_resources(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert not LOADED.search(page.read_text(encoding="utf-8")), page
     for sheet in site.rglob("*.css"):

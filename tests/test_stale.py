@@ -1,4 +1,4 @@
-"""Clips that change after they were encoded: every command says so, and nothing trains on what they were before.
+"""Clips that change after encoding: every command reports them, and nothing trains on their old features.
 
 Six clips of three videos are encoded once. Each stage then changes the annotations or the videos in one way.
 """
@@ -126,7 +126,7 @@ def touch_video(root: Path) -> None:
 
 
 def move_data(root: Path) -> None:
-    """The data set lies elsewhere, as on another machine."""
+    """The data set is in another folder, as on another machine."""
     (root / "data").rename(root / "moved")
     (root / "data").symlink_to(root / "moved")
 
@@ -207,7 +207,7 @@ def test_stale_clips_are_named_and_never_used(
 
 
 @pytest.mark.parametrize("stage", CURRENT, ids=lambda stage: stage.__name__)
-def test_what_proves_nothing_makes_no_clip_stale(
+def test_harmless_changes_do_not_make_clips_stale(
     stage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage(root)
@@ -227,7 +227,7 @@ def test_what_proves_nothing_makes_no_clip_stale(
     assert "stale: c" not in out
 
 
-def test_stale_clips_that_no_question_asks_about_do_not_keep_others_from_training(root: Path) -> None:
+def test_stale_clips_without_questions_do_not_block_training(root: Path) -> None:
     path = root / "data" / "questions.jsonl"
     write_lines(path, [q for line in path.read_text().splitlines() if (q := json.loads(line))["clip_id"] != "c1"])
     move(root)
@@ -282,7 +282,7 @@ def test_a_stale_clip_that_cannot_be_encoded_again_is_quarantined(
     assert features(["verify", str(root / "store")]) == 0
 
 
-def test_a_store_of_the_version_before_says_what_it_does_not_know(
+def test_store_from_an_earlier_version_reports_unrecorded_origins(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = raw_ledger_journal(storage_at(root / "store"))
@@ -305,7 +305,7 @@ def test_a_store_of_the_version_before_says_what_it_does_not_know(
     assert "unrecorded: 6" in capsys.readouterr().out
 
 
-def test_a_store_of_unlike_machines_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_store_written_by_different_machines_reports_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = describe_machine(torch.device("cpu"))
     assert open_store(root / "store").machines() == {here: 6}
     assert open_store(root / "store" / "text").machines() == {here: 2}
@@ -324,7 +324,7 @@ def test_a_store_of_unlike_machines_says_so(root: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["machines"] == {here: 5, "another": 1}
 
 
-def test_status_without_the_annotations_says_that_it_did_not_look(
+def test_status_without_annotations_reports_stale_clips_as_unchecked(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(root / "data")
@@ -353,7 +353,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
+def test_run_is_not_resumed_or_evaluated_after_its_clips_were_reencoded(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(["fit", *options(root)]) == 0
@@ -388,7 +388,7 @@ def test_a_run_whose_clips_were_encoded_again_is_neither_resumed_nor_evaluated(
         assert train(["fit", *options(root, "--run.dir", str(root / folder), "--head.name", head)]) == 0
 
 
-def test_a_run_of_the_version_before_is_evaluated_as_it_was(root: Path) -> None:
+def test_run_from_an_earlier_version_can_still_be_evaluated(root: Path) -> None:
     assert train(["fit", *options(root)]) == 0
     (root / "run" / "clips.json").unlink()
     move(root)
@@ -409,7 +409,7 @@ def test_a_sweep_does_not_mix_runs_from_before_and_after_a_refresh(
 
 
 def same_rows(root: Path, other: str) -> None:
-    """Whether the store holds what a job on an empty store makes of the present annotations."""
+    """Check that the store equals one that a job writes from scratch with the current annotations."""
     assert extract(["run", *options(root, "--store.path", str(root / other))]) == 0
     refreshed, anew = open_store(root / "store"), open_store(root / other)
     assert refreshed.origins() == anew.origins()
@@ -418,7 +418,7 @@ def same_rows(root: Path, other: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_jobs_refresh_one_store_at_once_one_of_them_with_two_workers(root: Path) -> None:
+def test_two_jobs_can_refresh_one_store_concurrently(root: Path) -> None:
     another_set(root)
     change(root, lambda clips: clips.pop())  # the clip that has no row yet
     job = start_job(options(root, "--refresh", "--wait", "--engine.workers", "2"))
@@ -431,7 +431,7 @@ def test_two_jobs_refresh_one_store_at_once_one_of_them_with_two_workers(root: P
 
 
 @pytest.mark.slow
-def test_a_refreshing_job_waits_for_a_held_shard_and_encodes_what_is_left(
+def test_refresh_waits_for_a_held_shard_and_encodes_the_rest(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     move(root)  # c1, in shard 0

@@ -1,4 +1,4 @@
-"""Names from outside: whose they are, and what is said about a broken package, in one line that names it."""
+"""Plugin names: which package registers them, and the one-line error that names a broken package."""
 
 import sys
 import traceback
@@ -58,7 +58,7 @@ def test_a_package_is_imported_only_when_its_name_is_used(plugins: Plugins[str],
     assert plugins.package_of("own") is None
 
 
-def test_an_unknown_name_lists_all_and_the_nearest(plugins: Plugins[str], install: Install) -> None:
+def test_an_unknown_name_lists_the_choices_and_the_nearest(plugins: Plugins[str], install: Install) -> None:
     install("pkg-c", "pkg_c", "C = 'of c'", third="C")
     plugins.register("called", "by a call")
     with pytest.raises(ConfigError, match=r"thing\.name is 'thrid'; expected one of called, own, third; did you mean"):
@@ -78,7 +78,7 @@ def test_an_unknown_name_lists_all_and_the_nearest(plugins: Plugins[str], instal
         ("", r"cannot be imported \(AttributeError: "),
     ],
 )
-def test_a_broken_package_is_one_line_with_its_name(
+def test_a_broken_package_gives_a_one_line_error_naming_it(
     code: str, why: str, plugins: Plugins[str], install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("pkg-d", "pkg_d", code, fourth="D")
@@ -108,7 +108,7 @@ def test_taken_names_are_refused(plugins: Plugins[str], install: Install) -> Non
         plugins.register("eighth", 8)  # type: ignore[arg-type]
 
 
-def test_published_names_cannot_be_taken_by_a_call() -> None:
+def test_built_in_names_cannot_be_registered_again() -> None:
     with pytest.raises(ConfigError, match=r"encoder\.arch 'lite' is already registered by egopatch"):
         register_encoder(lite.NETWORK)
     with pytest.raises(ConfigError, match=r"data\.name 'jsonl' is already registered by egopatch"):
@@ -116,7 +116,7 @@ def test_published_names_cannot_be_taken_by_a_call() -> None:
 
 
 @pytest.mark.parametrize("wrong", [3, Head, "mine", None, [lite.NETWORK]])
-def test_what_is_no_plugin_cannot_be_registered(wrong: object) -> None:
+def test_registering_an_object_of_the_wrong_type_is_refused(wrong: object) -> None:
     kind = type(wrong).__name__
     with pytest.raises(ConfigError) as refused:
         register_encoder(wrong)  # type: ignore[arg-type]
@@ -130,14 +130,14 @@ def test_what_is_no_plugin_cannot_be_registered(wrong: object) -> None:
     )
 
 
-def test_a_data_set_that_is_no_function_cannot_be_registered() -> None:
+def test_registering_a_data_set_that_is_not_a_function_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^data\.name 'mine' cannot be registered: it is of type int; expected a func"
     ):
         register_dataset("mine", 3)  # type: ignore[arg-type]
 
 
-def test_the_network_of_a_package_carries_its_version(install: Install) -> None:
+def test_a_network_records_the_version_of_its_package(install: Install) -> None:
     code = "import dataclasses\nfrom egopatch.extract.encoders.networks import lite\n"
     code += "N = dataclasses.replace(lite.NETWORK, name='light')"
     install("pkg-g", "pkg_g", code, "egopatch.encoders", light="N", other="N")
@@ -147,7 +147,7 @@ def test_the_network_of_a_package_carries_its_version(install: Install) -> None:
         find_network("other")
 
 
-def test_a_data_set_that_returns_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_function_returning_the_wrong_type_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: [1, 2])
     with pytest.raises(ConfigError, match=r"data\.name is 'mine', but its function, .* returns a list; expected"):
         load_dataset(DataConfig(name="mine"))
@@ -171,7 +171,7 @@ class Options:
         ({"hidden": 0}, "hidden is 0; expected at least 1"),
     ],
 )
-def test_options_of_a_head_are_typed(options: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_options_are_type_checked(options: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HEADS._registered, "mine", Head("mine", lambda _, __: nn.Identity(), Options))
     check_head(HeadConfig(name="mine", options={"hidden": 3}))
     with pytest.raises(ConfigError, match=f"head.options of the head mine: .*{why}") as caught:
@@ -187,7 +187,7 @@ GOOD = Dataset((CLIP,), ASKED, answer_vocabulary(["a cup"]), ("what?",), "mine")
 
 
 def asked(**changed: object) -> dict[str, object]:
-    """Questions of which a field is wrong."""
+    """Questions with one wrong field."""
     return {"questions": dict.fromkeys(PARTS, (replace(QUESTION, **changed),))}  # type: ignore[arg-type]
 
 
@@ -234,7 +234,7 @@ def asked(**changed: object) -> dict[str, object]:
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
     ],
 )
-def test_a_data_set_whose_parts_do_not_fit(
+def test_an_inconsistent_data_set_is_refused(
     changed: dict[str, object], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: replace(GOOD, **changed))  # type: ignore[arg-type]
@@ -252,26 +252,26 @@ def test_a_data_set_whose_parts_do_not_fit(
         ({**ASKED, "val": ({"question_id": "1"},)}, r"^questions\['val'\] contains {'question_id': '1'}; expected a Q"),
     ],
 )
-def test_questions_that_are_none(questions: object, why: str) -> None:
+def test_questions_of_the_wrong_type_are_refused(questions: object, why: str) -> None:
     with pytest.raises(DatasetError, match=why):
         replace(GOOD, questions=questions)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError])
-def test_an_error_of_a_data_set_keeps_the_line_of_its_author(
+def test_an_error_in_a_data_set_function_keeps_its_traceback(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(_: DataConfig) -> Dataset:
         raise error("at my line")
 
     monkeypatch.setitem(DATASETS._registered, "mine", load)
-    # Either would be one line of `train fit`, without the file.
+    # Raised unchanged, either error would become one line of `train fit`, without a traceback.
     with pytest.raises(RuntimeError, match=f"^the data set mine raises {error.__name__}: at my line$") as caught:
         load_dataset(DataConfig(name="mine"))
     assert "in load\n" in "".join(traceback.format_exception(caught.value))
 
 
-def test_imported_features_of_a_data_set_without_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extracting_imported_features_without_texts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = replace(GOOD, questions=dict.fromkeys(PARTS, ()), texts=())
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: silent)
     config = Config(data=DataConfig(name="mine"), encoder=EncoderConfig(arch="imported"))
@@ -281,21 +281,21 @@ def test_imported_features_of_a_data_set_without_texts(monkeypatch: pytest.Monke
         extract_features(config)
 
 
-def test_a_fault_of_a_data_set_may_be_one_string() -> None:
+def test_dataset_error_accepts_a_single_string() -> None:
     assert DatasetError("no clips").problems == ("no clips",)
 
 
-def test_options_are_a_dataclass_and_not_an_instance_of_one() -> None:
+def test_head_options_must_be_a_dataclass_type() -> None:
     with pytest.raises(ConfigError, match="expected a dataclass, not an instance of one, or None"):
         register_head(Head("mine", lambda _, __: nn.Identity(), GOOD))  # type: ignore[arg-type]
 
 
-def test_a_network_that_builds_something_else(tmp_path: Path) -> None:
+def test_a_network_that_builds_the_wrong_type_is_refused(tmp_path: Path) -> None:
     network = replace(lite.NETWORK, build_video=lambda _, __: nn.Identity())  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigError, match="'lite', but its build_video returns a Identity; expected an extract"):
         load_video_encoder(network, Checkpoint(tmp_path, "bare", {}), size=64)
 
 
-def test_outside_code_whose_output_has_no_reader_ends_in_silence() -> None:
+def test_a_broken_pipe_in_plugin_code_is_passed_through() -> None:
     with pytest.raises(BrokenPipeError), traceback_kept("the head mine"):
         raise BrokenPipeError(32, "Broken pipe")

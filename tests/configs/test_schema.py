@@ -12,8 +12,8 @@ from egopatch.features.values.spec import Codec
 EXPERIMENTS = sorted(Path("configs").rglob("*.yaml"))
 
 
-def test_the_schema_knows_the_formats_of_the_store() -> None:
-    """The two packages import nothing from one another, so the table of codecs stands in both."""
+def test_schema_codecs_match_those_of_the_store_formats() -> None:
+    """Neither package imports the other, so both hold the table of codecs."""
     for name, codecs in CODECS.items():
         for codec in get_args(Codec):
             if codec in codecs:
@@ -32,7 +32,7 @@ def test_every_experiment_file_is_valid(path: Path) -> None:
     assert isinstance(load_config(path), Config)
 
 
-def test_file_then_overrides(tmp_path: Path) -> None:
+def test_command_line_options_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("head: {ratio: 0.5, scores: [question]}\ntrain: {lr: 1e-3}\n")
     config = parse("--config", str(file), "--head.ratio", "0.125")
@@ -110,7 +110,9 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
     ],
 )
-def test_mistakes_are_one_line_and_code_two(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_mistakes_print_one_line_and_exit_with_code_2(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(*args)
     assert caught.value.code == 2
@@ -155,7 +157,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused(
+def test_an_ambiguous_or_invalid_file_is_refused(
     tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.yaml"
@@ -167,7 +169,7 @@ def test_a_file_that_cannot_be_meant_is_refused(
     assert error.count("\n") == 1
 
 
-def test_numbers_that_read_as_they_are_written_are_allowed(tmp_path: Path) -> None:
+def test_unambiguous_numbers_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("train: {epochs: 1_0, seed: 07, lr: 1e-3}\ndata: {name: '1:30', root: '010', clips: 1:99}\n")
     config = load_config(file)
@@ -181,7 +183,9 @@ def test_an_alias_to_an_earlier_value_is_allowed(tmp_path: Path) -> None:
     assert load_config(file).run.table == Path("runs/a")
 
 
-def test_a_near_file_is_named_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelled_config_path_suggests_a_file_but_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "kitchen.yaml").write_text("head: {ratio: 0.5}\n")
     (tmp_path / "dir.yaml").mkdir()
     expected = "expected the YAML file of an experiment; examples are in configs/\n"
@@ -205,7 +209,7 @@ def test_print_config_shows_every_option(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("text", ["{video: {frames: 4, frames: 8}}", "{video: {frames: 4}, video: {size: 64}}"])
-def test_a_key_that_stands_twice_in_the_command_line_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_duplicate_key_on_the_command_line_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
         parse("--config", text)
     assert usage.value.code == 2
@@ -216,7 +220,7 @@ def test_a_key_that_stands_twice_in_the_command_line_is_refused(text: str, capsy
 
 
 @pytest.mark.parametrize("args", [[], ["--head.ratio", "0.5"]])
-def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_config_option_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
         parse_config(ConfigParser(prog="train fit"), args)
     assert usage.value.code == 2
@@ -227,7 +231,7 @@ def test_an_experiment_without_a_file_is_refused(args: list[str], capsys: pytest
 
 
 @pytest.mark.parametrize("args", [["--run.dir", ""], ["--run.dir="], ["--head.ratio", "0.5", "--run.dir", "", "x"]])
-def test_an_empty_value_is_not_the_current_folder(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_option_value_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as usage:
         parse(*args)
     assert usage.value.code == 2
@@ -241,7 +245,7 @@ def nullable(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", option_names())
-def test_null_is_refused_where_the_type_does_not_include_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_null_is_accepted_only_by_nullable_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     section, option = name.split(".")
     for args in (["--config", f"{{{section}: {{{option}: null}}}}"], [f"--{name}", "null"]):
         if nullable(name):
@@ -255,7 +259,7 @@ def test_null_is_refused_where_the_type_does_not_include_it(name: str, capsys: p
 
 
 @pytest.mark.parametrize("args", [["--config", "{run: {dir: }}"], ["--config", "{run: {dir: ~}}"], ["--run.dir=~"]])
-def test_nothing_and_a_tilde_are_null_too(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_yaml_value_and_a_tilde_count_as_null(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(*args)
     assert capsys.readouterr().err == "test: error: run.dir is null; expected a folder\n"
@@ -279,7 +283,7 @@ def test_the_refusal_of_null_says_what_is_expected(name: str, expected: str) -> 
     assert refusal_of_null(name) == f"{name} is null; expected {expected}"
 
 
-def test_null_is_refused_in_a_section_that_a_program_builds() -> None:
+def test_null_is_refused_in_a_section_built_in_python() -> None:
     with pytest.raises(ValueError, match=r"^data\.root is null; expected a folder$"):
         DataConfig(root=None)  # type: ignore[arg-type]
 
@@ -300,7 +304,7 @@ def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.C
     assert all(f"--{name} " in shown for name in option_names())
 
 
-def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_config_names_its_own_options_in_errors(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ConfigParser(prog="demo")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--most-clips", type=PositiveInt | None, default=None)
@@ -321,7 +325,7 @@ def test_a_wrong_option_of_a_command_without_config_names_its_own(capsys: pytest
         assert line.endswith(expected)
 
 
-def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_option_without_brackets_is_refused_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ConfigParser(prog="demo")
     parser.add_argument("--seeds", type=list[int], default=[0])
     with pytest.raises(SystemExit):
@@ -329,8 +333,8 @@ def test_a_list_is_expected_in_brackets(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "demo: error: --seeds is 'a'; expected a list in brackets: '[a]'\n"
 
 
-def test_a_number_with_a_colon_is_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    """YAML reads 1:30 as 90, of which jsonargparse would say nothing."""
+def test_a_value_with_a_colon_is_refused_as_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML reads 1:30 as 90, which jsonargparse would accept silently."""
     parser = ConfigParser(prog="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--start", type=float | None, default=None)
@@ -344,7 +348,7 @@ def test_a_number_with_a_colon_is_text_alone(capsys: pytest.CaptureFixture[str])
     assert parse("--data.root", "1:30").data.root == Path("1:30")
 
 
-def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
+def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
     assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
     assert DataConfig(name="jsonl", root=tmp_path / "kitchen").title == "kitchen"
     assert DataConfig(name="jsonl", root=tmp_path / "stores", questions="b.jsonl").title == "stores/b.jsonl"
@@ -352,7 +356,7 @@ def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dir", "table"])
-def test_results_are_written_to_a_path_on_this_machine(name: str) -> None:
+def test_a_url_as_a_results_path_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"run.{name} is 's3://bucket/runs', which is a URL; expected a path"):
         RunConfig(**{name: Path("s3://bucket/runs")})  # type: ignore[arg-type]
     assert str(RunConfig(dir=Path("a:b/c")).dir) == "a:b/c"

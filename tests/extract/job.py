@@ -64,6 +64,6 @@ def contents(store: Path) -> dict[str, bytes]:
 
 
 def ledger_lines(store: Path) -> "Counter[str]":
-    """The ledger up to order."""
+    """The ledger's lines, regardless of their order."""
     lines = (store / "ledger.jsonl").read_text().splitlines()
     return Counter(json.dumps(json.loads(line)["record"], sort_keys=True) for line in lines)

@@ -24,7 +24,7 @@ from tests.extract.job import CLIPS, config_of, options, videos
 from tests.json_keys import documented_keys
 
 
-def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
+def test_store_holds_the_output_of_the_encoder(made: Path) -> None:
     from egopatch.extract.feed.on_host import prepare_clip
 
     config = config_of(made)
@@ -45,7 +45,7 @@ def test_the_store_holds_what_the_encoder_says(made: Path) -> None:
     assert texts.states.shape == (len(dataset.texts), 30, 128)
 
 
-def test_the_command_that_retries_takes_the_experiment_and_nothing_else() -> None:
+def test_retry_command_keeps_only_the_options_of_the_experiment() -> None:
     args = ["--config", "a b.yaml", "--wait", "--shard", "0/2", "--store.path=s", "--video.frames", "2", "--json"]
     expected = "egopatch extract retry --config 'a b.yaml' --store.path=s --video.frames 2"
     assert retry_command(args) == expected
@@ -97,7 +97,7 @@ def test_every_command_prints_its_documented_keys_in_json(
             assert store.keys() == documented_keys("extract run", each=True)
 
 
-def test_another_depth_is_refused_with_the_difference(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_depth_is_refused_naming_both_values(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made, "--encoder.depth", "1")]) == 2
     assert "depth: store has 2, requested 1" in capsys.readouterr().err
     assert main(["run", *options(made)]) == 0
@@ -169,7 +169,7 @@ def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plan_and_status_in_json(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_status_json_report_counts_and_sizes(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(fresh / "store")
     videos(fresh)[0].unlink()
     assert main(["plan", *options(fresh), "--json", "--probe", "2"]) == 0
@@ -220,7 +220,7 @@ def test_plan_counts_what_is_missing_from_a_store(fresh: Path, capsys: pytest.Ca
     ("command", "said"),
     [("status", f"{CLIPS}/{CLIPS} clips committed"), ("transcode", f"{CLIPS} clips transcoded")],
 )
-def test_commands_that_encode_nothing_do_without_torch(command: str, said: str, made: Path, tmp_path: Path) -> None:
+def test_commands_that_encode_nothing_do_not_import_torch(command: str, said: str, made: Path, tmp_path: Path) -> None:
     """It takes two seconds to import, more than counting a million clips."""
     program = (
         "from egopatch.extract.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"
@@ -257,7 +257,7 @@ def test_doctor_reports_a_missing_video(fresh: Path, capsys: pytest.CaptureFixtu
         (["--text.model", "no/such/tokenizer"], "text.model is 'no/such/tokenizer'"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_two(
+def test_invalid_input_exits_with_code_2_and_one_line(
     change: list[str], message: str, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in change and torch.cuda.is_available():
@@ -265,10 +265,12 @@ def test_wrong_input_is_one_line_and_code_two(
     assert main(["run", *options(made, *change)]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert all(": no such file" in line for line in error.splitlines()[1:])  # one line a missing file
+    assert all(": no such file" in line for line in error.splitlines()[1:])  # one line per missing file
 
 
-def test_a_standin_replaces_none_but_a_standin(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_standin_overwrites_only_another_standin(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = tmp_path / "real.pth"
     shutil.copy(made / "weights.pth", real)
     command = ["standin", *options(made, "--text.model", str(tmp_path / "tokenizer"))]
@@ -296,7 +298,7 @@ def test_a_standin_needs_questions(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "data.questions is null, and a stand-in's tokenizer is trained on questions" in capsys.readouterr().err
 
 
-def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
+def test_unreachable_hub_leaves_no_files_behind(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -312,7 +314,7 @@ def test_a_hub_that_cannot_be_reached_leaves_nothing_behind(
     assert f"1 fault: tokenizer that cannot be loaded\n    text.model is {model[1]!r}" in capsys.readouterr().out
 
 
-def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_or_missing_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rnu"]) == 2
     error = capsys.readouterr().err
     assert "unknown command 'rnu'; choose one of videos, plan, run, " in error
@@ -323,7 +325,7 @@ def test_unknown_command_and_no_command(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 @pytest.mark.slow
-def test_tokens_in_few_bits_say_what_they_lose(
+def test_quantised_store_reports_its_reconstruction_error(
     fresh: Path, made: Path, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(fresh / "store")
@@ -354,7 +356,7 @@ def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_without_instructions_gives_advice(
+def test_bfloat16_without_cpu_support_prints_advice(
     supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: supported)
@@ -367,7 +369,7 @@ def test_bfloat16_without_instructions_gives_advice(
     assert "--encoder.dtype" not in capsys.readouterr().out
 
 
-def test_time_by_stage_is_printed_and_kept(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(bare)]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time: "))
     for stage in ("encoding", "starting", "waiting for decoders", "for the disk", "decoding", "writing"):
@@ -381,5 +383,5 @@ def test_time_by_stage_is_printed_and_kept(bare: Path, capsys: pytest.CaptureFix
     assert stages["write_s"] > 0
 
 
-def test_the_data_set_of_the_tests_is_what_they_say(made: Path) -> None:
+def test_shared_data_set_has_the_expected_number_of_clips(made: Path) -> None:
     assert len(load_dataset(config_of(made).data).clips) == CLIPS

@@ -1,4 +1,4 @@
-"""`extract frames` writes what a clip gives, or the reason that quarantine gives."""
+"""`extract frames` writes a clip's frames, or the reason for which the clip would be quarantined."""
 
 import json
 import resource
@@ -24,9 +24,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("video") / "a.mp4", frames=30)
 
 
-def test_frames_and_times_are_those_of_the_clip(
-    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_frames_and_times_match_the_clip(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "frames.npz"
     stretch = ["--start", "0.5", "--end", "1.5", "--video.frames", "4"]
     assert main(["frames", str(video), *stretch, "--out", str(out)]) == 0
@@ -40,7 +38,9 @@ def test_frames_and_times_are_those_of_the_clip(
     assert torch.equal(to_input(frames, 64), torch.from_numpy(prepare_clip(clip, config, VideoCache()).frames))
 
 
-def test_a_folder_gets_pictures(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_folder_receives_one_png_per_frame(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / "png"), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["shapes"] == [[64, 96, 3]] * 2
@@ -59,7 +59,7 @@ def test_a_folder_gets_pictures(video: Path, tmp_path: Path, capsys: pytest.Capt
         (["--video.frames", "0"], 2, "video.frames is 0; expected at least 1"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_failure_is_reported_in_one_line(
     video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, reason: str
 ) -> None:
     broken = tmp_path / "a.mp4"
@@ -77,7 +77,7 @@ def test_what_cannot_be_done_is_one_line(
 
 
 @pytest.mark.parametrize(("out", "named"), [("w.npz", "w.npz"), ("png", "png/000_0.467s.png")])
-def test_a_full_disk_leaves_what_was_there(
+def test_full_disk_keeps_existing_files(
     video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, named: str
 ) -> None:
     file = tmp_path / named

@@ -1,4 +1,4 @@
-"""A whole job over every video of the list: the good ones are stored, the bad ones say why, and nothing stops it."""
+"""A whole job over all difficult videos: good ones are stored, bad ones are quarantined with a reason."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.extract.video.videos import FPS, write_video
 
 
 def hangs(to: Path) -> Path:
-    """A pipe that nobody writes to: whoever opens it waits for ever, inside the system."""
+    """A pipe that nobody writes to: opening it blocks forever in a system call."""
     os.mkfifo(to / "a.mp4")
     return to / "a.mp4"
 
@@ -66,7 +66,7 @@ def hard(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_job_meets_every_hard_video(hard: Path) -> None:
+def test_job_stores_good_videos_and_quarantines_bad_ones(hard: Path) -> None:
     limits = ("--video.timeout_s", "4", "--video.memory_gb", "0.2", "--data.name", "jsonl")
     assert main(["run", *options(hard, *limits)]) == 0
     store = open_store(hard / "store")

@@ -31,7 +31,7 @@ def called_directly(folder: Path, video: Path, out: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_a_video_model_with_tubelets_is_stored_and_trained_on(bare: Path, tmp_path: Path) -> None:
+def test_tokens_of_a_tubelet_video_model_are_stored_and_trained_on(bare: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videomae"
     config = AutoConfig.for_model("videomae", **SIZES, image_size=32, patch_size=8, num_frames=4, tubelet_size=2)
     AutoModel.from_config(config).save_pretrained(folder)

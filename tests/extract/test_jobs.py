@@ -47,19 +47,19 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def slowly(root: Path, *more: str) -> list[str]:
-    """A job of which many moments can be met: a shard a clip."""
+    """A job that can be interrupted at many points: one shard per clip."""
     return options(root, "--store.shard", "1", "--encoder.batch", "1", *more)
 
 
 @pytest.fixture(scope="session")
 def single(made: Path) -> Path:
-    """The store of one quiet job with a shard a clip."""
+    """The store of one undisturbed job with one shard per clip."""
     assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
     return made / "single"
 
 
 @pytest.mark.slow
-def test_slices_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -> None:
+def test_slices_in_any_order_write_the_same_store_as_one_job(made: Path, bare: Path) -> None:
     for index, clips in ((2, 5), (0, 15), (1, 20)):
         assert main(["run", *options(bare), "--shard", f"{index}/3"]) == 0
         assert committed(bare / "store") == clips
@@ -67,21 +67,23 @@ def test_slices_in_any_order_make_the_store_of_one_job(made: Path, bare: Path) -
     assert ledger_lines(bare / "store") == ledger_lines(made / "store")
 
 
-def test_a_slice_has_its_shards_whatever_is_left() -> None:
+def test_slice_selects_the_same_shards_whatever_remains() -> None:
     works = [ShardWork(number, ("x",)) for number in (1, 2, 3, 5, 6)]
     assert [work.shard for work in Slice.parse("0/3").of(works)] == [3, 6]
     assert [work.shard for work in Slice.parse("2/3").of(works)] == [2, 5]
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/2", "a/b", "1", "1/0", "1/2/3", "0x1/2"])
-def test_a_malformed_slice_is_one_line_and_code_two(text: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_slice_exits_with_code_2_and_one_line(
+    text: str, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", *options(made), f"--shard={text}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--shard is {text!r}; expected i/N with 0 <= i < N" in line
 
 
 @pytest.mark.slow
-def test_four_starts_at_once_end_well_and_share_the_work(single: Path, bare: Path) -> None:
+def test_four_concurrent_jobs_succeed_and_share_the_work(single: Path, bare: Path) -> None:
     jobs = [start_job(slowly(bare, "--wait")) for _ in range(4)]
     outputs = [job.communicate(timeout=300) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 4, outputs
@@ -103,7 +105,7 @@ def begun(bare: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_shards_that_others_hold_are_an_exit_code(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_held_by_other_jobs_give_a_distinct_exit_code(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = begun / "store"
     texts = len(load_dataset(config_of(begun).data).texts)
     stored = len(open_store(store / "text").clip_ids)
@@ -122,7 +124,7 @@ def test_shards_that_others_hold_are_an_exit_code(begun: Path, capsys: pytest.Ca
 
 
 @pytest.mark.slow
-def test_a_machine_without_semaphores_is_one_line(bare: Path) -> None:
+def test_missing_semaphores_are_reported_in_one_line(bare: Path) -> None:
     refuse = (
         "import sys\n"
         "from multiprocessing import synchronize\n"
@@ -145,7 +147,7 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
     (bad,) = videos(bare)[:1]
     bad.write_bytes(b"no video")
     assert main(["run", *options(bare)]) == 0
-    assert main(["retry", *options(bare)]) == 0  # it fails again, and is not left to anybody
+    assert main(["retry", *options(bare)]) == 0  # it fails again, and no other job holds it
     shutil.copy(made / bad.relative_to(bare), bad)
     with ExitStack() as held:
         held.enter_context(file_lease.hold(bare / "store", 0))
@@ -162,7 +164,7 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_job_that_waits_encodes_what_others_leave(
+def test_waiting_job_encodes_shards_that_others_release(
     workers: str, made: Path, begun: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = begun / "store"
@@ -195,7 +197,7 @@ def test_a_complete_store_may_be_read_only(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_job_resumes(
+def test_full_disk_is_reported_in_one_line_and_the_job_resumes(
     made: Path, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A limit on the size of files stands for the disk, and fails in the same calls."""
@@ -204,7 +206,7 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(
     make = SharedSlots.__init__
 
     def make_without_limit(self: SharedSlots, *args: Any) -> None:
-        """The frames' memory, which this limit counts as a file although it is on no disk."""
+        """Shared memory for frames, which counts towards this limit although it is not on disk."""
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         try:
@@ -234,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_job_resumes(
 
 
 @pytest.mark.slow
-def test_the_other_job_finishes_what_a_killed_one_began(single: Path, bare: Path) -> None:
+def test_another_job_finishes_the_work_of_a_killed_one(single: Path, bare: Path) -> None:
     killed = start_job(slowly(bare))
     wait_until(lambda: committed(bare / "store") >= 3)
     other = start_job(slowly(bare))
@@ -249,7 +251,7 @@ def test_the_other_job_finishes_what_a_killed_one_began(single: Path, bare: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_is_one_line_and_leaves_nobody(workers: str, single: Path, bare: Path) -> None:
+def test_ctrl_c_prints_one_line_and_leaves_no_processes(workers: str, single: Path, bare: Path) -> None:
     job = start_job(slowly(bare, "--engine.workers", workers))
     wait_until(lambda: committed(bare / "store") >= 2)
     family = psutil.Process(job.pid).children(recursive=True)
@@ -266,7 +268,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody(workers: str, single: Path, bare: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "2"), (signal.SIGUSR1, "1")])
-def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
+def test_job_stopped_by_a_scheduler_signal_requests_a_requeue(
     number: signal.Signals, workers: str, single: Path, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = start_job(slowly(bare, "--engine.workers", workers))
@@ -292,7 +294,7 @@ def test_a_scheduler_stops_a_job_that_asks_to_be_started_again(
 
 @pytest.mark.parametrize("command", ["run", "retry", "videos"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_job_that_still_imports_its_modules_asks_to_be_started_again(
+def test_signal_during_imports_requests_a_requeue(
     command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a shared file system that may take half a minute."""
@@ -329,7 +331,7 @@ def test_a_killed_worker_is_replaced(single: Path, bare: Path) -> None:
     assert contents(bare / "store") == contents(single)
 
 
-def test_repair_and_run_encode_only_what_is_bad(
+def test_repair_and_run_reencode_only_damaged_clips(
     made: Path, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = fresh / "store"
@@ -377,7 +379,7 @@ def test_errors_over_the_limit_stop_the_job_and_keep_the_rest(
     assert not open_store(bare / "store").quarantine
 
 
-def test_no_room_is_refused_before_anything_is_encoded(
+def test_insufficient_disk_space_is_refused_before_encoding(
     bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("egopatch.extract.planning.plan._bytes_free", lambda path: 1000)

@@ -24,12 +24,12 @@ def patches_in(bucket: str) -> int:
 
 
 @pytest.mark.slow
-def test_extract_kill_resume_verify_fit(
+def test_killed_job_resumes_and_trains_like_one_on_a_local_store(
     made: Path, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = f"{bucket}/store"
     remote = options(made, "--store.path", url)
-    job = start_job([*remote, "--shard", "0/2"])  # so that clips are left, however soon it ends
+    job = start_job([*remote, "--shard", "0/2"])  # so that clips remain, however soon it ends
     deadline = time.monotonic() + 120
     while patches_in(bucket) == 0:
         assert job.poll() is None
@@ -47,7 +47,7 @@ def test_extract_kill_resume_verify_fit(
         here, there = open_store(made / "store" / half), open_store(parse_location(url) / half)
         ids = here.clip_ids
         assert there.clip_ids == ids
-        assert there.catalog.clip_records(ids) == here.catalog.clip_records(ids)  # every row's checksums among it
+        assert there.catalog.clip_records(ids) == here.catalog.clip_records(ids)  # including every row's checksums
         shards = here.catalog.ledger.commits
         assert there.catalog.ledger.commits.keys() == shards.keys()
         assert all(there.catalog.ledger.commits[shard].files == shards[shard].files for shard in shards)
@@ -70,7 +70,7 @@ def test_extract_kill_resume_verify_fit(
 
 
 @pytest.mark.slow
-def test_two_jobs_at_once_write_what_one_writes(made: Path, bucket: str) -> None:
+def test_two_concurrent_jobs_write_the_same_store_as_one(made: Path, bucket: str) -> None:
     url = f"{bucket}/store"
     jobs = [start_job([*options(made, "--store.path", url), "--shard", f"{k}/2"]) for k in range(2)]
     said = [job.communicate() for job in jobs]
@@ -83,7 +83,7 @@ def test_two_jobs_at_once_write_what_one_writes(made: Path, bucket: str) -> None
     assert features(["verify", url]) == 0
 
 
-def test_mistakes_are_one_line_and_exit_code_1_or_2(
+def test_storage_errors_end_in_one_line_and_reveal_no_secrets(
     made: Path, tmp_path: Path, environment: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capfd.readouterr()

@@ -20,7 +20,7 @@ from tests.json_keys import documented_keys
 SMALL = ("--video.frames", "2", "--video.size", "32", "--encoder.depth", "6", "--engine.decoders", "1")
 
 
-def test_a_rest_shorter_than_half_a_clip_belongs_to_the_last_one() -> None:
+def test_remainder_under_half_a_clip_is_merged_into_the_last_clip() -> None:
     def stretches(duration_s: float | None, clip_s: float | None) -> list[tuple[float | None, float | None]]:
         return [(clip.start_s, clip.end_s) for clip in cut("a.mp4", Path("a.mp4"), duration_s, clip_s)]
 
@@ -34,7 +34,7 @@ def test_a_rest_shorter_than_half_a_clip_belongs_to_the_last_one() -> None:
     assert [clip.clip_id for clip in cut("a.mp4", Path("x"), 3, 7.5)] == ["a.mp4"]
 
 
-def test_videos_of_a_folder(tmp_path: Path) -> None:
+def test_find_videos_lists_a_folder_and_refuses_bad_input(tmp_path: Path) -> None:
     for name in ("b.MP4", "P01/a.mkv", "P01/notes.txt", ".hidden/c.mp4", "._b.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -56,7 +56,7 @@ def test_videos_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_becomes_a_store(
+def test_videos_command_turns_a_folder_into_a_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_text_network(*_: object) -> None:
@@ -93,14 +93,14 @@ def test_a_folder_becomes_a_store(
     line = capsys.readouterr().err.strip()
     assert "mine.yaml is the config of this store and has different settings (frames: file has 2, requested 3)" in line
 
-    # The long way: questions, named in the config, which the command then leaves as it is.
+    # Questions added to the config by hand; the command then leaves the config unchanged.
     write_video(videos / "new.mp4", frames=5)
     question = {"question_id": "1", "clip_id": "short.mp4", "question": "What?", "answer": "cup", "part": "test"}
     (tmp_path / "out" / "mine.questions.jsonl").write_text(json.dumps(question))
     file.write_text(file.read_text().replace("questions: null", "questions: mine.questions.jsonl"))
     edited = file.read_text()
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)  # the config holds in any folder
+    monkeypatch.chdir(tmp_path)  # the config works from any folder
     assert main([*command, "--json"]) == 0
     shown = capsys.readouterr()
     assert "4/5 clips and 1 question stored; this run encoded 1 clip" in shown.err
@@ -113,8 +113,8 @@ def test_a_folder_becomes_a_store(
     assert open_store(tmp_path / "out" / "mine" / "text").clip_ids == ("What?",)
 
 
-def test_clips_of_videos_that_are_gone_count_no_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Such as a video that cannot be repaired: a line that asks to retry it would come back with every run."""
+def test_clips_of_removed_videos_are_no_longer_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise every run would suggest retrying a video that cannot be repaired."""
     videos = tmp_path / "videos"
     videos.mkdir()
     write_video(videos / "kept.mp4", frames=5)
@@ -168,8 +168,8 @@ def test_clips_of_another_length_are_refused(
     assert run(first) == 0
 
 
-def test_a_video_that_is_mended_may_be_cut(tmp_path: Path) -> None:
-    """It was one clip, since nothing of it could be decoded."""
+def test_repaired_video_may_be_cut_into_clips(tmp_path: Path) -> None:
+    """It was a single clip before, because none of it could be decoded."""
     write_video(tmp_path / "short.mp4", frames=5)
     (tmp_path / "a.mp4").write_bytes(b"no video")
     command = ["videos", str(tmp_path), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
@@ -189,7 +189,7 @@ def test_a_video_that_is_replaced_by_a_longer_one_may_be_cut(tmp_path: Path) -> 
     assert open_store(tmp_path / "out" / "mine").clip_ids == ("a.mp4", "a.mp4@0s", "a.mp4@1s")
 
 
-def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     for more, expected in (
         (["--encoder", "egovlp"], f"--encoder is 'egovlp'; expected one of {', '.join(ENCODERS)}"),
@@ -202,7 +202,7 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
 
 
-def test_the_command_in_the_config_is_one_that_a_shell_reads(tmp_path: Path) -> None:
+def test_command_in_the_config_file_is_shell_quoted(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     base = load_config(packaged_config(ENCODERS["lite"]), [])
     file = prepare_own_videos(tmp_path, tmp_path / "Mia's store", base, None).config_file
@@ -210,7 +210,7 @@ def test_the_command_in_the_config_is_one_that_a_shell_reads(tmp_path: Path) -> 
     assert shlex.split(command) == ["extract", "run", "--config", "Mia's store.yaml"]
 
 
-def test_a_try_that_makes_no_store_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_attempt_leaves_no_files_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     (tmp_path / "s").mkdir()
     command = ["videos", str(tmp_path), "--out", str(tmp_path / "s")]
@@ -220,7 +220,7 @@ def test_a_try_that_makes_no_store_leaves_nothing_behind(tmp_path: Path, capsys:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "s"]
 
 
-def test_files_that_were_there_before_a_failed_try_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_attempt_keeps_existing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     absent = tmp_path / "none"
     base = load_config(packaged_config(ENCODERS["lite"]), ["--encoder.checkpoint", str(absent)])
@@ -235,7 +235,7 @@ def test_files_that_were_there_before_a_failed_try_stay(tmp_path: Path, capsys: 
     assert line.endswith("or the original settings, or delete s.yaml: no store exists yet")
 
 
-def test_a_file_is_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_path_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(tmp_path / "a.mp4", frames=2)
     (tmp_path / "s").touch()
     assert main(["videos", str(tmp_path), "--out", str(tmp_path / "s")]) == 2
@@ -244,5 +244,5 @@ def test_a_file_is_no_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("file", ENCODERS.values())
-def test_short_names_are_configs(file: str) -> None:
+def test_encoder_short_names_have_a_packaged_config(file: str) -> None:
     assert load_config(packaged_config(file)).data.name == "jsonl"

@@ -25,7 +25,7 @@ from tests.extract.job import CLIPS, config_of, options
 
 
 @pytest.mark.slow
-def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resolves_each_config_entry_once(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
 
     def count(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,12 +45,12 @@ def test_everything_is_resolved_once(bare: Path, monkeypatch: pytest.MonkeyPatch
     assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
 
 
-def test_texts_that_are_cut_are_said(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_questions_are_reported(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(bare, "--text.max_length", "4")]) == 0
     assert "question texts have 4 tokens (text.max_length) or more, read up to there" in capsys.readouterr().out
 
 
-def test_more_frames_than_the_checkpoint_was_trained_on_are_said(
+def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(
     bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(bare)
@@ -64,7 +64,7 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_said(
         f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
         "trained"
     )
-    # Said before any data is read.
+    # Reported before any data is read.
     changed = options(bare, "--video.frames", str(4 * trained))
     assert main(["run", *changed, "--data.root", "nowhere"]) == 2
     assert capsys.readouterr().out == f"note: {more.frames_line}\n"
@@ -82,7 +82,7 @@ def test_stored_questions_need_no_text_network(
         monkeypatch.delattr(f"egopatch.extract.texts.{function}")
     assert main(["run", *options(bare)]) == 0
     assert capsys.readouterr().out.endswith("; this run encoded 0 clips, nothing is missing\n")
-    # Nor where clips are missing, and the check that the network is the store's stays.
+    # Nor if clips are missing; the tokenizer is still checked against that of the store.
     (bare / "store" / "text").rename(bare / "text")
     shutil.rmtree(bare / "store")
     (bare / "store").mkdir()
@@ -96,7 +96,7 @@ def test_stored_questions_need_no_text_network(
     assert "was created with different settings (tokenizer: store has" in capsys.readouterr().err
 
 
-def test_a_wrong_text_model_leaves_nothing_behind(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_tokenizer_leaves_no_store_behind(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bare / "tokenizer" / "tokenizer.json").write_text("{}")
     assert main(["run", *options(bare)]) == 2
     assert "whose tokenizer cannot be read" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_a_wrong_text_model_leaves_nothing_behind(bare: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
-def test_a_question_is_encoded_as_a_run_stores_it(bare: Path) -> None:
+def test_encode_questions_matches_the_stored_rows(bare: Path) -> None:
     config = config_of(bare)
     extract_features(config)
     store = open_store(Path(config.store.path) / TEXT_FOLDER)
@@ -116,7 +116,7 @@ def test_a_question_is_encoded_as_a_run_stores_it(bare: Path) -> None:
     assert torch.equal(rows[text]["attention_mask"], stored.attention_mask[0])
 
 
-def test_a_gpu_with_too_little_memory_is_one_line(
+def test_gpu_out_of_memory_is_reported_in_one_line(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_big(*_: Any) -> None:

@@ -65,7 +65,7 @@ def other_network(root: Path, name: str = "lite") -> str:
 
 
 @pytest.mark.slow
-def test_one_decode_fills_stores_of_another_depth_format_and_shard(bare: Path, decoded: "Counter[str]") -> None:
+def test_one_decode_fills_stores_of_different_depth_and_format(bare: Path, decoded: "Counter[str]") -> None:
     assert main(["run", "--config", config_file(bare, "store"), shallow(bare)]) == 0
     assert sorted(decoded.values()) == [1] * CLIPS
     for name in ("store", "shallow"):
@@ -74,7 +74,7 @@ def test_one_decode_fills_stores_of_another_depth_format_and_shard(bare: Path, d
 
 
 @pytest.mark.slow
-def test_stores_are_those_of_separate_jobs(made: Path, bare: Path, decoded: "Counter[str]") -> None:
+def test_joint_job_writes_the_same_stores_as_separate_jobs(made: Path, bare: Path, decoded: "Counter[str]") -> None:
     assert main(["run", "--config", config_file(bare, "store"), other_network(bare)]) == 0
     assert sorted(decoded.values()) == [1] * CLIPS
     assert contents(bare / "store") == contents(made / "store")
@@ -84,10 +84,10 @@ def test_stores_are_those_of_separate_jobs(made: Path, bare: Path, decoded: "Cou
 
 
 @pytest.mark.slow
-def test_a_clip_in_one_store_is_decoded_for_the_other_only(
+def test_clip_stored_in_one_store_is_decoded_only_for_the_other(
     fresh: Path, decoded: "Counter[str]", capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And each store has its own quarantine: a video that is gone costs nothing where its clip is stored."""
+    """Each store has its own quarantine: a missing video does not matter to a store that already has its clip."""
     gone = videos(fresh)[3]
     gone.unlink()
     assert main(["run", "--config", config_file(fresh, "store", text={"max_length": 30}), shallow(fresh)]) == 0
@@ -119,7 +119,7 @@ def test_a_stale_store_is_named(fresh: Path, capsys: pytest.CaptureFixture[str])
         ({"store": {"path": "a"}}, r"store\.path is .*a in two configs"),
     ],
 )
-def test_configs_that_cannot_share_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_configs_that_cannot_share_a_decode_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     if "store" in change:
         change = {"store": {"path": str(tmp_path / "a")}}
     configs = [load_config(Path(file)) for file in (config_file(tmp_path, "a"), config_file(tmp_path, "b", **change))]
@@ -127,7 +127,7 @@ def test_configs_that_cannot_share_are_refused(change: dict[str, Any], message: 
         require_one_decode(configs)
 
 
-def test_several_workers_are_refused(tmp_path: Path) -> None:
+def test_several_configs_with_several_workers_are_refused(tmp_path: Path) -> None:
     files = [config_file(tmp_path, name, engine={"workers": 2}) for name in "ab"]
     with pytest.raises(ConfigError, match=r"with 2 workers; .* engine\.workers 1: start a job for each GPU"):
         require_one_decode([load_config(Path(file)) for file in files])

@@ -38,22 +38,22 @@ from tests.features.conftest import FINGERPRINT, IDS, SPEC
         (24e12, "24.0 TB"),
     ],
 )
-def test_sizes_have_one_to_three_digits_before_the_point(nbytes: float, text: str) -> None:
+def test_format_bytes_prints_one_to_three_digits_before_the_point(nbytes: float, text: str) -> None:
     assert format_bytes(nbytes) == text
 
 
-def test_one_thing_is_counted_in_the_singular() -> None:
+def test_counted_uses_the_singular_for_exactly_one() -> None:
     assert [counted(n, "clip") for n in (0, 1, 2)] == ["0 clips", "1 clip", "2 clips"]
     assert [counted(n, "is", "are") for n in (0, 1, 2)] == ["0 are", "1 is", "2 are"]
 
 
-def test_free_space_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+def test_free_space_of_a_missing_path_is_that_of_its_nearest_parent(tmp_path: Path) -> None:
     assert disk.nearest_existing(tmp_path / "a" / "b") == tmp_path
     status = os.statvfs(tmp_path)
     assert disk.free_bytes(tmp_path / "a" / "b") == pytest.approx(status.f_bavail * status.f_frsize, rel=0.05)
 
 
-def test_a_path_to_write_to_is_taken_from_a_command_line() -> None:
+def test_local_path_accepts_a_path_with_a_colon() -> None:
     parser = ConfigParser()
     parser.add_argument("--out", type=local_path)
     assert parser.parse_args(["--out", "a:b/c"]).out == Path("a:b/c")
@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_a_child_ends_with_a_killed_parent(tmp_path: Path, start: str) -> None:
+def test_a_child_exits_when_its_parent_is_killed(tmp_path: Path, start: str) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     with subprocess.Popen([sys.executable, script, start], stdout=subprocess.PIPE, text=True) as parent:
@@ -128,7 +128,7 @@ def test_a_log_file_gets_a_line_every_ten_seconds_and_one_at_the_end(clock: Simp
     ]
 
 
-def test_a_notebook_gets_one_line_that_changes(clock: SimpleNamespace) -> None:
+def test_a_notebook_gets_one_line_updated_in_place(clock: SimpleNamespace) -> None:
     out = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     with ProgressDisplay("encode", 8, "clips", out=out) as display:
         clock.seconds += 1
@@ -144,14 +144,14 @@ def test_a_notebook_gets_one_line_that_changes(clock: SimpleNamespace) -> None:
     assert out.getvalue().endswith("\rtrain: 1/1 steps, 1.0 steps/s, 1 s\n")
 
 
-def test_what_was_done_before_does_not_count_as_speed(clock: SimpleNamespace) -> None:
+def test_progress_speed_excludes_work_done_by_earlier_runs(clock: SimpleNamespace) -> None:
     display = ProgressDisplay("train", 100, "steps", done=50)
     clock.seconds += 10
     display.update(60, detail="epoch 2/4")
     assert display.line() == "train: 60/100 steps, epoch 2/4, about 40 s left"
 
 
-def test_bytes_are_shown_as_sizes_and_a_total_may_come_later(clock: SimpleNamespace) -> None:
+def test_progress_shows_byte_sizes_and_accepts_a_total_later(clock: SimpleNamespace) -> None:
     display = ProgressDisplay("fetch a.zip", None, BYTES)
     clock.seconds += 2
     display.update(3_000_000)
@@ -170,7 +170,7 @@ def test_a_silent_display_and_a_failed_task_print_nothing(clock: SimpleNamespace
     assert out.getvalue() == ""
 
 
-def test_what_the_system_refuses_comes_with_a_remedy() -> None:
+def test_os_errors_come_with_a_remedy() -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/x")
     assert with_remedy(full) == (
         "/scratch/x: No space left on device; free some space there and run the same command again"
@@ -190,21 +190,21 @@ def test_what_the_system_refuses_comes_with_a_remedy() -> None:
 
 
 class _Picky(ValueError):
-    """Like many errors of libraries, it is built from other things than its text."""
+    """Like many library errors, it is not constructed from its message alone."""
 
     def __init__(self, number: int, why: str) -> None:
         super().__init__(f"error {number}: {why}")
 
 
 class _Open(ValueError):
-    """It holds what no other process can have."""
+    """It holds a lock, which cannot be pickled."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.lock = threading.Lock()
 
 
-def test_an_error_that_cannot_be_sent_is_told_as_text() -> None:
+def test_an_unpicklable_error_is_sent_as_text() -> None:
     for error in (ValueError("no"), AbsentClip(["a"], "here"), FileNotFoundError(2, "gone", "x"), KeyboardInterrupt()):
         assert sendable(error) is error
     for error in (_Picky(3, "the disk"), _Open("error 3: the disk")):
@@ -227,7 +227,7 @@ def _no_reader() -> TextIO:
     ("output", "code", "said"),
     [(_full_disk, 1, "features: standard output: No space left on device; free some space"), (_no_reader, 0, "")],
 )
-def test_output_that_cannot_be_written_is_one_line_at_most(
+def test_unwritable_stdout_prints_at_most_one_error_line(
     output: Callable[[], TextIO], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -242,7 +242,7 @@ def test_output_that_cannot_be_written_is_one_line_at_most(
 @pytest.mark.parametrize(
     "command", ["egopatch --help", "egopatch --version", "extract --help", "train fit --help", "features info --help"]
 )
-def test_help_whose_reader_has_exited_is_silent(command: str) -> None:
+def test_help_into_a_closed_pipe_exits_silently(command: str) -> None:
     with _no_reader() as stdout:
         done = subprocess.run(
             [sys.executable, "-m", *command.split()], stdout=stdout, stderr=subprocess.PIPE, text=True,
@@ -251,5 +251,5 @@ def test_help_whose_reader_has_exited_is_silent(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_another_broken_pipe_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_pipe_other_than_stdout_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
     assert describe_failure(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "[Errno 32] Broken pipe"

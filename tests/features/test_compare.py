@@ -111,7 +111,7 @@ STAGED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", STAGED)
-def test_the_cause_is_named(cause: str, make: Make) -> None:
+def test_compare_names_the_likely_cause(cause: str, make: Make) -> None:
     a, b = make("a"), make("b", **STAGED[cause])
     found = compare(a.path, b.path)
     assert not found.agree
@@ -139,7 +139,7 @@ def test_float16_and_float32_agree_up_to_rounding(make: Make) -> None:
     assert found.verdict == "A and B agree up to rounding in another dtype (float16 and float32)"
 
 
-def test_equal_stores(make: Make) -> None:
+def test_equal_stores_agree_in_every_bit(make: Make) -> None:
     found = compare(make("a").path, make("b").path)
     assert (found.agree, found.cause, found.error, found.times_differ_s) == (True, None, 0.0, 0.0)
     assert found.cosine == pytest.approx(1)
@@ -147,15 +147,17 @@ def test_equal_stores(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("cause", "seen"), [("shift", "shift"), ("frames", "frames"), ("depth", "unknown")])
-def test_without_fingerprints(cause: str, seen: str, make: Make, tmp_path: Path) -> None:
-    """Files say less: a shift of the clips shows in the values, frames in their times."""
+def test_compare_infers_causes_from_values_without_fingerprints(
+    cause: str, seen: str, make: Make, tmp_path: Path
+) -> None:
+    """Files have no fingerprint: a shift of the clips shows in the values, other frames in their timestamps."""
     a, b = make("a"), make("b", **STAGED[cause])
     export(b.path, tmp_path / "files", "pt")
     assert compare(a.path, tmp_path / "files").cause == seen
 
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "hdf5"])
-def test_files_that_a_store_was_exported_to(kind: str, make: Make, tmp_path: Path) -> None:
+def test_a_store_and_its_exported_files_agree(kind: str, make: Make, tmp_path: Path) -> None:
     a = make("a")
     export(a.path, tmp_path / "files", kind)
     assert compare(a.path, tmp_path / "files").cause is None
@@ -163,7 +165,7 @@ def test_files_that_a_store_was_exported_to(kind: str, make: Make, tmp_path: Pat
     assert compare(a.path, tmp_path / "pooled").agree
 
 
-def test_features_of_a_clip_are_compared_with_its_mean_over_frames(tmp_path: Path) -> None:
+def test_per_frame_features_agree_with_their_mean_over_frames(tmp_path: Path) -> None:
     whole, mean = tmp_path / "whole", tmp_path / "mean"
     whole.mkdir()
     mean.mkdir()
@@ -175,7 +177,7 @@ def test_features_of_a_clip_are_compared_with_its_mean_over_frames(tmp_path: Pat
     assert compare(mean, whole).agree
 
 
-def test_what_tells_more_than_a_number(make: Make, tmp_path: Path) -> None:
+def test_compare_names_scale_frame_shift_worst_tokens_and_shape(make: Make, tmp_path: Path) -> None:
     a = make("a")
     folder = tmp_path / "files"
     folder.mkdir()
@@ -200,7 +202,9 @@ def test_what_tells_more_than_a_number(make: Make, tmp_path: Path) -> None:
     assert compare(a.path, folder).cause == "shape"
 
 
-def test_the_command(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command_prints_verdict_json_and_errors(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b = make("a"), make("b", **STAGED["depth"])
     assert main(["compare", str(a.path), str(a.path)]) == 0
     assert capsys.readouterr().out.startswith("A and B agree in every bit\n")
@@ -242,7 +246,7 @@ def files_of(folder: Path, *clips: np.ndarray) -> Path:
         ([np.full((2, 4, 8), np.nan)], "clip '0': patches hold NaN or infinity"),
     ],
 )
-def test_features_that_cannot_be_compared_are_one_line(
+def test_features_that_cannot_be_compared_give_a_one_line_error(
     clips: list[np.ndarray], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = files_of(tmp_path / "a", *clips), files_of(tmp_path / "b", *clips)
@@ -252,7 +256,7 @@ def test_features_that_cannot_be_compared_are_one_line(
     assert said.count("\n") == 1
 
 
-def test_times_of_any_kind_are_compared(tmp_path: Path) -> None:
+def test_timestamps_of_any_dtype_are_compared(tmp_path: Path) -> None:
     for name, times in (("a", torch.tensor([0, 1])), ("b", torch.tensor([0.0, 1.5]))):
         (tmp_path / name).mkdir()
         torch.save({"patches": torch.ones(2, 4, 8), "timestamps": times > 0}, tmp_path / name / "clip.pt")

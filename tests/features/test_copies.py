@@ -41,7 +41,7 @@ def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_another_format_and_shard_size_keep_every_bit(whole: Store, tmp_path: Path, format: str) -> None:
+def test_converting_format_and_shard_size_keeps_every_bit(whole: Store, tmp_path: Path, format: str) -> None:
     copy = convert(whole.path, tmp_path / "copy", format=format, shard=3)
     assert (copy.format, copy.spec.shard) == (format, 3)
     assert copy.fingerprint == whole.fingerprint
@@ -55,7 +55,7 @@ def test_another_format_and_shard_size_keep_every_bit(whole: Store, tmp_path: Pa
     assert verify(copy.path).ok
 
 
-def test_progress_counts_clips_and_costs_the_same_for_each_shard(
+def test_convert_progress_counts_clips_without_relisting_them_per_shard(
     whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed: list[Store] = []
@@ -78,7 +78,7 @@ def test_progress_counts_clips_and_costs_the_same_for_each_shard(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3"])
-def test_another_dtype_is_in_the_fingerprint(whole: Store, tmp_path: Path, dtype: str) -> None:
+def test_converting_the_dtype_changes_the_fingerprint(whole: Store, tmp_path: Path, dtype: str) -> None:
     copy = convert(whole.path, tmp_path / "copy", dtype=dtype)
     assert copy.fingerprint.fields["stored_dtype"] == dtype
     assert copy.fingerprint.fields["converted_from"] == "float16"
@@ -108,7 +108,9 @@ def test_a_codec_changes_no_value_and_no_fingerprint(whole: Store, tmp_path: Pat
     assert (back.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def test_a_codec_of_the_other_format(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_codec_of_the_other_format_is_refused(
+    whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     unsupported = {"zarr": "gzip", "hdf5": "zstd"}[whole.format]
     with pytest.raises(StoreError, match=f"codec is '{unsupported}'; expected one of {whole.format}'s codecs: none, "):
         convert(whole.path, tmp_path / "copy", codec=unsupported)  # type: ignore[arg-type]
@@ -120,7 +122,7 @@ def test_a_codec_of_the_other_format(whole: Store, tmp_path: Path, capsys: pytes
         convert(whole.path, whole.path.with_name(f"store_{fitting}"))
 
 
-def test_options_that_do_not_fit_the_stores_are_wrong_usage(
+def test_options_that_conflict_with_the_stores_exit_with_code_2(
     whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = ["convert", str(whole.path), "--to", str(tmp_path / "copy")]
@@ -177,7 +179,7 @@ def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
         derive(whole.path, whole.path, keep=0.5)
 
 
-def test_a_copy_to_empty_text_does_not_fill_the_current_folder(
+def test_an_empty_destination_does_not_write_to_the_current_folder(
     whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -189,7 +191,7 @@ def test_a_copy_to_empty_text_does_not_fill_the_current_folder(
     assert not list(Path().iterdir())
 
 
-def test_values_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_values_out_of_the_dtype_range_name_their_clip(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(2, (2, 3), 8, "float32", shard=4)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS[:2])
     big = clip(1)
@@ -220,7 +222,7 @@ def test_derived_patches_are_the_most_salient(whole: Store, tmp_path: Path) -> N
     assert verify(small.path).ok
 
 
-def test_equal_saliency_keeps_the_lowest_places(tmp_path: Path) -> None:
+def test_saliency_ties_keep_the_lowest_patch_indices(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(1, (2, 3), 8, "int8", shard=4)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS[:1])
     row = {**clip(0, spec), "saliency": torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0]])}
@@ -237,7 +239,7 @@ def test_equal_saliency_keeps_the_lowest_places(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.5])
-def test_a_share_out_of_range(whole: Store, tmp_path: Path, keep: float) -> None:
+def test_a_keep_share_out_of_range_is_refused(whole: Store, tmp_path: Path, keep: float) -> None:
     with pytest.raises(StoreError, match=rf"--keep is {keep}; expected a share above 0 and at most 1"):
         derive(whole.path, tmp_path / "small", keep=keep)
 
@@ -248,7 +250,9 @@ def test_deriving_twice_is_refused(whole: Store, tmp_path: Path) -> None:
         derive(small.path, tmp_path / "smaller", keep=0.5)
 
 
-def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_and_derive_commands_write_copies(
+    whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["convert", str(whole.path), "--format", "hdf5", "--dtype", "int8"]) == 0
     out = capsys.readouterr().out
     assert "store_hdf5_int8: 9 clips" in out
@@ -269,7 +273,7 @@ def test_commands(whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([], "the following arguments are required: COMMAND; `egopatch features --help` describes it"),
     ],
 )
-def test_wrong_usage_is_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_print_one_line(args: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(args)
     (line,) = capsys.readouterr().err.splitlines()

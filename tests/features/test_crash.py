@@ -28,7 +28,7 @@ BAD = IDS[2]
 
 
 def job(root: Path, format: str, at_once: int = 1) -> None:
-    """What the child does, and what a restarted job does again: whatever is missing, so many shards at once."""
+    """What the child does and a restarted job repeats: write whatever is missing, `at_once` shards at a time."""
     for ids in (IDS[:6], IDS):
         store = create_store(root, SPEC, FINGERPRINT, ids, format)
         works = store.missing_shards()
@@ -55,7 +55,7 @@ def committed_files(root: Path) -> dict[str, bytes]:
 
 @cache
 def undisturbed(format: str) -> dict[str, bytes]:
-    """The files that a job leaves that nothing interrupts."""
+    """The files that an uninterrupted job leaves."""
     with tempfile.TemporaryDirectory() as folder:
         job(Path(folder) / "store", format)
         return committed_files(Path(folder) / "store")
@@ -102,19 +102,19 @@ def crash_at_every(points: Iterator[int], root: Path, format: str) -> int:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_some_file_operations(in_memory: Path, format: str) -> None:
+def test_a_job_killed_at_some_file_operations_resumes_without_loss(in_memory: Path, format: str) -> None:
     assert crash_at_every(iter(range(1, 1000, 29)), in_memory, format) >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_every_file_operation(in_memory: Path, format: str) -> None:
+def test_a_job_killed_at_every_file_operation_resumes_without_loss(in_memory: Path, format: str) -> None:
     assert crash_at_every(iter(range(1000)), in_memory, format) >= 120
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_killed_at_random_moments(in_memory: Path, format: str) -> None:
+def test_a_job_killed_at_random_moments_resumes_without_loss(in_memory: Path, format: str) -> None:
     operations = count_operations(lambda: job(in_memory / "whole", format))
     chance = random.Random(0)
     for n in range(30):
@@ -138,7 +138,7 @@ def test_killed_at_random_moments(in_memory: Path, format: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("after", [0, 3, 9, 20])
-def test_a_full_disk_is_one_clear_line_and_loses_nothing(
+def test_a_full_disk_gives_one_clear_error_and_loses_nothing(
     tmp_path: Path, format: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "store"
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("limit", [0, 100, 600, 900])
-def test_a_file_size_limit_is_a_full_disk(tmp_path: Path, format: str, limit: int) -> None:
+def test_a_file_size_limit_is_reported_as_a_full_disk(tmp_path: Path, format: str, limit: int) -> None:
     resource = pytest.importorskip("resource")
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS, format)

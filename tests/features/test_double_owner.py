@@ -78,7 +78,7 @@ def check(path: Path | str, indices: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("moment", "before"), [LOCKED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in (*FREE, *LOCKED[1:]))]
 )
-def test_two_live_writers_of_one_shard(store: Store, moment: str, before: bool) -> None:
+def test_two_live_writers_of_one_shard_lose_no_row(store: Store, moment: str, before: bool) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(store.path), "1", moment, str(before)],
         stdin=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_a_killed_committer_does_not_keep_the_lock(store: Store) -> None:
     assert not list((Path(store.path) / "commits").iterdir())
 
 
-def test_a_record_is_refused_after_one_about_the_same_shard(store: Store) -> None:
+def test_an_append_conflicts_with_an_unread_record_of_the_same_shard(store: Store) -> None:
     journal = ledger_journal(store.catalog.storage)
     read = journal.read().position
     journal.append({"kind": "announce", "shard": 1, "files": {}}, read)
@@ -133,7 +133,7 @@ def test_a_record_is_refused_after_one_about_the_same_shard(store: Store) -> Non
 
 
 def lose_row(store: Store) -> None:
-    """What two writers without a fence left: both commits in the ledger, one row in the files."""
+    """What two unfenced writers leave: both commits in the ledger, but only one row in the files."""
     store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "hash"})
     other = create_store(Path(store.path).with_name("other"), SPEC, FINGERPRINT, IDS, store.format)
     other.write_shard(0, {IDS[1]: clip(1)}, {IDS[1]: "hash"})
@@ -143,7 +143,7 @@ def lose_row(store: Store) -> None:
     raw_ledger_journal(store.catalog.storage).append(lines[-1].entry)
 
 
-def test_a_lost_row_is_found_and_mended_although_all_sums_match(store: Store) -> None:
+def test_a_lost_row_is_found_and_repaired_although_checksums_match(store: Store) -> None:
     lose_row(store)
     ledger = open_store(store.path).catalog.ledger
     assert set(ledger.clips) == {IDS[0], IDS[1]}

@@ -26,13 +26,13 @@ def floats(n: int, store: Store) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DISK_DTYPES)
-def test_torch_has_every_stored_dtype_in_the_same_bits(dtype: str) -> None:
+def test_torch_dtypes_match_the_stored_dtypes_in_size_and_name(dtype: str) -> None:
     assert torch_dtype(dtype).itemsize == np.dtype(DISK_DTYPES[dtype].numpy).itemsize
     assert str(torch_dtype(dtype)).startswith(f"torch.{dtype}")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3"])
-def test_every_bit_pattern_that_is_not_finite_is_found(dtype: str) -> None:
+def test_every_non_finite_bit_pattern_is_detected(dtype: str) -> None:
     kind = torch.float64 if dtype == "float64" else torch_dtype(dtype)
     bits = 8 * kind.itemsize
     near = [top + step for top in (0, 0x7C00, 0x7F80, 0x7FF0, 0x7FFF, 0xFC00, 0xFF80, 0xFFF0) for step in (-1, 0, 1)]
@@ -47,7 +47,9 @@ def test_every_bit_pattern_that_is_not_finite_is_found(dtype: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.01), ("float8_e4m3", 0.04)])
-def test_reads_back_within_the_step_of_the_dtype(tmp_path: Path, format: str, dtype: str, bound: float) -> None:
+def test_quantised_patches_read_back_within_the_dtype_rounding_error(
+    tmp_path: Path, format: str, dtype: str, bound: float
+) -> None:
     store = quantised_store(tmp_path / "store", dtype, format)
     rows = {name: floats(n, store) for n, name in enumerate(IDS[:4])}
     store.write_shard(0, rows, dict.fromkeys(rows, "x"))
@@ -64,7 +66,7 @@ def test_reads_back_within_the_step_of_the_dtype(tmp_path: Path, format: str, dt
     assert 0 < lost < bound
 
 
-def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_reconstruction_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = quantised_store(tmp_path / "store", "int8")
     assert main(["info", str(store.path)]) == 0
     assert "reconstruction_error" not in capsys.readouterr().out  # nor a heading without values
@@ -73,7 +75,7 @@ def test_the_error_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "reconstruction_error:\n  patches: 0.00" in capsys.readouterr().out
 
 
-def test_the_error_of_removed_clips_is_not_shown(tmp_path: Path) -> None:
+def test_the_reconstruction_error_ignores_removed_clips(tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", "int8")
     store.write_shard(0, {IDS[0]: floats(0, store)}, {IDS[0]: "x"})
     store.rewrite_shard(0, without=[IDS[0]])
@@ -81,7 +83,7 @@ def test_the_error_of_removed_clips_is_not_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
-def test_extreme_patches(dtype: str) -> None:
+def test_extreme_patches_survive_quantisation(dtype: str) -> None:
     spec = StoreSpec.for_patches(1, (1, 4), 2, dtype)
     patches = torch.tensor([[[0.0, 1e-45], [1e-30, -1e-30], [3e38, 1.0], [-7.0, 7.0]]])
     scale = scale_of(patches, spec)
@@ -107,7 +109,7 @@ def test_tokens_are_rounded_to_the_requested_dtype_once(
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_patches_are_known_to_be_finite_before_they_are_rounded(dtype: str, number: float, tmp_path: Path) -> None:
+def test_non_finite_patches_are_refused_before_quantisation(dtype: str, number: float, tmp_path: Path) -> None:
     """NaN has no step: it would become some number of the stored dtype, and its patch would get the scale 1."""
     store = quantised_store(tmp_path / "store", dtype)
     row = floats(0, store)
@@ -116,7 +118,7 @@ def test_patches_are_known_to_be_finite_before_they_are_rounded(dtype: str, numb
         store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
 
 
-def test_tokens_that_are_quantised_already_are_kept_bit_for_bit(tmp_path: Path) -> None:
+def test_already_quantised_tokens_are_kept_bit_for_bit(tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", "int8")
     row = clip(0, store.spec)
     row["patches"] = torch.randint(-128, 128, row["patches"].shape, dtype=torch.int8)
@@ -130,7 +132,7 @@ def test_tokens_that_are_quantised_already_are_kept_bit_for_bit(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
-def test_patches_in_the_stored_dtype_without_a_scale_are_tokens(dtype: str, tmp_path: Path) -> None:
+def test_stored_dtype_patches_without_a_scale_are_treated_as_plain_values(dtype: str, tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", dtype)
     row = floats(0, store)
     row["patches"] = torch.full_like(row["patches"], 96.0).to(torch_dtype(dtype))
@@ -138,7 +140,7 @@ def test_patches_in_the_stored_dtype_without_a_scale_are_tokens(dtype: str, tmp_
     assert torch.allclose(store.read([IDS[0]], torch.float32).patches, torch.tensor(96.0))
 
 
-def test_coarse_tokens_beside_quantised_ones(tmp_path: Path) -> None:
+def test_coarse_tokens_stay_float16_beside_quantised_patches(tmp_path: Path) -> None:
     store = quantised_store(tmp_path / "store", "int8", coarse=3)
     row = floats(0, store)
     store.write_shard(0, {IDS[0]: row}, {IDS[0]: "x"})
@@ -155,7 +157,7 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_reads_into_given_buffers(tmp_path: Path, format: str, threads: int) -> None:
+def test_read_fills_the_given_buffers(tmp_path: Path, format: str, threads: int) -> None:
     store = create_store(tmp_path / "store", WHOLE, FINGERPRINT, IDS, format)
     fill(store)
     buffers = store.buffers(6)

@@ -35,7 +35,7 @@ def _hold_until_signalled(root: Path, pipe: Connection) -> None:
 
 
 def _share_the_work(root: Path, format: str, pipe: Connection) -> None:
-    """What one of several workers does: take whole shards that nobody owns, compute what is left of them."""
+    """One of several workers: lease shards that nobody holds, and write the clips that they still miss."""
     store = open_store(root)
     pipe.send("ready")
     pipe.recv()
@@ -58,7 +58,7 @@ def store(tmp_path: Path) -> Store:
     return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
 
 
-def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
+def test_a_second_process_is_told_which_process_holds_the_shard(store: Store) -> None:
     ours, theirs = SPAWN.Pipe()
     child = SPAWN.Process(target=_hold_until_signalled, args=(store.path, theirs))
     child.start()
@@ -68,13 +68,13 @@ def test_a_second_process_is_told_who_owns_what(store: Store) -> None:
     store.write_shard(1, {IDS[4]: clip(4)}, {IDS[4]: "sha256:4"})  # another shard is free
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})  # the dead owner lost it, nobody cleared anything
+    store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})  # the dead owner's lease expired without any cleanup
     assert store.clip_ids == (IDS[0], IDS[4])
     ours.close()
     theirs.close()
 
 
-def test_a_process_number_used_again_is_not_the_owner() -> None:
+def test_a_reused_pid_is_not_the_owner() -> None:
     mine = Owner.this_process()
     assert mine.may_be_alive()
     assert not replace(mine, ticks=mine.ticks - 1).may_be_alive()
@@ -90,19 +90,19 @@ print(Owner.this_process().may_be_alive())
 """
 
 
-def test_a_process_whose_name_ends_within_a_character_may_own() -> None:
-    """The system keeps 15 bytes of the name of a script that is started by itself."""
+def test_a_process_name_truncated_mid_character_can_own_a_lease() -> None:
+    """The kernel keeps only 15 bytes of a process name, which may cut a UTF-8 character in two."""
     assert subprocess.run([sys.executable, "-c", NAMED], capture_output=True, text=True).stdout == "True\n"
 
 
-def test_another_boot_or_pid_namespace_is_out_of_sight() -> None:
+def test_owners_of_another_boot_or_pid_namespace_may_be_alive() -> None:
     mine = Owner.this_process()
     assert replace(mine, boot="another", ticks=mine.ticks - 1).may_be_alive()
     assert replace(mine, namespace=mine.namespace + 1, ticks=mine.ticks - 1).may_be_alive()
 
 
 @pytest.mark.parametrize("step_s", [-3600, -2, -1, 1, 2, 3600])
-def test_a_step_of_the_clock_changes_no_owner(store: Store, monkeypatch: pytest.MonkeyPatch, step_s: int) -> None:
+def test_a_clock_step_does_not_change_the_owner(store: Store, monkeypatch: pytest.MonkeyPatch, step_s: int) -> None:
     real_time, real_boot = time.time, psutil.boot_time
     mine = Owner.this_process()
     other = open_store(store.path)
@@ -116,12 +116,14 @@ def test_a_step_of_the_clock_changes_no_owner(store: Store, monkeypatch: pytest.
         assert mine.may_be_alive()
         with pytest.raises(ShardOwned, match=f"process {os.getpid()} "), other.lease(0):
             pass
-    with other.lease(0):  # and the lease is given back all the same
+    with other.lease(0):  # and the lease has been released all the same
         pass
     assert not lease_path(store.path, 0).exists()
 
 
-def test_a_crash_and_a_restart_of_the_machine(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reboot_frees_leases_on_local_disks_but_not_on_shared_ones(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = lease_path(store.path, 0)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(asdict(replace(Owner.this_process(), boot="the boot before"))))
@@ -136,7 +138,7 @@ def test_a_crash_and_a_restart_of_the_machine(store: Store, monkeypatch: pytest.
         repair(store.path)
 
 
-def test_unlock_removes_what_is_gone_and_refuses_what_runs(
+def test_unlock_removes_stale_leases_and_refuses_live_ones(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(file_lease, "_is_local", lambda path: False)
@@ -178,9 +180,7 @@ with hold(Path(sys.argv[1]), 0):
 """
 
 
-def test_a_lease_that_its_owner_releases_meanwhile_is_not_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unlock_skips_a_lease_its_owner_releases_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Owners release their leases without the lock under which others are taken."""
     names, parse = [], file_lease.parse_owner
 
@@ -201,7 +201,7 @@ def test_a_lease_that_its_owner_releases_meanwhile_is_not_removed(
         ]
 
 
-def test_two_pid_namespaces_under_one_host_name(store: Store) -> None:
+def test_a_lease_held_in_another_pid_namespace_is_respected(store: Store) -> None:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no PID namespaces")
@@ -226,7 +226,7 @@ def test_two_pid_namespaces_under_one_host_name(store: Store) -> None:
         pass
 
 
-def test_a_lease_that_a_crash_left_unfinished_is_free(store: Store) -> None:
+def test_a_half_written_lease_is_free(store: Store) -> None:
     with store.lease(2):
         pass
     lease_path(store.path, 2).write_text('{"host": "x"')
@@ -235,13 +235,13 @@ def test_a_lease_that_a_crash_left_unfinished_is_free(store: Store) -> None:
     assert not lease_path(store.path, 2).exists()
 
 
-def test_one_process_has_one_lease(store: Store) -> None:
+def test_one_process_cannot_lease_a_shard_twice(store: Store) -> None:
     other = open_store(store.path)
     with store.lease(0), pytest.raises(ShardOwned, match=f"process {os.getpid()} "), other.lease(0):
         pass
 
 
-def test_ctrl_c_gives_the_shard_back(store: Store) -> None:
+def test_ctrl_c_releases_the_lease(store: Store) -> None:
     with pytest.raises(KeyboardInterrupt), store.lease(0):
         raise KeyboardInterrupt
     with store.lease(0):

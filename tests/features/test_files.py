@@ -22,7 +22,7 @@ from tests.features.faults import fork
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 2**20 - 1, 2**20, 2**21 + 7])
-def test_sums_of_a_file(tmp_path: Path, size: int) -> None:
+def test_file_size_and_crc32_match_zlib(tmp_path: Path, size: int) -> None:
     content = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(content)
     assert size_and_crc_of_file(tmp_path / "file") == size_and_crc(content) == (size, zlib.crc32(content))
@@ -33,7 +33,7 @@ def test_sums_of_a_file(tmp_path: Path, size: int) -> None:
     assert file.sum == size_and_crc_of_file(tmp_path / "parts") == (size, zlib.crc32(content))
 
 
-def test_crc32c_of_the_check_string() -> None:
+def test_crc32c_matches_the_standard_check_value() -> None:
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
 
@@ -52,7 +52,7 @@ def test_replacing_keeps_the_old_file_if_writing_fails(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_an_error_of_writing_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+def test_write_errors_name_the_file_rather_than_the_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "file"
 
     def fail(kind: type[OSError], with_name: bool) -> None:
@@ -84,7 +84,7 @@ def test_an_error_of_syncing_names_the_file_and_not_the_lock(
         fill(create_store(place, SPEC, FINGERPRINT, IDS))
 
 
-def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
+def test_concurrent_replacements_of_a_file_do_not_collide(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     with replacing(path) as first:
         first.write_text("first")
@@ -96,7 +96,7 @@ def test_two_that_replace_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_file_locks_a_store_can_be_read_and_writing_says_why_not(
+def test_without_file_locks_reads_work_and_writes_explain_the_refusal(
     make_local: Callable[..., Store], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     store = make_local()
@@ -153,7 +153,7 @@ def test_files_follow_the_umask(make_local: Callable[..., Store]) -> None:
     assert {str(name): oct(mode) for name, mode in modes.items() if mode not in (0o664, 0o775)} == {}
 
 
-def test_a_lock_ends_with_its_block_although_a_child_was_forked_in_it(tmp_path: Path) -> None:
+def test_a_lock_is_released_even_if_a_forked_child_inherited_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with locked(path):
         child = fork(signal.pause)

@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
     return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, "hdf5")
 
 
-def test_layout_and_index(store: Store) -> None:
+def test_h5py_reads_the_shard_layout_and_the_index(store: Store) -> None:
     written = fill(store, skip=(IDS[5],))
     with h5py.File(store.path / SHARD) as file:
         assert file["patches"].chunks == (1, 2, 6, 8)
@@ -55,7 +55,7 @@ def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, .
     assert bytes_of(fast).tobytes() == np.ascontiguousarray(slow).tobytes()
 
 
-def test_a_shard_is_opened_by_the_slow_library_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_h5py_opens_each_shard_only_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     written = fill(store, skip=(IDS[6],))
     opened: list[Path] = []
 
@@ -77,7 +77,7 @@ def test_a_shard_is_opened_by_the_slow_library_once(store: Store, monkeypatch: p
     assert len(opened) == 1  # the file that has been replaced
 
 
-def test_a_file_that_another_program_has_locked_can_be_read(store: Store) -> None:
+def test_a_shard_locked_by_another_program_can_be_read(store: Store) -> None:
     fill(store)
     with (store.path / SHARD).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -117,7 +117,7 @@ def _a_bomb(path: Path) -> None:
         dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(2**24)) + b"four")
 
 
-def test_a_file_that_this_process_has_open_with_locks_can_be_read(store: Store) -> None:
+def test_a_shard_open_with_locks_in_this_process_can_be_read(store: Store) -> None:
     written = fill(store)
     with h5py.File(store.path / SHARD) as mine:
         tokens = open_store(store.path).read([IDS[4]])
@@ -125,7 +125,7 @@ def test_a_file_that_this_process_has_open_with_locks_can_be_read(store: Store) 
     assert torch.equal(tokens.patches[0], written[IDS[4]]["patches"].half())
 
 
-def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path) -> None:
+def test_a_row_that_decompresses_to_more_than_a_row_is_refused(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", replace(SPEC, codec="gzip"), FINGERPRINT, IDS, "hdf5")
     fill(store)
     with h5py.File(store.path / SHARD) as file:
@@ -175,14 +175,14 @@ def test_hostile_files_are_refused(store: Store, attack, message: str) -> None:
     assert len(open_store(store.path).read([IDS[0], IDS[9]]).cls) == 2
 
 
-def test_a_file_that_is_not_hdf5(store: Store) -> None:
+def test_a_file_that_is_not_hdf5_is_reported_as_damaged(store: Store) -> None:
     fill(store)
     (store.path / SHARD).write_bytes(b"not a store" * 100)
     with pytest.raises(DamagedStore, match=r"cannot be opened: .*file signature not found"):
         open_store(store.path).read([IDS[4]])
 
 
-def test_a_row_that_is_not_in_the_file(store: Store, tmp_path: Path) -> None:
+def test_a_row_missing_from_the_file_is_reported_as_damaged(store: Store, tmp_path: Path) -> None:
     fill(store)
     other = create_store(tmp_path / "other", SPEC, FINGERPRINT, IDS, "hdf5")
     other.write_shard(1, {IDS[5]: clip(5)}, {IDS[5]: "sha256:5"})
@@ -192,7 +192,7 @@ def test_a_row_that_is_not_in_the_file(store: Store, tmp_path: Path) -> None:
     assert len(open_store(store.path).read([IDS[5]]).cls) == 1
 
 
-def test_rows_begin_where_the_kernel_copies_fast(tmp_path: Path) -> None:
+def test_rows_are_aligned_to_64_bytes(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(2, (8, 8), 64, shard=4)
     fill(create_store(tmp_path / "store", spec, FINGERPRINT, IDS, "hdf5"), skip=(IDS[1],))
     with h5py.File(tmp_path / "store" / "shards" / "00000000.h5") as file:

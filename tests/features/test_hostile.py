@@ -1,4 +1,4 @@
-"""Files with right checksums and with contents that this program never writes."""
+"""Files whose checksums are valid but whose contents this program never writes."""
 
 import json
 import random
@@ -94,7 +94,7 @@ def _a_negative_side(header: dict) -> None:
         (_a_negative_side, r"does not describe a store .*expected positive sides"),
     ],
 )
-def test_headers(
+def test_malformed_headers_are_refused(
     store: Store, change: Callable[[dict], None], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header = read_header(LocalStorage(store.path))
@@ -145,7 +145,7 @@ LINES = [
 
 
 @pytest.mark.parametrize(("file", "record", "message"), LINES)
-def test_lines_that_do_not_belong(
+def test_malformed_journal_lines_are_named_and_repaired(
     store: Store, file: str, record: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     FileJournal(store.path / file, dict).append(record)
@@ -184,7 +184,7 @@ def _replaced(value: object, chance: random.Random, by: object) -> object:
 
 @settings(max_examples=60, deadline=None)
 @given(file=st.sampled_from(["ledger.jsonl", "ids.jsonl", "quarantine.jsonl", "store.json"]), part=JSON, data=st.data())
-def test_any_change_with_a_right_checksum_is_one_clear_line_or_harmless(
+def test_any_change_with_a_valid_checksum_is_harmless_or_a_clear_error(
     full: Store, file: str, part: object, data: st.DataObject
 ) -> None:
     path = full.path / file
@@ -223,7 +223,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def test_a_clip_outside_of_its_shard(store: Store) -> None:
+def test_a_clip_outside_its_shard_is_refused(store: Store) -> None:
     journal = raw_ledger_journal(LocalStorage(store.path))
     records = [line.entry for line in journal.read().lines]
     records[1]["rows"][-1], records[3]["rows"][0] = 4, 3
@@ -233,7 +233,7 @@ def test_a_clip_outside_of_its_shard(store: Store) -> None:
     assert not verify(store.path).ok
 
 
-def test_what_is_refused_once_is_refused_again(store: Store) -> None:
+def test_a_refused_ledger_line_is_refused_on_every_refresh(store: Store) -> None:
     journal = raw_ledger_journal(LocalStorage(store.path))
     commit = journal.read().lines[1].entry
     journal.append({**commit, "fingerprint": "another"})
@@ -261,7 +261,7 @@ def test_a_store_of_another_version_is_left_alone(
     assert {path: path.read_bytes() for path in store.path.rglob("*") if path.is_file()} == before
 
 
-def test_metadata_of_other_tools_that_claim_four_tebibytes(tmp_path: Path, format: str) -> None:
+def test_metadata_claiming_four_tebibytes_is_ignored_and_repaired(tmp_path: Path, format: str) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
     fill(store)
     if format == "zarr":
@@ -291,7 +291,7 @@ def test_metadata_of_other_tools_that_claim_four_tebibytes(tmp_path: Path, forma
         ((2**64 - 1,) * 2, "has no row 0 of its shard"),
     ],
 )
-def test_indices(store: Store, entry: tuple[int, int], message: str) -> None:
+def test_bad_shard_index_entries_are_refused(store: Store, entry: tuple[int, int], message: str) -> None:
     path = store.path / "patches" / "c.1.0.0.0"
     content = path.read_bytes()
     index = np.frombuffer(content[-68:-4], "<u8").reshape(4, 2).copy()
@@ -302,7 +302,7 @@ def test_indices(store: Store, entry: tuple[int, int], message: str) -> None:
     assert verify(store.path).bad_clips == (IDS[4],)
 
 
-def test_a_row_in_another_ones_place(store: Store) -> None:
+def test_swapped_rows_are_detected(store: Store) -> None:
     path = store.path / "patches" / "c.1.0.0.0"
     content = path.read_bytes()
     index = np.frombuffer(content[-68:-4], "<u8").reshape(4, 2)[[1, 0, 2, 3]]

@@ -1,4 +1,4 @@
-"""Features in files of other programs: out and in again without a bit lost."""
+"""Features in other programs' file formats: an export and an import lose no bit."""
 
 import json
 import tarfile
@@ -35,7 +35,7 @@ def write(folder: Path, shape: tuple[int, ...] = (2, 4, 8), names: tuple[str, ..
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_import_export_and_import_again_give_equal_bytes(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_import_export_import_round_trip_gives_equal_bytes(kind: str, dtype: str, tmp_path: Path) -> None:
     files = write(tmp_path / "files")
     first = import_features(files, tmp_path / "first", dtype)
     assert export(first.path, tmp_path / "exported", kind) == len(NAMES)
@@ -47,7 +47,7 @@ def test_import_export_and_import_again_give_equal_bytes(kind: str, dtype: str, 
     assert verify(second.path).ok
 
 
-def test_what_a_store_computes_of_imported_patches(tmp_path: Path) -> None:
+def test_import_derives_cls_and_saliency_from_the_patches(tmp_path: Path) -> None:
     files = write(tmp_path / "files")
     store = import_features(files, tmp_path / "store", "float32")
     tokens = store.read(NAMES)
@@ -73,7 +73,7 @@ def test_what_a_store_computes_of_imported_patches(tmp_path: Path) -> None:
         ((3, 3, 2, 8), None, (3, 6, 8), (3, 2)),
     ],
 )
-def test_shapes(
+def test_imported_feature_shapes_map_to_patches_and_a_grid(
     shape: tuple[int, ...], grid: tuple[int, int] | None, stored: object, expected: object, tmp_path: Path
 ) -> None:
     store = import_features(write(tmp_path / "files", shape), tmp_path / "store", grid=grid)
@@ -82,7 +82,7 @@ def test_shapes(
 
 
 @pytest.mark.parametrize("kind", ["pt", "hdf5", "webdataset", "lmdb"])
-def test_everything_that_a_store_holds(kind: str, tmp_path: Path) -> None:
+def test_export_and_import_keep_every_array(kind: str, tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
     fill(store)
     export(store.path, tmp_path / "files", kind)
@@ -92,7 +92,7 @@ def test_everything_that_a_store_holds(kind: str, tmp_path: Path) -> None:
         assert torch.equal(again.read(IDS).tensors()[name], tensor), name
 
 
-def test_quantised_and_pooled(tmp_path: Path) -> None:
+def test_exports_are_dequantised_and_optionally_pooled(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", StoreSpec.for_patches(2, (2, 3), 8, "int8", 4), FINGERPRINT, IDS)
     for work in store.missing_shards():
         rows = {name: clip(n) for n, name in enumerate(work.ids)}
@@ -106,7 +106,7 @@ def test_quantised_and_pooled(tmp_path: Path) -> None:
     assert pooled.keys() == {"patches", "cls", "timestamps"}
 
 
-def test_by_video(tmp_path: Path) -> None:
+def test_export_by_video_joins_the_clips_of_each_video(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:4])
     rows = {name: clip(n) | {"timestamps": torch.tensor([0.5, 1.5])} for n, name in enumerate(IDS[:4])}
     starts = {IDS[0]: ("a/x.mp4", 4.0), IDS[1]: ("b.mp4", 0.0), IDS[2]: ("a/x.mp4", 2.0), IDS[3]: ("a/x.mp4", 8.0)}
@@ -132,7 +132,7 @@ def test_by_video(tmp_path: Path) -> None:
         export(nameless.path, tmp_path / "none", "npy", by_video=True)
 
 
-def test_a_webdataset_has_one_sample_a_clip(tmp_path: Path) -> None:
+def test_a_webdataset_has_one_sample_per_clip(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
     fill(store)
     export(store.path, tmp_path / "tars", "webdataset")
@@ -145,7 +145,7 @@ def test_a_webdataset_has_one_sample_a_clip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", [".", "train.v1"])
-def test_a_webdataset_of_a_folder(folder: str, tmp_path: Path) -> None:
+def test_a_tar_of_a_folder_is_imported_as_a_webdataset(folder: str, tmp_path: Path) -> None:
     files = write(tmp_path / folder, names=("a", "b")) if folder != "." else write(tmp_path / "dots", names=("a", "b"))
     (files / ".hidden.npy").touch()
     (tmp_path / "tars").mkdir()
@@ -155,14 +155,16 @@ def test_a_webdataset_of_a_folder(folder: str, tmp_path: Path) -> None:
     assert store.clip_ids == (("a", "b") if folder == "." else ("train.v1/a", "train.v1/b"))
 
 
-def test_the_copy_of_the_current_folder_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converting_the_current_folder_writes_the_copy_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import_features(write(tmp_path / "files"), tmp_path / "store")
     monkeypatch.chdir(tmp_path / "store")
     assert main(["convert", ".", "--dtype", "float32"]) == 0
     assert open_store(tmp_path / "store_float32").clip_ids == NAMES
 
 
-def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
+def test_one_hdf5_file_with_a_dataset_per_clip_is_imported(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "all.h5", "w") as file:
         for number, name in enumerate(NAMES[1:]):  # a slash would make a group
             file[name] = np.full((2, 4, 8), number, np.float32)
@@ -170,7 +172,7 @@ def test_one_hdf5_file_with_a_dataset_a_clip(tmp_path: Path) -> None:
     assert store.read(NAMES[1:]).patches[:, 0, 0, 0].tolist() == list(range(len(NAMES) - 1))
 
 
-def test_8_bit_floats_and_parameters_are_taken(tmp_path: Path) -> None:
+def test_float8_tensors_and_parameters_are_imported(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     patches = torch.linspace(-2, 2, 64).view(2, 4, 8).to(torch.float8_e4m3fn)
     torch.save(patches, tmp_path / "files" / "a.pt")
@@ -180,7 +182,7 @@ def test_8_bit_floats_and_parameters_are_taken(tmp_path: Path) -> None:
     assert torch.equal(*read)
 
 
-def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_reads_each_clip_exactly_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, reads, ticks = feature_files._read_file, list[str](), list[tuple[int, int]]()
     monkeypatch.setattr(feature_files, "_read_file", lambda file: reads.append(file.name) or read(file))  # type: ignore[func-returns-value]
     import_features(write(tmp_path / "files"), tmp_path / "store", on_clips=lambda *done: ticks.append(done))
@@ -188,7 +190,7 @@ def test_each_clip_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ticks == [(number, 2 * len(NAMES)) for number in range(1, 2 * len(NAMES) + 1)]
 
 
-def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_and_export_commands_report_clips_and_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = write(tmp_path / "files")
     assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0
     assert "6 clips" in capsys.readouterr().out
@@ -198,6 +200,6 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["import", str(files), "--to", str(tmp_path / "store"), "--shard", "4"]) == 0  # again, all is done
 
 
-def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+def test_a_folder_name_may_end_like_a_feature_file(tmp_path: Path) -> None:
     store = import_features(write(tmp_path / "in", names=("day.pt/1", "b")), tmp_path / "store")
     assert store.clip_ids == ("b", "day.pt/1")

@@ -1,4 +1,4 @@
-"""Files of other programs that cannot be used, and places that cannot be written, are one line."""
+"""Unusable input files and unwritable destinations each give a one-line error."""
 
 import os
 import resource
@@ -21,14 +21,14 @@ from tests.features.conftest import FINGERPRINT, SPEC, fill
 from tests.features.test_import_export import NAMES, write
 
 
-def test_an_lmdb_with_keys_that_are_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_lmdb_with_non_utf8_keys_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = _empty_lmdb(tmp_path)
     with feature_files._lmdb().open(str(place)) as env, env.begin(write=True) as transaction:
         transaction.put(b"\xff", b"")
     assert "lmdb cannot be read ('utf-8' codec can't decode" in _refusal("import", place, tmp_path / "store", capsys)
 
 
-def test_a_clip_that_lmdb_refuses_is_named(tmp_path: Path) -> None:
+def test_a_clip_id_too_long_for_lmdb_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"lmdb cannot store clip '{'a' * 600}' .*; use another --to"):
         write_lmdb(tmp_path, [("a" * 600, {"patches": torch.ones(1, 1, 1)})])
 
@@ -91,7 +91,9 @@ def _torch(path: Path, tensor: torch.Tensor) -> None:
         (lambda path: _torch(path, torch.ones(2, 4, 8) * 1j), "patches has dtype complex64; expected real numbers"),
     ],
 )
-def test_a_file_that_cannot_be_used(spoil: Spoil, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_file_is_named_and_nothing_is_imported(
+    spoil: Spoil, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = write(tmp_path / "files")
     spoil(files / f"{NAMES[2]}.npy")
     with pytest.raises(StoreError, match=why):
@@ -118,14 +120,14 @@ def test_a_damaged_file_of_many_clips_is_named(
     assert said.endswith("); copy or export it again\n")
 
 
-def test_a_name_that_no_id_can_have_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_name_that_is_not_utf8_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = write(tmp_path / "files")
     (files / f"{NAMES[1]}.npy").rename(files / os.fsdecode(b"\xff.npy"))
     assert "is not valid Unicode; expected text that UTF-8" in _refusal("import", files, tmp_path / "store", capsys)
 
 
 @pytest.mark.parametrize("command", ["import", "compare"])
-def test_an_lmdb_that_was_cut_short_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_lmdb_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = _empty_lmdb(tmp_path)
     write_lmdb(place, [(name, {"patches": torch.ones(1, 4, 4096)}) for name in NAMES])
     content = (place / "data.mdb").read_bytes()
@@ -145,7 +147,7 @@ def test_an_lmdb_with_a_damaged_key_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 def _refusal(command: str, place: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The line with which `features import` or `features compare` refuses a place."""
+    """The one-line error with which `features import` or `features compare` refuses a path."""
     other = ["--to", str(store)] if command == "import" else [str(place)]
     assert main([command, str(place), *other]) == 1
     said = capsys.readouterr().err
@@ -188,7 +190,7 @@ def test_an_export_into_the_store_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["all.h5", "a.tar", "data.mdb"])
-def test_a_file_of_many_clips_that_is_a_pointer_of_lfs(name: str, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_refused_with_the_pull_command(name: str, tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()
     (files / name).write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -199,7 +201,7 @@ def test_a_file_of_many_clips_that_is_a_pointer_of_lfs(name: str, tmp_path: Path
         import_features(source, tmp_path / "store")
 
 
-def test_many_faults_are_counted(tmp_path: Path) -> None:
+def test_faults_beyond_the_first_ten_are_only_counted(tmp_path: Path) -> None:
     files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
     for number in range(14):
         (files / f"c{number:02d}.npy").write_bytes(b"")
@@ -227,7 +229,7 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
         (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
     ],
 )
-def test_wrong_usage_is_one_line(
+def test_import_and_export_usage_errors_print_one_line(
     args: list[str], code: int, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = write(tmp_path / "files")
@@ -238,7 +240,7 @@ def test_wrong_usage_is_one_line(
 
 
 @pytest.mark.parametrize("folder", ["a" * 5000, ""])
-def test_a_folder_of_videos_that_cannot_be_is_one_line(
+def test_an_invalid_sources_folder_prints_one_line(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -248,7 +250,7 @@ def test_a_folder_of_videos_that_cannot_be_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_an_interrupted_export_leaves_nothing_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_export_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = import_features(write(tmp_path / "files"), tmp_path / "store")
     read = Store.read_arrays
 
@@ -270,7 +272,7 @@ def test_an_interrupted_export_leaves_nothing_in_place(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_an_export_onto_a_full_disk_is_one_line(
+def test_an_export_onto_a_full_disk_prints_one_line(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = import_features(write(tmp_path / "files"), tmp_path / "store")
@@ -299,7 +301,7 @@ def test_an_export_onto_a_full_disk_is_one_line(
         (("a", "a.npy/b", "a.pt/b", "a.h5/b"), r"no file can be called 'a.*/b.*' \("),
     ],
 )
-def test_ids_that_no_files_can_have_are_refused(kind: str, ids: tuple[str, ...], why: str, tmp_path: Path) -> None:
+def test_ids_that_cannot_be_file_names_are_refused(kind: str, ids: tuple[str, ...], why: str, tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids)
     fill(store)
     with pytest.raises(StoreError, match=why):

@@ -30,14 +30,14 @@ def journal(tmp_path: Path) -> FileJournal:
     return journal
 
 
-def test_reads_what_was_appended(journal: FileJournal) -> None:
+def test_a_journal_reads_back_what_was_appended(journal: FileJournal) -> None:
     contents = journal.read()
     assert records(contents) == RECORDS
     assert contents.faults == ()
     assert journal.path.read_text().count("\n") == 3
 
 
-def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: FileJournal) -> None:
+def test_a_torn_last_line_is_ignored_and_removed_by_the_next_append(journal: FileJournal) -> None:
     with journal.path.open("ab") as file:
         file.write(b'{"crc32c":"00')
     contents = journal.read()
@@ -48,7 +48,7 @@ def test_a_torn_last_line_is_forgiven_and_cut_off_by_the_next(journal: FileJourn
     assert journal.read().faults == ()
 
 
-def test_a_line_ahead_of_the_head_counts(journal: FileJournal) -> None:
+def test_a_line_newer_than_the_head_file_counts(journal: FileJournal) -> None:
     head = journal.head_path.read_bytes()
     journal.append({"ids": ["new"]})
     journal.head_path.write_bytes(head)  # as if killed between the two
@@ -58,7 +58,7 @@ def test_a_line_ahead_of_the_head_counts(journal: FileJournal) -> None:
     assert journal.read().faults == ()
 
 
-def test_a_torn_end_that_was_counted_is_a_fault_but_opens(journal: FileJournal) -> None:
+def test_a_torn_line_counted_by_the_head_is_a_fault_but_opens(journal: FileJournal) -> None:
     journal.path.write_bytes(journal.path.read_bytes()[:-5])
     contents = journal.read()
     assert contents.faults == ("ledger.jsonl ends after 2 of 3 lines",)
@@ -84,7 +84,9 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
         (lambda c: b"", "ledger.jsonl ends after 0 of 3 lines"),
     ],
 )
-def test_damage_is_named_by_line(journal: FileJournal, damage: Callable[[bytes], bytes], message: str) -> None:
+def test_damage_is_reported_by_line_number(
+    journal: FileJournal, damage: Callable[[bytes], bytes], message: str
+) -> None:
     journal.path.write_bytes(damage(journal.path.read_bytes()))
     contents = journal.read()
     with pytest.raises(DamagedStore, match=message):
@@ -104,7 +106,7 @@ def test_any_flipped_bit_is_a_fault(journal: FileJournal) -> None:
     assert journal.read().faults
 
 
-def test_a_file_with_the_number_of_one_that_was_replaced_is_read_anew(journal: FileJournal) -> None:
+def test_a_replaced_journal_with_a_reused_inode_is_reread(journal: FileJournal) -> None:
     position = journal.read().position
     assert isinstance(position, FilePosition)
     journal.rewrite(lambda _: 2 * RECORDS)

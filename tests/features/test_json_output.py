@@ -44,13 +44,13 @@ def test_every_command_prints_the_documented_keys(tmp_path: Path, capsys: pytest
     assert not storage_at(tmp_path / "imported").exists("text")
 
 
-def test_the_command_line_knows_the_formats_without_importing_them() -> None:
+def test_cli_format_tables_match_the_registries() -> None:
     assert tuple(CODECS) == tuple(FORMATS)
     assert tuple(WRITERS) == EXPORTS
 
 
 @pytest.mark.parametrize("command", ["info", "unlock"])
-def test_what_reads_no_tokens_imports_no_torch(command: str, tmp_path: Path) -> None:
+def test_commands_that_read_no_tokens_do_not_import_torch(command: str, tmp_path: Path) -> None:
     """Torch, Zarr and h5py take two seconds to import; the rest of these commands takes a third of one."""
     fill(create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS))
     program = "from egopatch.features.__main__ import main; import sys; code = main(sys.argv[1:]); print(*sys.modules)"

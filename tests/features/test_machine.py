@@ -1,4 +1,4 @@
-"""Any order of writing, killing, damaging, repairing, growing, converting and reading, against a dict."""
+"""Random sequences of writes, kills, damage, repairs, growth, conversions and reads, checked against a dict."""
 
 import random
 import shutil
@@ -162,12 +162,12 @@ def run(format: str, examples: int, steps: int) -> None:
 
 @pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("format", FORMATS)
-def test_store_against_a_dict(format: str) -> None:
+def test_store_matches_a_dict_under_random_operations(format: str) -> None:
     run(format, examples=6, steps=12)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("format", FORMATS)
-def test_store_against_a_dict_for_long(format: str) -> None:
+def test_store_matches_a_dict_under_many_random_operations(format: str) -> None:
     run(format, examples=80, steps=25)

@@ -1,4 +1,4 @@
-"""Errors of object storage are one clear line, and credentials are neither shown nor stored."""
+"""Object storage errors print one clear line, and credentials are neither shown nor stored."""
 
 import http.server
 import json
@@ -57,7 +57,9 @@ def refusing(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_refused_credentials_are_reported_without_showing_them(
+    refusing: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     for command in (["info"], ["verify"], ["repair"]):
         assert features([*command, "s3://bucket/store"]) == 1
         line = only_line(capfd)
@@ -69,14 +71,14 @@ def test_refused_credentials(refusing: None, capfd: pytest.CaptureFixture[str]) 
     assert caught.value.__suppress_context__
 
 
-def test_another_region(refusing: None) -> None:
+def test_a_bucket_in_another_region_names_aws_region(refusing: None) -> None:
     with pytest.raises(
         StoreError, match=r"^s3://elsewhere/store: .* expects another region while .*; check AWS_REGION$"
     ):
         open_store("s3://elsewhere/store")
 
 
-def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_bucket_is_named(environment: str, capfd: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "verify", "repair"):
         assert features([command, "s3://nowhere-at-all/store"]) == 1
         assert "bucket 'nowhere-at-all' does not exist at 127.0.0.1; create it, or check store.path" in only_line(capfd)
@@ -84,13 +86,13 @@ def test_a_bucket_that_is_not_there(environment: str, capfd: pytest.CaptureFixtu
         create_store("s3://nowhere-at-all/store", SPEC, FINGERPRINT, IDS)
 
 
-def test_a_store_that_is_not_there(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_store_is_reported_and_nothing_is_written(bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert features(["info", f"{bucket}/nothing"]) == 1
     assert f"no store at {bucket}/nothing (store.json is missing)" in only_line(capfd)
     assert objects(bucket) == {}
 
 
-def test_an_endpoint_that_does_not_answer(
+def test_an_unreachable_endpoint_is_named_without_its_credentials(
     environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '%2F')}@127.0.0.1:9")
@@ -170,7 +172,7 @@ def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monk
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_no_credentials(
+def test_missing_credentials_name_the_unset_variable(
     environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.delenv(name)
@@ -178,7 +180,7 @@ def test_no_credentials(
     assert f"needs credentials, but {name} is not set; set it in the environment" in only_line(capfd)
 
 
-def test_a_package_that_is_not_installed(
+def test_a_missing_obstore_names_the_pip_command(
     environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
@@ -213,7 +215,7 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str, capfd: py
 @pytest.mark.parametrize(
     "url", ["s3://bucket", "s3:///store", "ftp://host/store", "s3://bucket/a//b", "s3://b/../a", "s3://[bucket/a"]
 )
-def test_urls_at_which_no_store_can_be(url: str) -> None:
+def test_invalid_store_urls_are_refused(url: str) -> None:
     with pytest.raises(
         BadLocation, match="cannot be the location of a store; expected a folder, or scheme://bucket/prefix"
     ):
@@ -228,7 +230,7 @@ def test_hdf5_needs_a_folder(bucket: str) -> None:
     assert objects(bucket) == {}
 
 
-def test_credentials_are_nowhere(
+def test_credentials_appear_in_no_output_log_or_file(
     bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Through every command, with logging wide open."""
@@ -249,7 +251,9 @@ def test_credentials_are_nowhere(
         assert credential.encode() not in held
 
 
-def test_commands(bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_info_and_verify_work_on_a_store_in_a_bucket(
+    bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(store)
     assert features(["info", f"{bucket}/store", "--json"]) == 0

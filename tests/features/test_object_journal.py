@@ -1,4 +1,4 @@
-"""Journals in object storage: the lines of a file, each appended only by a writer that has read all earlier ones."""
+"""Journals in object storage hold the lines of a file; only a writer that has read all of them can append."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from egopatch.features.values.location import ObjectUrl
 from tests.features.objects import objects
 
 
-def test_a_line_follows_only_what_its_writer_has_read(bucket: str) -> None:
+def test_an_append_after_an_unread_line_conflicts(bucket: str) -> None:
     at = Bucket(ObjectUrl(f"{bucket}/store"))
     journal: ObjectJournal[Any] = ObjectJournal(at, "", "ids.jsonl", lambda record: record)
     journal.create()
@@ -31,7 +31,7 @@ def test_a_line_follows_only_what_its_writer_has_read(bucket: str) -> None:
     assert journal.read(journal.read().position).lines == ()
 
 
-def test_the_lines_are_those_of_a_file(bucket: str, tmp_path: Path) -> None:
+def test_object_journal_bytes_equal_those_of_a_file_journal(bucket: str, tmp_path: Path) -> None:
     records = [{"kind": "drop", "shard": 3, "ids": ["ü"], "emptied": False}, {"shard": 3}]
     file: FileJournal[Any] = FileJournal(tmp_path / "ledger.jsonl", lambda record: record)
     journal: ObjectJournal[Any] = ObjectJournal(

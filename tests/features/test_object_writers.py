@@ -29,7 +29,7 @@ from tests.features.objects import objects
 from tests.features.test_objects import GONE, Killed
 
 
-def test_a_second_process_is_told_who_owns_what(bucket: str) -> None:
+def test_a_second_writer_is_told_which_process_holds_the_shard(bucket: str) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     other = open_store(store.path)
     with (
@@ -105,7 +105,7 @@ def others_write(
 def test_two_writers_of_one_shard_lose_nothing(
     bucket: str, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool
 ) -> None:
-    """The other comes in before anything is uploaded, between upload and commit, before leftovers are removed."""
+    """The other writer steps in before the upload, between upload and commit, or before leftovers are removed."""
     first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     second = open_store(first.path)
 
@@ -125,9 +125,7 @@ def test_two_writers_of_one_shard_lose_nothing(
     assert storage_at(store.path).write_ids(0) == {store.catalog.ledger.write_id(0)}
 
 
-def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_owner_judged_dead_cannot_commit_files_already_removed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second writer finds the upload of the first, which is about to be committed, and removes it as a leftover."""
     first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     second = open_store(first.path)
@@ -144,9 +142,7 @@ def test_an_owner_that_only_seemed_dead_cannot_commit_what_was_cleared_away(
     assert torch.equal(check.patches[1], clip(7)["patches"].half())
 
 
-def test_rows_of_another_stay_when_they_come_while_leftovers_are_cleared(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_committed_during_cleanup_of_leftovers_are_kept(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     second = open_store(first.path)
     with monkeypatch.context() as patch:
@@ -172,7 +168,7 @@ def kill_after(operation: Callable) -> Callable:
     return wrapped
 
 
-def test_a_writer_with_conflicts_again_and_again_fails_clearly(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_write_conflicts_end_in_a_clear_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     storage = storage_at(store.path)
     note = {"kind": "announce", "shard": 0, "files": {}}
@@ -182,7 +178,7 @@ def test_a_writer_with_conflicts_again_and_again_fails_clearly(bucket: str, monk
     assert open_store(store.path).clip_ids == ()
 
 
-def test_a_commit_whose_answer_was_lost_is_seen_as_made(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_with_a_lost_response_counts_as_committed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server wrote the record, its answer got lost, and the client's second try met what the first had done."""
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     real = Bucket.put_if_unchanged
@@ -200,7 +196,7 @@ def test_a_commit_whose_answer_was_lost_is_seen_as_made(bucket: str, monkeypatch
     assert verify(store.path).ok
 
 
-def test_a_lease_whose_answers_are_lost_is_held_and_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_with_lost_responses_is_held_and_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egopatch.features.io.object_lease.RENEW_S", 0.01)
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     real, renewed = Bucket.put_if_unchanged, threading.Semaphore(0)
@@ -216,7 +212,7 @@ def test_a_lease_whose_answers_are_lost_is_held_and_renewed(bucket: str, monkeyp
     assert not any("leases/0" in key for key in objects(bucket))
 
 
-def test_unlock_leaves_a_lease_that_was_taken_meanwhile(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlock_keeps_a_lease_taken_meanwhile(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     with monkeypatch.context() as patch:
         patch.setattr(Owner, "this_process", classmethod(lambda cls: GONE))
@@ -244,7 +240,7 @@ def test_unlock_leaves_a_lease_that_was_taken_meanwhile(bucket: str, monkeypatch
         lease.__exit__(None, None, None)
 
 
-def test_many_add_rows_at_once(bucket: str) -> None:
+def test_concurrent_growth_adds_every_row_once(bucket: str) -> None:
     url, lists = f"{bucket}/store", [tuple(f"clip {n}" for n in range(k, 12 + k)) for k in range(6)]
     threads = [threading.Thread(target=create_store, args=(url, SPEC, FINGERPRINT, ids)) for ids in lists]
     for thread in threads:
@@ -294,7 +290,7 @@ def test_two_processes_share_the_work_while_a_reader_reads(bucket: str) -> None:
     assert verify(url).ok
 
 
-def test_an_upload_that_another_writer_clears_away_is_made_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_removed_by_another_writer_is_repeated(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     second, real, uploads = open_store(first.path), Bucket.upload, []
 

@@ -39,7 +39,7 @@ REQUESTS = ("put", "get", "get_range", "head", "list", "list_with_delimiter", "d
 
 
 class Killed(BaseException):
-    """What stands for SIGKILL: it goes through every handler, and the storage hears nothing of the process after it."""
+    """Stands for SIGKILL: no handler catches it, and the process makes no further request."""
 
 
 def killed_at(patch: pytest.MonkeyPatch, point: int) -> None:
@@ -100,13 +100,13 @@ def crash_at_every(points: Iterator[int], bucket: str) -> int:
     raise AssertionError("the job never got through")
 
 
-def test_killed_at_some_requests(bucket: str) -> None:
+def test_a_job_killed_at_some_requests_resumes_without_loss(bucket: str) -> None:
     assert crash_at_every(iter(range(3, 1000, 19)), bucket) >= 5
 
 
 @pytest.mark.slow
-def test_killed_at_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In obstore's storage in memory, which answers as S3 does, conditional writes included, and at once."""
+def test_a_job_killed_at_every_request_resumes_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses obstore's in-memory store, which behaves like S3, conditional writes included, but without latency."""
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     stores: dict[str, MemoryStore] = defaultdict(MemoryStore)
     monkeypatch.setattr(obstore.store, "from_url", lambda url, **_: stores[url])
@@ -121,8 +121,8 @@ job(sys.argv[1], "zarr")
 """
 
 
-def test_write_sigkill_resume_verify_and_equal_to_a_local_store(bucket: str, tmp_path: Path) -> None:
-    """The real thing: another process, SIGKILL, and no waiting for the lease of a process of this machine."""
+def test_a_sigkilled_and_resumed_store_equals_a_local_one(bucket: str, tmp_path: Path) -> None:
+    """A real child process and a real SIGKILL; the lease of a dead process on this machine expires at once."""
     url = f"{bucket}/store"
     child = subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
@@ -149,8 +149,8 @@ def test_write_sigkill_resume_verify_and_equal_to_a_local_store(bucket: str, tmp
 # Reading
 
 
-def test_readers_continue_when_a_shard_is_written_again(bucket: str) -> None:
-    """The files that they know are gone by then; readers and `verify` find the later ones."""
+def test_readers_survive_a_rewritten_shard(bucket: str) -> None:
+    """The files that open readers know of are gone by then; the readers find the new ones."""
     writer = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     written = fill(writer, skip=(IDS[1],))
     reader, opened = open_store(writer.path), open_store(writer.path)
@@ -162,7 +162,7 @@ def test_readers_continue_when_a_shard_is_written_again(bucket: str) -> None:
         open_store(writer.path).read(["nobody"])
 
 
-def test_verify_while_a_shard_is_written_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_no_fault_while_a_shard_is_rewritten(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(writer, skip=(IDS[1],))
     real = ObjectStorage.shard_files
@@ -192,7 +192,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def test_requests_for_a_shard_and_for_a_clip(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_counts_per_shard_and_clip_stay_as_documented(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/scaling.md counts on these."""
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     arrays = len(SPEC.arrays)
@@ -211,8 +211,8 @@ def test_requests_for_a_shard_and_for_a_clip(bucket: str, monkeypatch: pytest.Mo
     assert counts == {"get": 1, "list": 1}  # nothing has changed
 
 
-def test_large_files_go_up_in_parts(bucket: str, tmp_path: Path) -> None:
-    """So that memory is that of a few parts, whatever a shard's size."""
+def test_large_files_are_uploaded_in_parts(bucket: str, tmp_path: Path) -> None:
+    """Memory use is bounded by a few parts, whatever the size of the shard."""
     content = os.urandom(20 << 20)
     (tmp_path / "file").write_bytes(content)
     at = Bucket(ObjectUrl(f"{bucket}/store"))
@@ -292,7 +292,7 @@ def test_damaged_journals_are_found_and_repaired(store: Store, ending: str, wher
     assert verify(store.path).ok
 
 
-def test_repair_removes_what_dead_writers_left(store: Store) -> None:
+def test_repair_removes_leftovers_of_dead_writers(store: Store) -> None:
     storage = storage_at(store.path)
     held = storage.write_ids_by_shard()
     with pytest.MonkeyPatch.context() as patch:
@@ -314,7 +314,7 @@ def test_repair_removes_what_dead_writers_left(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_there_and_back_every_file_is_the_same(bucket: str, tmp_path: Path) -> None:
+def test_a_copy_to_object_storage_and_back_keeps_every_file(bucket: str, tmp_path: Path) -> None:
     local = create_store(tmp_path / "here", SPEC, FINGERPRINT, IDS)
     local.write_shard(0, {}, {}, {BAD: Failure("broken", "Traceback")})
     fill(local, skip=(BAD,))
@@ -328,7 +328,7 @@ def test_there_and_back_every_file_is_the_same(bucket: str, tmp_path: Path) -> N
     assert open_store(f"{bucket}/there/text").clip_ids == ("a", "b")
 
 
-def test_a_small_folder_for_temporary_files_is_named_with_its_free_space(
+def test_a_full_temporary_folder_is_named_with_its_free_space(
     bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = maker(f"{bucket}/store", "zarr")()

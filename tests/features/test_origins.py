@@ -1,4 +1,4 @@
-"""What a store records of its rows: the stretch and the file of each, and the machines that computed them."""
+"""What a store records about its rows: the video file and time span of each, and the machines that computed them."""
 
 import errno
 import hashlib
@@ -25,7 +25,7 @@ from tests.features.conftest import FINGERPRINT, SPEC, clip
 from tests.features.test_refresh import FIRST, MOVED, OLD, ORIGINS, Make, check, filled, refresh, work_on
 
 
-def test_copies_and_repairs_keep_what_rows_were_made_of(make: Make, tmp_path: Path) -> None:
+def test_convert_derive_and_rewrites_keep_row_origins(make: Make, tmp_path: Path) -> None:
     store = filled(make)
     copy = convert(store.path, tmp_path / "copy", shard=3)
     assert copy.origins() == ORIGINS
@@ -35,7 +35,7 @@ def test_copies_and_repairs_keep_what_rows_were_made_of(make: Make, tmp_path: Pa
     assert open_store(store.path).origins() == {n: o for n, o in ORIGINS.items() if n != FIRST[2]}
 
 
-def test_a_repaired_ledger_keeps_them_too(make_local: Make) -> None:
+def test_a_repaired_ledger_keeps_row_origins(make_local: Make) -> None:
     store = filled(make_local)
     with (Path(store.path) / "ledger.jsonl").open("a") as file:
         file.write("damaged\n")
@@ -43,7 +43,7 @@ def test_a_repaired_ledger_keeps_them_too(make_local: Make) -> None:
     assert open_store(store.path).origins() == ORIGINS
 
 
-def test_a_second_convert_follows_a_refresh(make_local: Make, tmp_path: Path) -> None:
+def test_a_second_convert_copies_refreshed_rows(make_local: Make, tmp_path: Path) -> None:
     store = filled(make_local)
     convert(store.path, tmp_path / "copy", shard=3)
     refresh(store)
@@ -54,7 +54,7 @@ def test_a_second_convert_follows_a_refresh(make_local: Make, tmp_path: Path) ->
     assert open_store(tmp_path / "copy").origins()[FIRST[0]] == MOVED
 
 
-def test_a_store_of_the_version_before_opens_and_grows(make: Make) -> None:
+def test_a_store_of_the_previous_version_opens_and_grows(make: Make) -> None:
     store = make(FIRST)
     store.write_shard(0, {FIRST[1]: clip(1)}, {FIRST[1]: "hash"})
     lines = raw_ledger_journal(storage_at(store.path)).read().lines
@@ -63,7 +63,7 @@ def test_a_store_of_the_version_before_opens_and_grows(make: Make) -> None:
     assert open_store(store.path).origins() == {FIRST[0]: ORIGINS[FIRST[0]], FIRST[1]: None}
 
 
-def test_any_bounds_and_names_come_back_exactly(make_local: Make) -> None:
+def test_origins_with_any_bounds_and_names_round_trip_exactly(make_local: Make) -> None:
     store = make_local(FIRST)
     origins = {
         FIRST[0]: Origin('ü "\\|\ud800.mp4', 0, 0.1 + 0.2, 1e17),
@@ -86,9 +86,7 @@ def test_any_bounds_and_names_come_back_exactly(make_local: Make) -> None:
         '{"files":[["a.mp4",7]],"clips":[[0],[0,1.0,2.0,3.0],null,null]}',
     ],
 )
-def test_origins_that_no_ledger_has_are_refused(
-    make_local: Make, text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_origins_are_refused(make_local: Make, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = filled(make_local)
     journal = raw_ledger_journal(storage_at(store.path))
     *others, last = [line.entry for line in journal.read().lines]
@@ -132,7 +130,7 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     assert usage.value.code == 2
 
 
-def test_a_video_that_cannot_be_read_hides_no_other(
+def test_an_unreadable_video_does_not_hide_other_changes(
     make_local: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_local(FIRST)
@@ -161,7 +159,7 @@ def test_a_video_that_cannot_be_read_hides_no_other(
     assert open_store(store.path).clip_ids == FIRST
 
 
-def test_sources_are_hashed_on_the_cores_of_this_process(make_local: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_hashing_uses_only_the_cores_of_this_process(make_local: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
     class Pool(ThreadPoolExecutor):
@@ -179,7 +177,7 @@ def test_sources_are_hashed_on_the_cores_of_this_process(make_local: Make, monke
 ONE, TWO = "x86_64 CPU, AVX2, torch 1", "NVIDIA H100, torch 2"
 
 
-def test_a_store_says_which_machines_computed_it(
+def test_info_lists_the_machines_that_computed_the_clips(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = make(FIRST)
@@ -213,7 +211,7 @@ def test_a_store_says_which_machines_computed_it(
     "machines",
     [[], {}, {"names": [ONE], "clips": [0]}, {"names": [ONE], "clips": [0, 0, 0, 1]}, {"names": ONE, "clips": []}],
 )
-def test_machines_that_no_ledger_has_are_refused(make_local: Make, machines: object) -> None:
+def test_malformed_machine_records_are_refused(make_local: Make, machines: object) -> None:
     store = filled(make_local)
     journal = raw_ledger_journal(storage_at(store.path))
     *others, last = [line.entry for line in journal.read().lines]

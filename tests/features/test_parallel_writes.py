@@ -46,7 +46,7 @@ def test_a_shard_is_committed_while_another_is_being_written(
     assert verify(store.path).ok
 
 
-def test_what_another_thread_has_read_of_the_ledger_hides_no_conflict(
+def test_a_ledger_read_by_another_thread_does_not_hide_a_conflict(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process commits to a shard after this one has decided what to write to it; a thread then reads on."""
@@ -70,7 +70,7 @@ def test_what_another_thread_has_read_of_the_ledger_hides_no_conflict(
     assert torch.equal(open_store(store.path).read([IDS[0], IDS[1], IDS[4]]).patches, expected)
 
 
-def test_many_shards_by_four_threads(tmp_path: Path, format: str) -> None:
+def test_four_threads_write_many_shards_without_loss(tmp_path: Path, format: str) -> None:
     spec = StoreSpec.for_patches(frames=2, grid=(2, 3), width=8, dtype="float16", shard=2)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, [f"c{n}" for n in range(2 * SHARDS)], format)
     with ThreadPoolExecutor(4) as threads:

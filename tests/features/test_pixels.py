@@ -15,7 +15,7 @@ ANTIALIASED = Transform("resize, crop", 72, 0.9, (0.0,) * 3, (1.0,) * 3, "bicubi
 
 @pytest.mark.parametrize("transform", [EGOVLP_TRANSFORM, WHOLE, CENTRE, ANTIALIASED])
 @pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 90), (96, 96)])
-def test_a_patch_lies_where_its_pixels_came_from(transform: Transform, height: int, width: int) -> None:
+def test_patches_map_back_to_the_pixels_they_cover(transform: Transform, height: int, width: int) -> None:
     # A frame whose colours are the coordinates of its pixels: a patch's mean colour says where it lies.
     y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     frame = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
@@ -30,7 +30,7 @@ def test_a_patch_lies_where_its_pixels_came_from(transform: Transform, height: i
             assert abs(float(spread[1][place]) - place[1]) < 1.5
 
 
-def test_outside_the_crop_there_is_nothing() -> None:
+def test_pixels_outside_the_crop_are_nan() -> None:
     saliency = torch.rand(3, 16)
     spread = to_pixels(saliency, (4, 4), 20, 40, box=(0, 10, 20, 20))
     assert spread.shape == (3, 20, 40)
@@ -42,14 +42,14 @@ def test_outside_the_crop_there_is_nothing() -> None:
     assert torch.equal(spread[:, 0, 10], saliency[:, 0])
 
 
-def test_a_derived_store_shows_only_what_it_keeps() -> None:
+def test_only_kept_patches_of_a_derived_store_fill_pixels() -> None:
     spread = to_pixels(torch.tensor([[1.0, 2.0]]), (2, 2), 8, 8, positions=torch.tensor([[0, 3]], dtype=torch.int16))
     assert spread[0, 1, 1] == 1
     assert spread[0, 6, 6] == 2
     assert spread[0, 1, 6].isnan()
 
 
-def test_a_pixel_that_is_mostly_a_missing_patch_s_is_empty() -> None:
+def test_a_pixel_mostly_covered_by_a_missing_patch_is_nan() -> None:
     # Patch 0 has the weights 1, 3/4, 1/4 and 0 in the four columns.
     spread = to_pixels(torch.tensor([7.0]), (1, 2), 2, 4, positions=torch.tensor([0]))
     assert spread.isnan().tolist() == [[False, False, True, True]] * 2

@@ -28,7 +28,7 @@ def readers() -> list[str]:
 
 @pytest.mark.parametrize("depth", [1, 2, 9])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_batch_in_order(store: Store, depth: int, threads: int) -> None:
+def test_read_ahead_yields_every_batch_in_order(store: Store, depth: int, threads: int) -> None:
     seen = 0
     for batch, tokens in zip(BATCHES, read_ahead(store, BATCHES, depth, threads), strict=True):
         for name, tensor in store.read(batch).tensors().items():
@@ -38,18 +38,18 @@ def test_every_batch_in_order(store: Store, depth: int, threads: int) -> None:
     assert readers() == []
 
 
-def test_no_batches(store: Store) -> None:
+def test_an_empty_list_of_batches_yields_nothing(store: Store) -> None:
     assert list(read_ahead(store, [])) == []
 
 
-def test_memory_is_that_of_a_few_batches(store: Store) -> None:
+def test_read_ahead_reuses_the_buffers_of_a_few_batches(store: Store) -> None:
     addresses = {
         tokens.patches.data_ptr() for tokens in read_ahead(store, [IDS[n % 7 : n % 7 + 3] for n in range(60)], 2)
     }
     assert len(addresses) <= 3
 
 
-def test_reading_stays_a_bounded_way_ahead(store: Store) -> None:
+def test_read_ahead_stays_within_its_depth(store: Store) -> None:
     requested = 0
 
     def batches() -> Iterator[tuple[str, ...]]:
@@ -62,7 +62,7 @@ def test_reading_stays_a_bounded_way_ahead(store: Store) -> None:
         assert requested <= taken + 3
 
 
-def test_it_reads_while_the_consumer_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_reads_while_the_consumer_works(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     started = [threading.Event() for _ in BATCHES]
     calls = iter(started)
     read = Store.read
@@ -91,7 +91,7 @@ def damage(store: Store, clip: str) -> None:
     ("spoil", "error"),
     [(lambda store: "nobody", AbsentClip), (lambda store: damage(store, IDS[9]) or IDS[9], DamagedStore)],
 )
-def test_an_error_comes_in_the_place_of_its_batch(
+def test_an_error_is_raised_in_place_of_its_batch(
     store: Store, spoil: Callable[[Store], str], error: type[Exception]
 ) -> None:
     bad = spoil(store)
@@ -103,7 +103,7 @@ def test_an_error_comes_in_the_place_of_its_batch(
     assert readers() == []
 
 
-def test_an_error_of_the_lists_comes_after_the_batches_before_it(store: Store) -> None:
+def test_an_error_of_the_batch_iterator_follows_the_earlier_batches(store: Store) -> None:
     def batches() -> Iterator[tuple[str, ...]]:
         yield IDS[:2]
         yield IDS[2:4]
@@ -115,7 +115,7 @@ def test_an_error_of_the_lists_comes_after_the_batches_before_it(store: Store) -
         next(stream)
 
 
-def test_leaving_early_ends_the_reading(store: Store) -> None:
+def test_leaving_the_loop_early_stops_the_reader_threads(store: Store) -> None:
     for _ in read_ahead(store, [IDS] * 1000, depth=4):
         break
     stream = read_ahead(store, [IDS] * 1000, depth=4)
@@ -127,13 +127,13 @@ def test_leaving_early_ends_the_reading(store: Store) -> None:
     assert readers() == []
 
 
-def test_a_depth_that_is_none(store: Store) -> None:
+def test_a_depth_of_zero_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="depth is 0; expected at least 1 batch"):
         read_ahead(store, BATCHES, depth=0)
 
 
 class FakeEvent:
-    """Stands for an event of CUDA: notes the stream that it is recorded on, and who waits for it."""
+    """Stands for a CUDA event: records its stream and counts the waits."""
 
     made: "list[FakeEvent]"
 
@@ -149,10 +149,8 @@ class FakeEvent:
         self.waits += 1
 
 
-def test_memory_waits_for_the_copies_to_the_device_that_was_named(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that never calls `set_device` may use the second GPU, whose copies no event of the first waits for."""
+def test_buffers_wait_for_copies_to_the_named_device(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may use the second GPU without `set_device`; events of the first do not wait for its copies."""
     events: list[FakeEvent] = []
     buffers, pinned = Store.buffers, []
     monkeypatch.setattr(FakeEvent, "made", events, raising=False)
@@ -175,10 +173,10 @@ def test_memory_waits_for_the_copies_to_the_device_that_was_named(
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"])
-def test_the_thread_that_reads_uses_the_gpu_of_its_consumer(
+def test_the_reader_thread_uses_the_gpu_of_its_consumer(
     store: Store, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """It begins on the first GPU, where waiting for an event of the second would take memory for nothing."""
+    """Threads start on the first GPU, where waiting for an event of the second would allocate memory needlessly."""
     events: list[FakeEvent] = []
     current = threading.local()
     current.gpu = 1  # the consumer's, which called `set_device`
@@ -201,7 +199,7 @@ def test_the_thread_that_reads_uses_the_gpu_of_its_consumer(
 @pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("FAIL_WITHOUT_CUDA") != "1", reason="needs a CUDA device"
 )
-def test_pinned_memory_is_not_filled_before_the_gpu_has_it(store: Store) -> None:
+def test_pinned_buffers_are_not_refilled_before_the_gpu_copy_ends(store: Store) -> None:
     lists = [IDS[n % 7 : n % 7 + 3] for n in range(200)]
     copies = []
     for tokens in read_ahead(store, lists, device="cuda"):
@@ -214,7 +212,7 @@ def test_pinned_memory_is_not_filled_before_the_gpu_has_it(store: Store) -> None
 
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_copies_to_the_second_gpu_are_awaited_too(store: Store) -> None:
+def test_buffers_wait_for_copies_to_a_second_gpu(store: Store) -> None:
     lists = [IDS[n % 7 : n % 7 + 3] for n in range(200)]
     copies = []
     assert torch.cuda.current_device() == 0

@@ -1,4 +1,4 @@
-"""Threads that read one store wait for each other only where they need the same file; an error is what it is."""
+"""Threads reading one store wait for each other only when they need the same file; errors keep their type."""
 
 import resource
 import threading
@@ -64,7 +64,7 @@ def test_a_shard_that_cannot_be_opened_is_tried_again(
     assert len(store.read([IDS[0]]).cls) == 1
 
 
-def test_rows_are_read_while_another_thread_looks_for_a_later_commit(
+def test_reads_continue_while_another_thread_refreshes_the_catalog(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = maker(f"{bucket}/store", "zarr")
@@ -92,7 +92,7 @@ def test_rows_are_read_while_another_thread_looks_for_a_later_commit(
             assert np.array_equal(reading.result(WAIT_S).patches[0], clip(place)["patches"].half())
 
 
-def test_a_row_that_another_process_has_replaced_is_read_as_it_is_now(make: Callable[..., Store]) -> None:
+def test_a_row_replaced_by_another_process_reads_as_its_new_value(make: Callable[..., Store]) -> None:
     fill(make())
     store, later = open_store(make().path), open_store(make().path)
     replaces = later.catalog.ledger.versions([IDS[0]])
@@ -101,7 +101,7 @@ def test_a_row_that_another_process_has_replaced_is_read_as_it_is_now(make: Call
     assert np.array_equal(store.read([IDS[1]]).patches[0], clip(1)["patches"].half())
 
 
-def test_an_interrupt_behind_the_opening_of_a_file_stays_one(make: Callable[..., Store]) -> None:
+def test_ctrl_c_while_opening_a_shard_stays_a_keyboard_interrupt(make: Callable[..., Store]) -> None:
     class Interrupted(dict):
         def __setitem__(self, *_: object) -> None:
             raise KeyboardInterrupt
@@ -115,7 +115,9 @@ def test_an_interrupt_behind_the_opening_of_a_file_stays_one(make: Callable[...,
     assert np.array_equal(store.read([IDS[0]]).patches[0], clip(0)["patches"].half())
 
 
-def test_compressed_rows_out_of_reach_are_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_compressed_rows_are_not_reported_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = create_store(tmp_path / "store", replace(SPEC, codec="zstd"), FINGERPRINT, IDS)
     fill(store)
     store.read(IDS)
@@ -128,7 +130,7 @@ def test_compressed_rows_out_of_reach_are_not_damaged(tmp_path: Path, monkeypatc
         store.read(IDS)
 
 
-def test_a_shard_is_opened_anew_when_a_repair_has_renumbered_the_ledger(make_local: Callable[..., Store]) -> None:
+def test_a_shard_is_reopened_after_a_repair_renumbers_the_ledger(make_local: Callable[..., Store]) -> None:
     store = make_local(IDS[:4])
     fill(store)
     store.read(IDS[:4])

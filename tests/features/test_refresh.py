@@ -1,4 +1,4 @@
-"""Rows that are replaced by new ones: readers, kills and second writers meet the old row, the new one or none."""
+"""Replaced rows: readers, killed writers and second writers see the old row, the new one or none."""
 
 import itertools
 import os
@@ -65,7 +65,7 @@ def check(path: Path | str, seeds: dict[str, int]) -> None:
 OLD = {name: n for n, name in enumerate(FIRST)}
 
 
-def test_a_row_is_replaced_with_what_it_was_made_of(make: Make) -> None:
+def test_a_row_is_replaced_together_with_its_origin(make: Make) -> None:
     store = filled(make)
     refresh(store)
     check(store.path, OLD | {FIRST[0]: 90})
@@ -84,7 +84,7 @@ def test_every_row_of_a_shard_is_replaced(make: Make) -> None:
     assert set(open_store(store.path).origins().values()) == {None}
 
 
-def test_a_clip_that_cannot_be_encoded_again_loses_its_old_row(make: Make) -> None:
+def test_a_clip_that_fails_to_re_encode_loses_its_old_row(make: Make) -> None:
     store = filled(make)
     work = work_on(store, *FIRST[:2])
     rows, failures = {FIRST[1]: clip(91)}, {FIRST[0]: Failure("truncated")}
@@ -100,7 +100,7 @@ def test_a_committed_clip_is_not_replaced_by_mistake(make: Make) -> None:
     check(store.path, OLD)
 
 
-def test_of_two_refreshing_jobs_the_second_keeps_the_first_ones_row(make: Make) -> None:
+def test_the_second_of_two_refreshing_jobs_keeps_the_first_jobs_row(make: Make) -> None:
     store = filled(make)
     other = open_store(store.path)
     mine, theirs = work_on(store, FIRST[0]), work_on(other, FIRST[0])
@@ -134,7 +134,7 @@ def test_a_row_that_is_replaced_while_it_is_read_is_never_a_mixture(
         assert torch.equal(torch.from_numpy(row), expected[array.name][0]), array.name
 
 
-def test_a_reader_whose_clip_is_gone_is_told_so(make: Make) -> None:
+def test_a_reader_of_a_removed_clip_gets_a_clear_error(make: Make) -> None:
     store = filled(make)
     reader = open_store(store.path)
     work = work_on(store, FIRST[0])
@@ -187,7 +187,7 @@ def test_a_kill_at_any_moment_loses_no_other_row(tmp_path: Path, format: str) ->
 def test_a_reader_at_any_step_of_a_commit_finds_the_clip(
     make: Make, monkeypatch: pytest.MonkeyPatch, opened: str
 ) -> None:
-    """A reader looks at each step of a commit. In a folder, one that comes while files change waits for the commit."""
+    """A reader reads at each step of a commit. In a folder, a reader that arrives while files change waits for it."""
     store = filled(make)
     storage = type(store.catalog.storage)
     before, seen, readers = open_store(store.path), dict[str, str](), list[threading.Thread]()
@@ -237,9 +237,7 @@ def test_a_reader_does_not_wait_for_a_killed_writer(tmp_path: Path, monkeypatch:
     check(store.path, OLD | {FIRST[0]: 90})
 
 
-def test_a_reader_waits_for_writers_that_replace_a_row_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_waits_for_consecutive_replacements_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(lambda ids: create_store(tmp_path / "store", SPEC, FINGERPRINT, ids))
     refresh(store)
     ledger = raw_ledger_journal(store.catalog.storage)
@@ -255,7 +253,7 @@ def test_a_reader_waits_for_writers_that_replace_a_row_one_after_the_other(
     assert torch.equal(open_store(store.path).read(FIRST[:1]).patches[0], patches(90))
 
 
-def test_a_clip_that_cannot_be_encoded_again_is_always_committed_or_in_quarantine(
+def test_a_clip_failing_to_re_encode_is_always_committed_or_quarantined(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = filled(make)

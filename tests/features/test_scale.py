@@ -29,7 +29,7 @@ def committed(root: Path) -> int:
     return len(ids)
 
 
-def test_an_open_store_takes_few_bytes_a_clip(tmp_path: Path) -> None:
+def test_an_open_store_takes_few_bytes_per_clip(tmp_path: Path) -> None:
     clips = committed(tmp_path / "store")
     tracemalloc.start()
     try:
@@ -61,7 +61,7 @@ def test_a_clip_is_found_in_its_commit_without_comparing_it_with_others() -> Non
     assert Counted.compared <= 2 * 100
 
 
-def test_progress_counts_what_the_ledger_holds(tmp_path: Path) -> None:
+def test_count_clips_matches_the_ledger(tmp_path: Path) -> None:
     clips = committed(tmp_path / "store")
     nbytes = 4 * clips * spec_row_bytes(SPEC)
     counts = count_clips(tmp_path / "store", read_ledger(tmp_path / "store"))

@@ -9,7 +9,7 @@ import pytest
 from egopatch.features.common.signals import signal_handlers, signals_held
 
 
-def test_a_signal_is_handled_after_the_block_and_once() -> None:
+def test_a_held_signal_is_handled_once_after_the_block() -> None:
     events: list[object] = []
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -30,13 +30,13 @@ def interrupted_and_failed() -> None:
         raise ValueError
 
 
-def test_an_interrupt_is_raised_after_the_block_even_if_that_raises() -> None:
+def test_a_held_interrupt_is_raised_even_if_the_block_raises() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         interrupted_and_failed()
     assert isinstance(caught.value.__context__, ValueError)
 
 
-def test_another_thread_holds_nothing() -> None:
+def test_signals_are_not_held_outside_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGINT)
     seen = []
 

@@ -26,7 +26,7 @@ from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 Make = Callable[..., Store]
 
 
-def test_reads_what_was_written_in_any_order(make: Make) -> None:
+def test_a_store_reads_written_clips_in_any_order(make: Make) -> None:
     store = make()
     written = fill(store)
     requested = [IDS[7], IDS[0], IDS[7], IDS[9]]
@@ -47,7 +47,7 @@ def test_read_converts_the_tokens_only(make: Make) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_stored_bit_exactly(make: Make, dtype: str) -> None:
+def test_patches_are_stored_bit_exactly(make: Make, dtype: str) -> None:
     store = make(spec=StoreSpec.for_patches(2, (2, 3), 8, dtype, shard=4))
     written = fill(store)
     patches = store.read(IDS).patches
@@ -93,7 +93,7 @@ def test_a_negative_number_of_buffers_is_refused(make: Make) -> None:
         make().buffers(-1)
 
 
-def test_work_goes_down_as_shards_are_written(make: Make) -> None:
+def test_missing_shards_shrink_as_shards_are_written(make: Make) -> None:
     store = make()
     assert [(work.shard, work.ids) for work in store.missing_shards()] == [
         (0, IDS[:4]),
@@ -153,7 +153,7 @@ def test_growth_appends_rows(make: Make) -> None:
     assert torch.equal(grown.read([IDS[8]]).patches[0], written[IDS[8]]["patches"].half())
 
 
-def test_another_fingerprint_is_refused_by_field(make: Make) -> None:
+def test_a_different_fingerprint_is_refused_naming_the_fields(make: Make) -> None:
     store = make()
     other = Fingerprint({**FINGERPRINT.fields, "depth": 12})
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_another_fingerprint_is_refused_by_field(make: Make) -> None:
         make(spec=replace(SPEC, shard=8))
 
 
-def test_nan_and_overflow_are_refused_by_name(make: Make) -> None:
+def test_nan_and_overflow_are_refused_naming_the_clip(make: Make) -> None:
     store = make()
     bad = clip(0)
     bad["saliency"][0, 0] = float("nan")
@@ -180,7 +180,7 @@ def test_nan_and_overflow_are_refused_by_name(make: Make) -> None:
     assert open_store(store.path).clip_ids == ()
 
 
-def test_rows_that_are_known_to_be_finite_are_not_looked_at_unless_they_are_converted(make: Make) -> None:
+def test_rows_known_to_be_finite_are_checked_only_if_converted(make: Make) -> None:
     store, known = make(), {IDS[0]}
     big = clip(0)
     big["patches"][0, 0, 0] = 1e6
@@ -212,7 +212,7 @@ def test_wrong_rows_are_refused(make: Make) -> None:
         store.write_shard(0, {IDS[0]: clip(0)}, sources)
 
 
-def test_text_states(make: Make) -> None:
+def test_text_states_and_masks_read_back(make: Make) -> None:
     spec = StoreSpec.for_text(length=5, width=8, shard=4)
     texts = ("what is on the table?", "../../is this a path?", "a\n?")
     store = make(ids=texts, spec=spec)
@@ -265,7 +265,7 @@ def test_ids_never_become_paths(make_local: Make) -> None:
     assert len(store.read(store.planned_ids).cls) == 3
 
 
-def test_a_store_that_is_not_there(tmp_path) -> None:
+def test_a_missing_store_and_an_unknown_format_are_refused(tmp_path) -> None:
     with pytest.raises(StoreError, match=r"no store at .*nowhere \(store.json is missing\)"):
         open_store(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="format 'tar' is unknown"):
@@ -281,7 +281,7 @@ def test_a_store_whose_folder_is_moved_is_not_damaged(make_local: Make) -> None:
             use()
 
 
-def test_a_store_goes_to_other_processes(make: Make) -> None:
+def test_a_store_can_be_pickled(make: Make) -> None:
     store = make()
     fill(store)
     copy = pickle.loads(pickle.dumps(store))
@@ -304,7 +304,7 @@ def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
     assert len(reopened.read([IDS[4], IDS[6]]).cls) == 2
 
 
-def test_nothing_is_left_behind(make_local: Make) -> None:
+def test_writing_leaves_no_temporary_files_or_leases(make_local: Make) -> None:
     store = make_local()
     fill(store)
     assert list((store.path / "staging").iterdir()) == []
@@ -312,7 +312,7 @@ def test_nothing_is_left_behind(make_local: Make) -> None:
     assert not list(store.path.rglob("*.tmp"))
 
 
-def test_a_lost_header_is_written_again_for_the_same_settings_alone(tmp_path: Path, format: str) -> None:
+def test_a_lost_header_is_restored_only_for_the_same_settings(tmp_path: Path, format: str) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
     fill(store)
     header = tmp_path / "store" / "store.json"

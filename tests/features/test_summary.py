@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def test_a_store_says_what_it_is(store: Store) -> None:
+def test_repr_describes_the_store(store: Store) -> None:
     lines = dict(line.split(maxsplit=1) for line in repr(store).replace("made by", "made_by").splitlines())
     assert lines["clips"] == "1 of 2 stored"
     assert lines["patches"] == "float16 [2, 4, 4]"
@@ -49,7 +49,7 @@ def test_a_picture_is_bright_where_the_saliency_is_high(store: Store) -> None:
         store.show("one", frames[:1])
 
 
-def test_patches_that_a_derived_store_does_not_keep_are_dark(store: Store, tmp_path: Path) -> None:
+def test_patches_dropped_by_a_derived_store_are_dark(store: Store, tmp_path: Path) -> None:
     pixels = np.asarray(derive(store.path, tmp_path / "kept", 0.5).show("one", np.ones((2, 3, 64, 64), np.float32)))
     assert pixels[63, 63, 0] == 255
     assert (pixels[:64, :64, 0] == 0).any()

@@ -1,4 +1,4 @@
-"""Clips and texts from two networks are refused, by field."""
+"""Clips and texts from two networks are refused, naming the fields that differ."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,9 @@ def clips_and_texts(root: Path, text_fields: dict) -> tuple[Store, Store]:
         {"arch": "egovlpv2", "text_checkpoint": "sha256:2"},  # texts with weights of their own
     ],
 )
-def test_one_network(tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_and_texts_of_one_network_are_accepted(
+    tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
     clips, texts = clips_and_texts(tmp_path / "store", fields)
     assert network_differences(clips.fingerprint, texts.fingerprint) == []
     require_same_network(clips, texts)  # raises nothing
@@ -44,7 +46,7 @@ def test_one_network(tmp_path: Path, fields: dict, capsys: pytest.CaptureFixture
     assert shown["text"]["fingerprint"] == fields
 
 
-def test_two_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_and_texts_of_two_networks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips, texts = clips_and_texts(tmp_path / "store", {**MADE_BY, "checkpoint": "sha256:2"})
     assert network_differences(clips.fingerprint, texts.fingerprint) == [
         "checkpoint: clips have 'sha256:1', texts have 'sha256:2'"

@@ -1,4 +1,4 @@
-"""Items and batches are what `Store.read` gives, in any kind of worker, and memory in use is never filled again."""
+"""Items and batches equal `Store.read` in any kind of worker, and memory in use is never overwritten."""
 
 import gc
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def check(store: Store, batch: dict[str, Any], dtype: torch.dtype | None = None)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_items_and_batches_without_workers(store: Store, dtype: torch.dtype | None) -> None:
+def test_items_and_batches_equal_store_reads_without_workers(store: Store, dtype: torch.dtype | None) -> None:
     clips = torch_dataset(store, dtype=dtype)
     assert len(clips) == len(IDS)
     assert clips[3]["clip_id"] == IDS[3]
@@ -50,7 +50,7 @@ def test_items_and_batches_without_workers(store: Store, dtype: torch.dtype | No
     assert (first["clip_id"], second["clip_id"]) == (IDS[7], IDS[2])
 
 
-def test_a_part_of_the_clips_in_an_order(store: Store) -> None:
+def test_a_dataset_takes_a_subset_of_clips_in_the_given_order(store: Store) -> None:
     clips = torch_dataset(store, IDS[5:2:-1])
     assert clips.clip_ids == IDS[5:2:-1]
     with pytest.raises(AbsentClip, match="nothing"):
@@ -61,7 +61,7 @@ def test_a_part_of_the_clips_in_an_order(store: Store) -> None:
         torch_dataset(store, "abc")
 
 
-def test_a_quantised_store(tmp_path: Path) -> None:
+def test_a_quantised_store_is_batched_raw_or_dequantised(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(2, (2, 3), 8, "int8", 4)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
     for work in store.missing_shards():
@@ -77,7 +77,7 @@ def test_a_quantised_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_forked_workers_and_memory_that_is_used_again(store: Store, dtype: torch.dtype | None) -> None:
+def test_forked_workers_never_overwrite_memory_in_use(store: Store, dtype: torch.dtype | None) -> None:
     clips = torch_dataset(store, dtype=dtype)
     store.read(IDS)  # the parent has open files and locks
     loader = DataLoader(
@@ -91,7 +91,7 @@ def test_forked_workers_and_memory_that_is_used_again(store: Store, dtype: torch
             check(store, batch, dtype)
             seen += batch["clip_id"]
             places.add(batch["cls"].data_ptr())
-            if number == epoch % 4:  # only one small tensor, of all that lie in the same memory
+            if number == epoch % 4:  # only one small tensor of all that share the same memory
                 kept.append(batch["cls"][1:])
                 copies.append(batch["cls"][1:].clone())
         assert sorted(seen) == sorted(IDS)
@@ -104,7 +104,7 @@ def test_forked_workers_and_memory_that_is_used_again(store: Store, dtype: torch
 
 
 @pytest.mark.slow
-def test_spawned_workers(tmp_path: Path) -> None:
+def test_spawned_workers_return_every_clip(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, "hdf5")
     fill(store)
     clips = torch_dataset(store)
@@ -115,7 +115,7 @@ def test_spawned_workers(tmp_path: Path) -> None:
         check(store, batch)
 
 
-def test_the_memory_of_workers_that_have_ended_is_dropped(store: Store) -> None:
+def test_memory_of_exited_workers_is_released(store: Store) -> None:
     clips = torch_dataset(store)
     for _ in range(3):
         for batch in DataLoader(clips, 3, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork"):
@@ -123,7 +123,7 @@ def test_the_memory_of_workers_that_have_ended_is_dropped(store: Store) -> None:
     assert len({worker for worker, _ in clips._mapped}) <= 2
 
 
-def test_a_damaged_clip_raises_in_the_process_that_trains(store: Store) -> None:
+def test_a_damaged_clip_raises_in_the_training_process(store: Store) -> None:
     damage(store, IDS[4])
     clips = torch_dataset(store)
     loader = DataLoader(clips, 2, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork")
@@ -131,7 +131,7 @@ def test_a_damaged_clip_raises_in_the_process_that_trains(store: Store) -> None:
         list(loader)
 
 
-def test_numpy(store: Store) -> None:
+def test_to_numpy_equals_read(store: Store) -> None:
     arrays = store.to_numpy(IDS[:3])
     expected = store.read(IDS[:3], torch.float32).tensors()
     assert arrays.keys() == expected.keys()
@@ -148,7 +148,7 @@ def test_a_dtype_that_cannot_hold_tokens_is_refused(dtype: Any, store: Store) ->
             read(IDS[:3], dtype)
 
 
-def test_times_in_the_video(tmp_path: Path) -> None:
+def test_video_times_add_the_start_of_each_clip(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:4])
     rows = {name: clip(n) | {"timestamps": torch.tensor([0.5, 1.5])} for n, name in enumerate(IDS[:4])}
     origins = {
@@ -165,8 +165,10 @@ def test_times_in_the_video(tmp_path: Path) -> None:
         store.video_times(["nobody"])
 
 
-def test_times_in_the_video_take_no_tokens_and_no_other_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export asks for those of a few clips at a time."""
+def test_video_times_read_only_timestamps_of_the_requested_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export reads the times of a few clips at a time."""
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:8])
     for first in (0, 4):
         rows = {name: clip(n) for n, name in enumerate(IDS[first : first + 4])}
@@ -190,7 +192,7 @@ def test_times_in_the_video_take_no_tokens_and_no_other_clips(tmp_path: Path, mo
     assert len(texts) == 1  # of one commit
 
 
-def test_workers_of_a_store_in_a_bucket_are_spawned(bucket: str) -> None:
+def test_a_store_in_a_bucket_refuses_forked_workers(bucket: str) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(store)
     clips = torch_dataset(store)

@@ -38,7 +38,7 @@ def version_one(root: Path, group: str, quota: str, mount: str = "cpu") -> None:
     write(root, **{f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": "100000"})
 
 
-def test_affinity_alone(root: Path) -> None:
+def test_usable_cores_follow_cpu_affinity(root: Path) -> None:
     assert usable_cores(root) == 8
 
 
@@ -46,13 +46,13 @@ def test_affinity_alone(root: Path) -> None:
     ("quota", "cores"),
     [("max 100000", 8), ("300000 100000", 3), ("250000 100000", 3), ("50000 100000", 1), ("9000000 100000", 8)],
 )
-def test_a_quota_of_version_two(root: Path, quota: str, cores: int) -> None:
+def test_usable_cores_follow_a_cgroup_v2_quota(root: Path, quota: str, cores: int) -> None:
     groups(root, "0::/job/step")
     version_two(root, "job/step", quota)
     assert usable_cores(root) == cores
 
 
-def test_the_smallest_quota_of_the_groups_around_it_counts(root: Path) -> None:
+def test_the_smallest_quota_of_enclosing_cgroups_counts(root: Path) -> None:
     groups(root, "0::/slice/job/step")
     for group, quota in (("slice", "600000 100000"), ("slice/job", "200000 100000"), ("slice/job/step", "max 100000")):
         version_two(root, group, quota)
@@ -60,7 +60,7 @@ def test_the_smallest_quota_of_the_groups_around_it_counts(root: Path) -> None:
     assert usable_cores(root) == 2
 
 
-def test_a_container_that_sees_its_own_group_at_the_top(root: Path) -> None:
+def test_a_quota_at_the_cgroup_root_of_a_container_counts(root: Path) -> None:
     groups(root, "0::/docker/of/the/host")
     version_two(root, "", "200000 100000")
     assert usable_cores(root) == 2
@@ -68,19 +68,19 @@ def test_a_container_that_sees_its_own_group_at_the_top(root: Path) -> None:
 
 @pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
 @pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("400000", 4), ("150000", 2)])
-def test_a_quota_of_version_one(root: Path, mount: str, quota: str, cores: int) -> None:
+def test_usable_cores_follow_a_cgroup_v1_quota(root: Path, mount: str, quota: str, cores: int) -> None:
     groups(root, "5:memory:/other", "4:cpu,cpuacct:/job", "0::/")
     version_one(root, "job", quota, mount)
     assert usable_cores(root) == cores
 
 
-def test_files_that_make_no_sense_limit_nothing(root: Path) -> None:
+def test_malformed_cgroup_files_impose_no_limit(root: Path) -> None:
     groups(root, "0::/")
     version_two(root, "", "what")
     assert usable_cores(root) == 8
 
 
-def test_torch_computes_on_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_threads_keeps_torch_within_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(6)
@@ -96,7 +96,7 @@ def test_torch_computes_on_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> 
         torch.set_num_threads(threads)
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_device_resolves_names_and_refuses_unknown_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_device("auto") == torch.device("cuda")

@@ -57,7 +57,7 @@ def compressed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return root
 
 
-def test_a_whole_store_is_clean(whole: Path) -> None:
+def test_an_intact_store_has_no_faults(whole: Path) -> None:
     report = verify(whole)
     assert report.ok
     assert (report.clips, report.texts, report.shards) == (10, 3, 5)
@@ -120,7 +120,7 @@ def test_repair_and_encoding_again_restore_everything(whole: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(210))
-def test_repair_restores_equality_after_every_random_fault(whole: Path, tmp_path: Path, seed: int) -> None:
+def test_repair_and_re_encoding_undo_every_random_fault(whole: Path, tmp_path: Path, seed: int) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     damage(root, seed)
@@ -128,7 +128,7 @@ def test_repair_restores_equality_after_every_random_fault(whole: Path, tmp_path
 
 
 def check_that_repair_restores(whole: Path, root: Path) -> None:
-    """Once the clips that `repair` takes out have been encoded again, all is as it was."""
+    """After the clips dropped by `repair` have been encoded again, the store is as it was."""
     expected = open_store(whole).read(IDS)
     expected_text = open_store(whole / "text").read_text(TEXTS)
     repair(root)
@@ -173,7 +173,7 @@ def test_only_the_bad_clip_is_encoded_again(whole: Path, tmp_path: Path) -> None
     assert verify(root).ok
 
 
-def test_a_damaged_ledger_line_is_refused_by_name(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_ledger_line_is_refused_by_line_number(whole: Path, tmp_path: Path) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
@@ -182,7 +182,7 @@ def test_a_damaged_ledger_line_is_refused_by_name(whole: Path, tmp_path: Path) -
         open_store(root)
 
 
-def test_commands_in_messages_keep_a_path_with_spaces_whole(
+def test_commands_in_messages_quote_paths_with_spaces(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "my store"
@@ -199,7 +199,9 @@ def test_commands_in_messages_keep_a_path_with_spaces_whole(
         open_store(root)
 
 
-def test_commands(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_info_and_repair_commands_report_damage(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     assert main(["verify", str(root)]) == 0
@@ -238,7 +240,9 @@ def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixt
     assert "verify" in capsys.readouterr().err
 
 
-def test_repair_in_json(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_json_lists_faults_and_dropped_clips(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "store"
     shutil.copytree(whole, root)
     path = next(path for path in faulty_files(root) if holds_data(path) and "text" not in path.parts)
@@ -250,7 +254,7 @@ def test_repair_in_json(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert done["before"]["faults"][0]["where"] == str(path.relative_to(root))
 
 
-def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str) -> None:
+def test_ids_lost_after_dropping_all_clips_can_be_added_again(tmp_path: Path, format: str) -> None:
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS[:2], format)
     fill(store)
@@ -263,8 +267,8 @@ def test_ids_lost_after_all_their_clips_were_dropped(tmp_path: Path, format: str
     assert verify(root).ok
 
 
-def test_ids_after_a_damaged_line_keep_the_rows_that_their_clips_have(tmp_path: Path, format: str) -> None:
-    """Without the line they would stand in two rows: the one that is committed, and one before it."""
+def test_ids_after_a_damaged_line_keep_their_committed_rows(tmp_path: Path, format: str) -> None:
+    """Without the damaged line, each id would get two rows: its committed one and an earlier one."""
     root = tmp_path / "store"
     create_store(root, SPEC, FINGERPRINT, IDS[:2], format)
     store = create_store(root, SPEC, FINGERPRINT, IDS, format)
@@ -285,7 +289,7 @@ def test_ids_after_a_damaged_line_keep_the_rows_that_their_clips_have(tmp_path: 
     assert verify(root).ok
 
 
-def test_a_shard_written_anew_with_fewer_clips(tmp_path: Path, format: str) -> None:
+def test_a_shard_rewritten_with_fewer_clips_has_no_fault(tmp_path: Path, format: str) -> None:
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS[:3], format)
     fill(store)
@@ -295,7 +299,7 @@ def test_a_shard_written_anew_with_fewer_clips(tmp_path: Path, format: str) -> N
     assert verify(root).ok
 
 
-def test_repair_removes_what_dead_writers_left(tmp_path: Path, format: str) -> None:
+def test_repair_removes_leftovers_of_dead_writers(tmp_path: Path, format: str) -> None:
     root = tmp_path / "store"
     fill(create_store(root, SPEC, FINGERPRINT, IDS, format))
     (root / "staging" / f"{1:08d}-0123").mkdir()
@@ -307,7 +311,7 @@ def test_repair_removes_what_dead_writers_left(tmp_path: Path, format: str) -> N
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_shard_whose_clips_are_dropped_meanwhile_has_no_fault(tmp_path: Path, format: str, kept: int) -> None:
+def test_a_shard_whose_clips_are_dropped_during_verify_has_no_fault(tmp_path: Path, format: str, kept: int) -> None:
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS, format)
     fill(store)
@@ -317,7 +321,7 @@ def test_a_shard_whose_clips_are_dropped_meanwhile_has_no_fault(tmp_path: Path, 
     assert [faults for _, faults in check_shards(audit)] == [[], [], []]
 
 
-def test_a_shard_that_is_being_committed_meanwhile_has_no_fault(
+def test_a_shard_committed_during_verify_has_no_fault(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "store"
@@ -336,7 +340,7 @@ def test_a_shard_that_is_being_committed_meanwhile_has_no_fault(
     assert faults == [[]]
 
 
-def test_repair_keeps_a_failure_that_a_writer_adds_meanwhile(
+def test_repair_keeps_a_failure_added_by_a_concurrent_writer(
     make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make()
@@ -360,7 +364,7 @@ def test_repair_keeps_a_failure_that_a_writer_adds_meanwhile(
 @pytest.mark.parametrize(
     ("number", "remedy"), [(errno.EACCES, "give this user"), (errno.EMFILE, "raise the"), (errno.ESTALE, "check the")]
 )
-def test_a_file_that_the_system_does_not_open_is_not_damaged(
+def test_a_file_that_cannot_be_opened_is_not_reported_as_damaged(
     tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
@@ -381,7 +385,9 @@ def test_a_file_that_the_system_does_not_open_is_not_damaged(
     assert open_store(store.path).clip_ids == IDS
 
 
-def test_a_damaged_ledger_makes_no_request_a_clip(make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifying_a_damaged_ledger_makes_no_request_per_clip(
+    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make()
     fill(store, skip=IDS[4:])
     storage, looked = store.catalog.storage, []

@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
     return create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
 
 
-def test_layout(store: Store) -> None:
+def test_zarr_python_opens_the_shard_layout(store: Store) -> None:
     fill(store)
     group = zarr.open_group(store.path, mode="r")
     patches = group["patches"]
@@ -44,7 +44,7 @@ def test_other_tools_read_absent_rows_as_nan(store: Store) -> None:
     assert np.isnan(np.delete(patches, 5, axis=0)).all()
 
 
-def test_bfloat16_is_kept_as_its_bits(tmp_path: Path) -> None:
+def test_bfloat16_is_stored_as_raw_bits(tmp_path: Path) -> None:
     spec = StoreSpec.for_patches(2, (2, 3), 8, "bfloat16", shard=4)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
     written = fill(store)
@@ -119,7 +119,7 @@ def chunks_of(path: Path, rows: int) -> list[bytes | None]:
 
 
 @pytest.mark.parametrize("codec", CODECS["zarr"])
-def test_rows_are_the_bytes_that_zarr_python_writes(tmp_path: Path, codec: str) -> None:
+def test_rows_match_zarr_python_byte_for_byte(tmp_path: Path, codec: str) -> None:
     spec = StoreSpec.for_patches(2, (8, 8), 64, "bfloat16", shard=4, codec=codec)
     store = create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
     fill(store, skip=(IDS[5],))
@@ -128,7 +128,7 @@ def test_rows_are_the_bytes_that_zarr_python_writes(tmp_path: Path, codec: str) 
     assert (store.compression_ratio > 1.15) == (codec != "none")
 
 
-def test_rows_begin_where_the_kernel_copies_fast(tmp_path: Path) -> None:
+def test_rows_are_aligned_to_64_bytes(tmp_path: Path) -> None:
     store = create_store(tmp_path / "store", StoreSpec.for_patches(2, (8, 8), 64, shard=4), FINGERPRINT, IDS)
     fill(store, skip=(IDS[1],))
     for path in (store.path / "patches").glob("c.*"):
@@ -137,7 +137,7 @@ def test_rows_begin_where_the_kernel_copies_fast(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "blosc-zstd"])
-def test_a_compressed_row_that_claims_more_than_a_row(tmp_path: Path, codec: str) -> None:
+def test_a_row_that_decompresses_to_more_than_a_row_is_refused(tmp_path: Path, codec: str) -> None:
     store = create_store(tmp_path / "store", replace(SPEC, codec=codec), FINGERPRINT, IDS)
     fill(store)
     path = store.path / "patches" / "c.0.0.0.0"

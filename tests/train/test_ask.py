@@ -46,7 +46,7 @@ def trained(tiny: Config) -> Config:
 
 
 @pytest.mark.slow
-def test_answers_and_kept_patches_are_those_of_evaluation(trained: Config) -> None:
+def test_answers_and_kept_patches_match_the_evaluation(trained: Config) -> None:
     folder = trained.run.dir
     predicted = {line["question_id"]: line["answer"] for line in _lines(folder / "predictions.jsonl")}
     questions = open_experiment(trained).encoded["test"].questions[:6]
@@ -62,7 +62,7 @@ def test_answers_and_kept_patches_are_those_of_evaluation(trained: Config) -> No
         assert prediction.unknown_words == ()
 
 
-def test_without_a_name_the_best_run_on_the_stores_features_answers(
+def test_the_best_run_on_the_stores_features_answers_by_default(
     trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (question, *_) = open_experiment(trained).encoded["test"].questions
@@ -107,7 +107,7 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
         ask(trained, clip_id, f"Zebra? {known}")
 
 
-def test_a_question_that_may_be_cut_is_noted(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_possibly_truncated_question_gets_a_note(trained: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clip_id, _ = asked = "clip|P0|0|1", "what colour is the left thing?"
     assert not ask(trained, *asked).cut
     fields = open_experiment(trained).text_fingerprint
@@ -119,7 +119,9 @@ def test_a_question_that_may_be_cut_is_noted(trained: Config, monkeypatch: pytes
     assert note in found.notes
 
 
-def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_command_prints_answers_and_suggests_close_clip_ids(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     question = open_experiment(trained).encoded["test"].questions[0]
     ask = ["ask", "--config", str(trained.run.dir / "config.yaml"), "--clip", question.clip_id, question.text]
     assert main(ask) == 0
@@ -138,7 +140,7 @@ def test_the_command(trained: Config, capsys: pytest.CaptureFixture[str]) -> Non
     assert "; did you mean 'clip|" in line
 
 
-def test_clips_of_a_store_are_ranked(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_without_a_clip_ranks_every_clip_of_the_store(trained: Config, capsys: pytest.CaptureFixture[str]) -> None:
     question = open_experiment(trained).encoded["test"].questions[0].text
     names = open_store(trained.store.path).clip_ids
     asked = ask_clips(trained, None, question, answers=1)
@@ -166,7 +168,7 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
         assert line.endswith(f"store has no clips; run `egopatch extract run {again}` to encode some")
 
 
-def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:
+def test_best_run_picks_the_best_val_head_with_real_weights(tmp_path: Path) -> None:
     def write(name: str, val: float, **more: Any) -> Path:
         folder = write_run(
             tmp_path / "runs", name, val=val, card={"answers": ["cup", "jar"]} | more.pop("card", {}), **more
@@ -192,7 +194,9 @@ def test_the_head_is_the_best_on_val_with_real_weights(tmp_path: Path) -> None:
         best_run(folders, "direct", Fingerprint({"depth": 1}))
 
 
-def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ask_usage_errors_print_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # where no head was trained
     for args, code, expected in (
         ([], 2, "neither --video nor --config is given"),
@@ -231,7 +235,7 @@ def test_wrong_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert capsys.readouterr().err.endswith(f"unrecognized arguments: {wrong} a; did you mean {meant}?\n")
 
 
-def test_a_head_trained_on_rendered_videos_says_so_from_any_folder(
+def test_a_head_trained_on_synthetic_videos_is_marked_in_any_folder(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny.data.root, tmp_path / "data")
@@ -244,7 +248,7 @@ def test_a_head_trained_on_rendered_videos_says_so_from_any_folder(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert is_synthetic(dataclasses.asdict(Card.read(config.run.dir)))
-    # The card of an earlier version, which only the data set's own folder can tell.
+    # A card of an earlier version, for which only the data set's own folder can tell.
     earlier = json.loads((config.run.dir / "card.json").read_text())
     del earlier["synthetic"]
     (config.run.dir / "card.json").write_text(json.dumps(earlier))
@@ -253,7 +257,7 @@ def test_a_head_trained_on_rendered_videos_says_so_from_any_folder(
     assert is_synthetic(dataclasses.asdict(Card.read(config.run.dir)))
 
 
-def test_heads_that_cannot_be_asked(tiny: Config) -> None:
+def test_heads_without_video_and_untrained_runs_cannot_be_asked(tiny: Config) -> None:
     config = with_run(tiny, "majority", head_name="majority", train_epochs=1)
     fit(config, "x")
     with pytest.raises(ConfigError, match="holds a majority head; expected one that reads video"):
@@ -263,7 +267,7 @@ def test_heads_that_cannot_be_asked(tiny: Config) -> None:
         ask(blank, "clip|P0|0|1", "what?")
 
 
-def test_a_head_that_chooses_among_options_is_refused_before_a_video_is_encoded(
+def test_a_multiple_choice_head_is_refused_before_encoding_a_video(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_run(tiny, "choice", train_epochs=1)
@@ -277,7 +281,7 @@ def test_a_head_that_chooses_among_options_is_refused_before_a_video_is_encoded(
         ask(config, "clip|P0|0|1", "what?")
 
 
-def test_a_head_of_imported_features_is_not_asked_about_a_video(trained: Config, tmp_path: Path) -> None:
+def test_a_head_on_imported_features_refuses_a_video(trained: Config, tmp_path: Path) -> None:
     card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "imported", "origin": "imported"})
     with pytest.raises(RunError, match=r"trained on imported features, .*; import the video's features, and ask with"):
         encode_video(tmp_path, trained, card, None, tmp_path)
@@ -323,7 +327,7 @@ def test_a_head_of_a_derived_store_is_refused_before_a_video_is_encoded(trained:
         encode_video(tmp_path, trained, card, None, tmp_path)
 
 
-def test_a_folder_with_a_link_to_nowhere_has_a_key(tmp_path: Path) -> None:
+def test_a_broken_symlink_is_part_of_the_cache_key(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     before = cache_key(tmp_path, {}, None)
     (tmp_path / "gone.mp4").symlink_to("nowhere.mp4")

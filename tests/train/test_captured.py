@@ -1,4 +1,4 @@
-"""Padded batches and steps as CUDA graphs: both learn what plain batches learn, one operation after another."""
+"""Padded batches and steps captured as CUDA graphs learn the same as plain batches run eagerly."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +71,7 @@ def test_padding_changes_no_loss_of_options(choice: Config) -> None:  # noqa: F8
     torch.testing.assert_close(torch.tensor(trace(choice, experiment, padded=True)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_repeated_questions_have_no_class_and_no_position(tiny: Config) -> None:
+def test_padding_questions_have_no_class_and_are_not_counted(tiny: Config) -> None:
     experiment = open_experiment(tiny)
     table = experiment.train_table
     rows = plan_batches(table, BATCH, None)[0][:7]
@@ -96,7 +96,7 @@ def test_a_batch_larger_than_the_size_is_not_padded(tiny: Config, size: BatchSiz
     assert not experiment.features.batch(table, rows, size=size).padded
 
 
-def test_own_tensors_are_all_that_a_batch_changes(tiny: Config) -> None:
+def test_a_graph_gets_its_own_copy_of_every_changing_tensor(tiny: Config) -> None:
     """A graph reads the tensors that it was captured with: each must be a copy, and get the next batch's numbers."""
     experiment = open_experiment(with_run(tiny, "own", data_paraphrases=True))
     first, second = list(epoch(experiment, padded=True))[:2]
@@ -111,7 +111,7 @@ def test_own_tensors_are_all_that_a_batch_changes(tiny: Config) -> None:
     assert all(torch.equal(a, b) for a, b in zip(changing_tensors(own), changing_tensors(second), strict=True))
 
 
-def test_merged_patches_that_are_kept_are_those_of_each_batch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_merged_patches_give_the_same_losses(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_run(tiny, "derived")
     assert config.head.coarse
     plain = open_experiment(config)
@@ -124,7 +124,7 @@ def test_merged_patches_that_are_kept_are_those_of_each_batch(tiny: Config, monk
     assert next(epoch(plain, padded=False)).derived is None
 
 
-def test_merged_patches_are_not_kept_without_room(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_patches_are_not_cached_without_free_gpu_memory(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = open_experiment(tiny)
     experiment.features.residency = "gpu"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 10**9))
@@ -132,14 +132,14 @@ def test_merged_patches_are_not_kept_without_room(tiny: Config, monkeypatch: pyt
     assert next(epoch(experiment, padded=False)).derived is None
 
 
-def test_one_clip_with_more_questions_than_a_batch_does_not_make_all_batches_as_large() -> None:
+def test_one_oversized_clip_does_not_enlarge_every_padded_batch() -> None:
     clips = torch.tensor([0] * 50 + [1] * 6 + [2] * 7)
     table = QuestionTable((), ("a", "b", "c"), clips, clips, torch.zeros(63), torch.zeros(63))
     assert BatchSize.covering(table, plan_batches(table, 10, 0), 10) == BatchSize(7, 2, 2, 0)
     assert BatchSize.covering(table, plan_batches(table, 5, 0), 5).questions == 50
 
 
-def test_merged_patches_are_not_kept_for_a_head_that_reads_some_frames(tiny: Config) -> None:
+def test_merged_patches_are_not_cached_for_a_head_on_fewer_frames(tiny: Config) -> None:
     config = with_run(tiny, "one-frame", head_frames=1)
     experiment = open_experiment(config)
     experiment.features.residency = "gpu"
@@ -147,7 +147,7 @@ def test_merged_patches_are_not_kept_for_a_head_that_reads_some_frames(tiny: Con
     assert next(epoch(experiment, padded=False)).derived is None
 
 
-def test_why_a_step_is_not_captured(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not_captured_names_the_obstacle(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = open_experiment(tiny)
     assert why_not_captured(tiny, experiment) == "the device is cpu"
     experiment = replace(experiment, device=torch.device("cuda"))
@@ -167,9 +167,7 @@ def test_why_a_step_is_not_captured(tiny: Config, monkeypatch: pytest.MonkeyPatc
     assert why_not_captured(tiny, experiment) == "Triton is not installed, so dropout runs its reference"
 
 
-def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_checks_the_kernels_on_the_padded_coarse_width(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = replace(open_experiment(tiny), device=torch.device("cuda"))
     experiment.features.residency = "gpu"
     seen = []
@@ -182,7 +180,7 @@ def test_a_coarse_level_that_the_kernels_cannot_read_is_not_captured(
     assert seen == [WIDTH, 64]  # the stored patches, and the merged ones with 16 channels of positions, padded
 
 
-def test_a_capture_that_fails_leaves_the_current_stream(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_restores_the_current_stream(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     current = failing_capture(monkeypatch)
 
     def step(_: Batch) -> Tensor:
@@ -209,7 +207,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["psa", "egovlp", "question-only", "attention", "contrast", "mfas", "egovlpv2"])
-def test_a_graph_learns_what_its_operations_learn(
+def test_a_cuda_graph_learns_the_same_as_eager_steps(
     tiny: Config, tmp_path: Path, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, captures: list[Batch], name: str
 ) -> None:
     if name in ("mfas", "egovlpv2"):
@@ -237,8 +235,8 @@ def test_a_graph_on_the_second_gpu_learns(tiny: Config, cuda: torch.device, capt
     assert len({tuple(step) for step in values}) == len(values)
 
 
-def test_a_graph_is_of_the_device_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second GPU, of which few machines have one."""
+def test_a_cuda_graph_is_captured_on_the_device_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses stand-ins for a second GPU, which few machines have."""
     entered: list[tuple[str, object]] = []
 
     @contextmanager
@@ -272,21 +270,21 @@ def test_fit_captures_its_steps(tiny: Config, cuda: torch.device, captures: list
 
 
 @pytest.mark.cuda
-def test_a_reference_is_not_captured(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
+def test_the_reference_implementation_is_not_captured(tiny: Config, cuda: torch.device, captures: list[Batch]) -> None:
     config = with_run(tiny, "reference", train_device="cuda", train_batch=BATCH, head_implementation="reference")
     fit(config, "test")
     assert captures == []
 
 
 @pytest.mark.cuda
-def test_a_head_from_outside_says_whether_it_can_be_captured(tiny: Config, cuda: torch.device) -> None:
+def test_a_custom_head_without_a_capture_flag_is_not_captured(tiny: Config, cuda: torch.device) -> None:
     register_head(Head("uncaptured", lambda _, sizes: torch.nn.Linear(1, sizes.answers)), replace=True)
     config = with_run(tiny, "outside", head_name="uncaptured", train_device="cuda")
     why = why_not_captured(config, open_experiment(config))
     assert why == "the head uncaptured does not say that its steps can be captured (Head.captures)"
 
 
-def test_a_head_that_reads_no_video_is_not_given_any_to_measure(tiny: Config) -> None:
+def test_measure_is_not_called_on_a_head_that_reads_no_video(tiny: Config) -> None:
     class Measures(torch.nn.Linear):
         def measure(self, tokens: object) -> None:
             raise AssertionError("there are no tokens")

@@ -74,7 +74,7 @@ def result(config: Config) -> dict:
 
 
 @pytest.mark.slow
-def test_psa_learns_what_the_blind_head_cannot(choice: Config) -> None:
+def test_psa_beats_the_blind_head_on_multiple_choice(choice: Config) -> None:
     psa = with_run(choice, "psa", train_epochs=12, train_lr=5e-3)
     blind = with_run(psa, "blind", head_name="question-only")
     fit(psa, "x")
@@ -86,7 +86,7 @@ def test_psa_learns_what_the_blind_head_cannot(choice: Config) -> None:
 
 
 @pytest.mark.parametrize("name", ["majority", "longest-option", "question-only", "pooled", "attention", "psa"])
-def test_every_head_answers_with_options(name: str, choice: Config) -> None:
+def test_every_head_answers_with_one_of_the_options(name: str, choice: Config) -> None:
     config = with_run(choice, name, head_name=name, train_epochs=1)
     fit(config, "x")
     lines = [json.loads(line) for line in (choice.data.root / "questions.jsonl").read_text().splitlines()]
@@ -104,7 +104,7 @@ def test_every_head_answers_with_options(name: str, choice: Config) -> None:
         assert len({o.index(answers[q]) for q, o in options.items()}) == 1
 
 
-def test_quarantined_clips_get_the_index_that_is_right_most_often(choice: Config) -> None:
+def test_quarantined_clips_get_the_most_frequent_correct_index(choice: Config) -> None:
     path = choice.data.root / "questions.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
@@ -125,7 +125,7 @@ def test_quarantined_clips_get_the_index_that_is_right_most_often(choice: Config
 
 
 @pytest.mark.slow
-def test_stacked_heads_give_what_a_lone_head_gives(choice: Config) -> None:
+def test_stacked_heads_match_a_single_head(choice: Config) -> None:
     config = with_run(choice, "psa", train_epochs=2)
     fit(config, "x")
     path = run_sweep(config, ratios=[0.25, 0.5], seeds=[0])
@@ -134,7 +134,7 @@ def test_stacked_heads_give_what_a_lone_head_gives(choice: Config) -> None:
 
 
 def withhold(config: Config, monkeypatch: pytest.MonkeyPatch, part: Part, every: int) -> Config:
-    """The set again, with no published answer to every `every`-th question of a part, as benchmarks have it."""
+    """The same set with the answer to every `every`-th question of a part withheld, as benchmarks do."""
     known = load_dataset(config.data)
     questions = tuple(
         question if number % every else dataclasses.replace(question, answer="", written=None)
@@ -146,7 +146,7 @@ def withhold(config: Config, monkeypatch: pytest.MonkeyPatch, part: Part, every:
 
 
 @pytest.mark.parametrize("index", [0, 3])
-def test_val_counts_the_questions_and_options_that_test_counts(
+def test_val_and_test_count_questions_and_options_alike(
     choice: Config, monkeypatch: pytest.MonkeyPatch, index: int
 ) -> None:
     experiment = open_experiment(withhold(choice, monkeypatch, "val", 3))
@@ -157,9 +157,7 @@ def test_val_counts_the_questions_and_options_that_test_counts(
     assert found == {"open": expected.open.accuracy, "binary": None, "all": expected.all.accuracy}
 
 
-def test_an_option_that_is_given_twice_is_right_at_both_indices(
-    choice: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_duplicated_correct_option_counts_at_both_indices(choice: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     known = load_dataset(choice.data)
     twice = tuple(
         dataclasses.replace(question, options=(*question.options[:3], question.answer))
@@ -249,8 +247,8 @@ def test_scores_follow_the_options() -> None:
     assert LongestOption()(batch_of(index)).argmax(dim=1).tolist() == [3, 0, 1]
 
 
-def test_options_that_a_question_does_not_have_are_no_part_of_the_contrast() -> None:
-    """With and without them, the loss is the same; their own logits would make any two questions alike."""
+def test_missing_options_do_not_affect_the_contrast_loss() -> None:
+    """The loss is the same with and without them; their logits would make any two questions look alike."""
     config, losses = HeadConfig(width=8, heads=2), []
     for index in (torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[0, 1, 2, -1], [3, 4, 5, -1]])):
         torch.manual_seed(0)
@@ -265,14 +263,14 @@ def test_options_that_a_question_does_not_have_are_no_part_of_the_contrast() -> 
     assert torch.allclose(*losses)
 
 
-def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> None:
+def test_settings_unfit_for_multiple_choice_are_refused(choice: Config, tmp_path: Path) -> None:
     lines = (choice.data.root / "questions.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
     record["options"] = [record["options"][record["answer_index"]], "another"]
     (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
     smooth = with_run(choice, "smooth", train_label_smoothing=0.1)
     with pytest.raises(Exception, match="1 question text is missing"):
-        fit(smooth, "x")  # `another` has not been read
+        fit(smooth, "x")  # `another` was never encoded
     record["options"][1] = next(colour for colour in COLOURS if colour not in record["options"])
     (choice.data.root / "questions.jsonl").write_text("\n".join([json.dumps(record | {"answer_index": 0}), *lines[1:]]))
     experiment = open_experiment(smooth)
@@ -289,7 +287,7 @@ def test_what_does_not_fit_multiple_choice(choice: Config, tmp_path: Path) -> No
         fit(other, "x")
 
 
-def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> None:
+def test_a_head_trained_elsewhere_is_evaluated_on_another_data_set(choice: Config, tmp_path: Path) -> None:
     """As on EgoSchema: there is no training part, and most answers are not published."""
     trained = with_run(choice, "trained", train_epochs=1)
     fit(trained, "x")
@@ -352,7 +350,7 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
     (begun.run.dir / "last.pt").touch()  # of a training that was interrupted in its first epoch
     with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
         evaluate(begun, source=trained.run.dir)
-    # Its results are no run of a sweep, nor a training that has finished.
+    # Its results count neither as a run of a sweep nor as a finished training.
     elsewhere = with_run(trained, "sweeps/seeds/seed-1")
     evaluate(elsewhere, source=trained.run.dir)
     for train in (
@@ -366,7 +364,7 @@ def test_a_head_that_was_trained_elsewhere(choice: Config, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_the_choice_depends_on(choice: Config) -> None:
+def test_explain_works_on_multiple_choice(choice: Config) -> None:
     config = with_run(choice, "explained", train_epochs=1)
     fit(config, "x")
     found = explain(config, 8)

@@ -1,4 +1,4 @@
-"""A JSON file of a run in which any field has been edited is read, or refused by its name in one line."""
+"""A run's JSON file with any field edited is either read or refused in one line that names it."""
 
 import copy
 import dataclasses
@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path, "psa", config=sections, card={"parameters": 12, "synthetic": False})
 
 
-def test_a_card_opens_a_head_or_is_refused(run: Path) -> None:
+def test_an_edited_card_opens_a_head_or_is_refused(run: Path) -> None:
     def read() -> None:
         card = Card.read(run)
         values = dataclasses.asdict(card)
@@ -81,7 +81,7 @@ def test_a_card_opens_a_head_or_is_refused(run: Path) -> None:
     assert refused(run / "card.json", 2, read, RunError) > 100
 
 
-def test_the_table_and_the_report_read_a_card_or_say_what_is_wrong(run: Path) -> None:
+def test_table_and_report_read_an_edited_card_or_name_the_fault(run: Path) -> None:
     write_run(run.parent, "good", model="egovlp")
 
     def read() -> None:
@@ -100,7 +100,7 @@ def test_the_table_and_the_report_read_a_card_or_say_what_is_wrong(run: Path) ->
     assert refused(run / "test.json", 2, read, SourceError) > 50
 
 
-def test_what_is_wrong_with_a_card_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_fault_prints_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "card.json"
     whole = json.loads(path.read_text())
     for place, value, fault in (
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_a_card_is_one_line(run: Path, capsys: pytest.Capture
         Card.read(run)
 
 
-def test_an_explanation_is_drawn_or_refused(tmp_path: Path) -> None:
+def test_an_edited_explanation_is_drawn_or_refused(tmp_path: Path) -> None:
     gap, seen = Interval(1.0, 0.5, 1.5), Agreement(1.0, 2.0, 3.0, 4.0)
     ranking = Ranking("saliency", (9.0, 5.0, 1.0), (1.0, 5.0, 9.0), gap, gap, seen, 3.0)
     path = Explanation(4, 2, 9, (0.0, 0.5, 1.0), (ranking,)).write(tmp_path)
@@ -142,7 +142,7 @@ def test_an_explanation_is_drawn_or_refused(tmp_path: Path) -> None:
     assert refused(path, 4, read, ExplanationError) > 100
 
 
-def test_a_sweep_and_a_log_are_drawn_or_refused(tmp_path: Path) -> None:
+def test_an_edited_sweep_or_log_is_drawn_or_refused(tmp_path: Path) -> None:
     path = write_sweep(tmp_path) / "sweep.json"
 
     def read() -> None:
@@ -157,14 +157,14 @@ def test_a_sweep_and_a_log_are_drawn_or_refused(tmp_path: Path) -> None:
             read_log(log)
 
 
-def test_a_log_with_a_damaged_byte_is_continued(tmp_path: Path) -> None:
+def test_a_run_continues_a_log_with_a_damaged_byte(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_bytes(b'{"event": "step", "step": 1}\n{"event": "st\xff", "step"\n{"event": "step", "step": 3}\n')
     RunLog(tmp_path, 2).close()
     assert log.read_text() == '{"event": "step", "step": 1}\n'
 
 
-def test_a_sweep_names_the_damaged_file_of_a_run_and_of_a_group(tiny: Config) -> None:
+def test_a_sweep_names_damaged_run_and_group_files(tiny: Config) -> None:
     config = with_run(tiny, "sweep", train_epochs=1)
     folder = run_sweep(config, ratios=[0.5, 1.0], name="two").parent
     (folder / "ratio-0.5" / "test.json").write_text("{}")
@@ -178,7 +178,7 @@ def test_a_sweep_names_the_damaged_file_of_a_run_and_of_a_group(tiny: Config) ->
             run_sweep(config, ratios=[0.5], name="new")
 
 
-def test_a_config_whose_data_cannot_be_read_claims_no_folder(tiny: Config, tmp_path: Path) -> None:
+def test_a_config_with_unreadable_data_does_not_claim_the_run_folder(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"data\.root is"):
         fit(with_run(tiny, "psa", data_root=tmp_path / "nowhere"), "x")
     require_same_settings(tiny.run.dir, tiny)  # as the corrected command does

@@ -35,7 +35,7 @@ def table_of(clips: list[int]) -> QuestionTable:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(1, 20), st.integers(0, 3))
-def test_every_question_once_whole_clips_and_bounded(clips: list[int], size: int, epoch: int) -> None:
+def test_batches_hold_each_question_once_whole_clips_and_stay_bounded(clips: list[int], size: int, epoch: int) -> None:
     table = table_of(clips)
     plan = plan_batches(table, size, seed=1, epoch=epoch)
     assert sorted(np.concatenate(plan).tolist()) == list(range(len(clips)))
@@ -57,7 +57,7 @@ def test_order_follows_from_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("head", ["psa", "egovlp", "attention"])
-def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.CaptureFixture[str], head: str) -> None:
+def test_disk_and_ram_residency_train_identically(tiny: Config, capsys: pytest.CaptureFixture[str], head: str) -> None:
     on_disk = with_run(tiny, f"{head}-disk", head_name=head, train_residency="disk")
     in_memory = with_run(tiny, f"{head}-ram", head_name=head, train_residency="ram")
     fit(on_disk, "x")
@@ -68,7 +68,7 @@ def test_disk_and_memory_give_the_same_training(tiny: Config, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
-def test_batches_hold_their_clips_and_move_as_little_as_they_can(
+def test_batches_hold_their_clips_and_copy_no_resident_tokens(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
     monkeypatch.setattr(
@@ -89,7 +89,7 @@ def test_batches_hold_their_clips_and_move_as_little_as_they_can(
         assert torch.equal(table.clip[batch.rows], torch.tensor(clips)[batch.clip_index])
         assert batch.stored is not None
         places.add(batch.stored.patches.data_ptr())
-    # Kept tokens stay where they are; read ones go round in the memory of three batches.
+    # Resident tokens stay in place; tokens read from disk cycle through the buffers of three batches.
     assert len(places) == (3 if residency == "disk" else 1)
     assert (features.bytes_read > read) == (residency == "disk")
 
@@ -146,7 +146,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 
 def tensors_of(value: object, path: str = "batch") -> dict[str, Tensor]:
-    """The tensors of a batch, and of all in it, by name."""
+    """The tensors of a batch, nested ones included, by name."""
     if isinstance(value, Tensor):
         return {path: value}
     if is_dataclass(value):
@@ -158,7 +158,7 @@ def tensors_of(value: object, path: str = "batch") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_making_a_batch_waits_for_no_copy(
+def test_building_a_batch_does_not_wait_for_copies(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, waits: Waits, residency: str, shared: bool
 ) -> None:
     """A copy from memory that is not pinned waits for the steps before, so a host could not launch ahead of its GPU."""
@@ -177,7 +177,7 @@ def test_making_a_batch_waits_for_no_copy(
         assert (batch.rank_slice is not None) == shared
 
 
-def test_making_a_batch_of_options_waits_for_no_copy(waits: Waits) -> None:
+def test_building_a_multiple_choice_batch_does_not_wait_for_copies(waits: Waits) -> None:
     features = Features(None, None, [], ["q", "a", "b", "c"], "auto", META)
     table = table_of([0, 1, 1])
     options, lengths = torch.tensor([[1, 2, -1], [2, 3, 1], [3, 1, 2]]), torch.ones(3, 3, dtype=torch.long)
@@ -229,7 +229,7 @@ def test_batches_from_disk_and_memory_are_equal(tiny: Config) -> None:
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("residency", ["disk", "ram", "gpu"])
-def test_batches_reach_a_gpu_without_waiting(tiny: Config, cuda: torch.device, residency: str) -> None:
+def test_batches_reach_the_gpu_without_synchronisation(tiny: Config, cuda: torch.device, residency: str) -> None:
     config = with_run(tiny, "cuda", data_paraphrases=True, train_residency=residency, train_device="cuda")
     features, table = (experiment := open_experiment(config)).features, experiment.train_table
     on_cpu = open_experiment(with_run(config, "cpu", train_residency="ram", train_device="cpu")).features
@@ -248,7 +248,7 @@ def test_batches_reach_a_gpu_without_waiting(tiny: Config, cuda: torch.device, r
 
 @pytest.mark.parametrize("residency", ["disk", "ram"])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_patches_in_chunks_are_those_of_the_clips(tiny: Config, residency: str, quantised: bool) -> None:
+def test_chunked_patches_equal_the_patches_of_the_clips(tiny: Config, residency: str, quantised: bool) -> None:
     experiment = open_experiment(with_run(tiny, "chunks", train_residency=residency))
     table = experiment.train_table
     batch = next(iter(experiment.features.stream(table, plan_batches(table, 24, 0))))
@@ -263,7 +263,7 @@ def test_patches_in_chunks_are_those_of_the_clips(tiny: Config, residency: str, 
     assert torch.equal(torch.cat(scales), batch.tokens.scale) if quantised else scales == (None, None)
 
 
-def test_variants_are_the_same_questions_with_their_other_texts(tiny: Config) -> None:
+def test_variants_keep_the_questions_and_replace_only_their_texts(tiny: Config) -> None:
     experiment = open_experiment(with_run(tiny, "variants", data_paraphrases=True))
     features, table = experiment.features, experiment.train_table
     assert experiment.tables["val"].variants is None
@@ -282,7 +282,7 @@ def test_variants_are_the_same_questions_with_their_other_texts(tiny: Config) ->
     assert next(features.stream(experiment.tables["val"], [np.arange(3)])).variants is None
 
 
-def test_memory_reads_each_clip_once(tiny: Config) -> None:
+def test_ram_residency_reads_each_clip_once(tiny: Config) -> None:
     features = open_experiment(tiny).features
     before = features.bytes_read
     table = open_experiment(tiny).train_table
@@ -296,7 +296,7 @@ def test_gpu_residency_without_a_gpu_is_refused() -> None:
         choose_residency("gpu", 10, torch.device("cpu"))
 
 
-def test_what_does_not_fit_stays_on_disk() -> None:
+def test_features_that_do_not_fit_in_memory_stay_on_disk() -> None:
     chosen, line = choose_residency("auto", 10**18, torch.device("cpu"))
     assert chosen == "disk"
     assert "1000000.0 TB kept on disk" in line

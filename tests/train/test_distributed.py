@@ -1,4 +1,4 @@
-"""Many processes that train one head: the losses and weights of one process, and an end for all when one ends."""
+"""Several processes training one head match a single process, and all of them stop when one does."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 
 
 def start(command: Sequence[str], ranks: int = 2) -> subprocess.Popen[str]:
-    """`command`, a module or a file of Python with its arguments, on so many ranks that talk over loopback."""
+    """Start `command`, a module or Python file with its arguments, on `ranks` ranks that talk over loopback."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
@@ -64,7 +64,7 @@ def events(run: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
-    """Settings that share work unlike each other."""
+    """Settings that split the work among ranks in different ways."""
     root = tmp_path_factory.mktemp("ranks")
     base = write_tiny(root, bad=("clip|P46|0|47", "clip|P0|0|1"))
     uneven = {"train_accumulate": 3, "train_ema": 0.8, "train_label_smoothing": 0.1, "train_batch": 17}
@@ -93,7 +93,7 @@ def together(alone: dict[str, Config]) -> tuple[dict[str, Config], str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "majority", "contrast", "mfas"])
-def test_two_ranks_train_as_one_process_step_by_step(
+def test_two_ranks_match_one_process_step_by_step(
     alone: dict[str, Config], together: tuple[dict[str, Config], str], name: str
 ) -> None:
     one, two = alone[name], together[0][name]
@@ -115,7 +115,7 @@ def test_two_ranks_train_as_one_process_step_by_step(
 
 
 @pytest.mark.parametrize("name", ["psa", "uneven", "egovlp", "question-only", "contrast", "mfas"])
-def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, Config], name: str) -> None:
+def test_gradients_of_rank_slices_sum_to_those_of_the_batch(alone: dict[str, Config], name: str) -> None:
     experiment = open_experiment(alone[name])
     features, table = experiment.features, experiment.train_table
     for rows in plan_batches(table, 17, seed=0)[:3]:
@@ -139,7 +139,7 @@ def test_gradients_of_the_shares_add_up_to_those_of_the_batch(alone: dict[str, C
 
 
 @pytest.mark.slow
-def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, Config], str]) -> None:
+def test_each_clip_is_held_by_one_rank_and_the_output_says_so(together: tuple[dict[str, Config], str]) -> None:
     out = together[1]
     assert out.count("each of 2 ranks reads and keeps only its own clips, ") == 5  # two heads read no video
     assert "kept in memory (set by train.residency; " in out
@@ -150,7 +150,7 @@ def test_each_clip_is_held_by_one_rank_and_it_is_said(together: tuple[dict[str, 
     assert of_first == of_second
 
 
-def test_a_sum_over_ranks_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summing_over_ranks_does_not_read_values_back_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on `meta` have no values, so that reading one fails, as it waits on a GPU."""
     sent: list[Tensor] = []
     monkeypatch.setattr(dist, "all_reduce", sent.append)
@@ -160,7 +160,7 @@ def test_a_sum_over_ranks_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) ->
     assert [(tensor.device.type, tensor.numel()) for tensor in sent] == [("cpu", 3), ("meta", 11)]
 
 
-def test_a_share_knows_its_place_in_the_whole_batch() -> None:
+def test_a_rank_slice_knows_its_place_in_the_whole_batch() -> None:
     clips, texts = torch.tensor([4, 4, 1, 7]), torch.tensor([0, 5, 5, 2])
     share = RankSlice.of(clips, texts, torch.tensor([True, True, False, False]))
     assert [part.tolist() for part in (share.questions, share.clips, share.texts)] == [[0, 1], [1], [0, 2]]
@@ -176,7 +176,7 @@ def test_without_torchrun_there_is_one_rank() -> None:
     assert Distributed().gather("x") == ["x"]
 
 
-def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_without_the_torchrun_variables_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
@@ -200,7 +200,7 @@ def test_a_world_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ("LOCAL_WORLD_SIZE", "0", "LOCAL_RANK 0 of LOCAL_WORLD_SIZE 0; expected ranks below these numbers"),
     ],
 )
-def test_ranks_that_cannot_be_are_refused(
+def test_invalid_rank_variables_are_refused(
     variable: str, value: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "1"}
@@ -220,7 +220,7 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
-def test_a_sweep_is_not_started_by_torchrun(
+def test_a_sweep_under_torchrun_is_refused(
     alone: dict[str, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -243,7 +243,7 @@ def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
             time.sleep(0.05)
             ranks = {rank_of(child): child for child in psutil.Process(process.pid).children()}
         while process.poll() is None and (not log.exists() or log.read_text().count('"step", "step"') < steps):
-            time.sleep(0.01)  # so that the test leaves the cores to those it waits for
+            time.sleep(0.01)  # leaves the cores to the processes under test
         (ranks["1"] if whom == "rank 1" else process).send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode != 0, out
@@ -253,7 +253,7 @@ def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run on two ranks that nothing disturbs, with half steps at the end of its epochs."""
+    """An uninterrupted run on two ranks, with partly accumulated steps at the end of its epochs."""
     base = write_tiny(tmp_path_factory.mktemp("undisturbed"))
     config = with_run(base, "undisturbed", train_epochs=24, train_accumulate=3, train_ema=0.8)
     out, err = (process := start(["-m", "train", "fit", "--config", written(config)])).communicate()
@@ -269,7 +269,7 @@ def goes_on(config: Config, ranks: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None:
+def test_a_killed_rank_stops_all_ranks_and_the_run_resumes(undisturbed: Config) -> None:
     config = with_run(undisturbed, "killed")
     err = interrupted(config, 7, signal.SIGKILL, "rank 1")
     assert "train fit (rank 0): failed: rank 0 of 2 lost contact with the others" in err
@@ -284,7 +284,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(undisturbed: Config) -> None
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_ranks_at_one_place(undisturbed: Config) -> None:
+def test_ctrl_c_stops_all_ranks_at_the_same_step(undisturbed: Config) -> None:
     config = with_run(undisturbed, "stopped")
     err = interrupted(config, 7, signal.SIGINT, "launcher")
     assert err.count("train fit: interrupted in epoch ") == 1

@@ -1,4 +1,4 @@
-"""What an earlier version left in `tests/data/earlier_runs`: runs, one of them interrupted, and a sweep."""
+"""Runs, one of them interrupted, and a sweep that an earlier version left in `tests/data/earlier_runs`."""
 
 import dataclasses
 import json
@@ -34,7 +34,9 @@ def config(shared_tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_a_finished_run_is_evaluated_with_the_same_answers(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_versions_finished_run_gives_the_same_answers(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics = fit(config, "x")
     assert "already trained" in capsys.readouterr().out
     assert (config.run.dir / "predictions.jsonl").read_text() == (LEFT / "psa" / "predictions.jsonl").read_text()
@@ -43,8 +45,8 @@ def test_a_finished_run_is_evaluated_with_the_same_answers(config: Config, capsy
     assert (row.best.seed, row.mean("all")) == (0, metrics.all.accuracy)
 
 
-def test_an_interrupted_run_resumes_where_it_was(config: Config) -> None:
-    # Without dropout, whose numbers come from another generator since.
+def test_an_earlier_versions_interrupted_run_resumes_where_it_stopped(config: Config) -> None:
+    # Without dropout, which has used another generator since then.
     interrupted = dataclasses.replace(
         config,
         head=dataclasses.replace(config.head, dropout=0.0),
@@ -54,16 +56,16 @@ def test_an_interrupted_run_resumes_where_it_was(config: Config) -> None:
     before = losses(LEFT / "interrupted")
     resumed = losses(interrupted.run.dir)
     assert resumed[: len(before)] == before
-    # Those of the run that nothing interrupted; another machine's sums differ in their last bits.
+    # The losses of the uninterrupted run; another machine's sums differ in their last bits.
     np.testing.assert_allclose(resumed, losses(LEFT / "undisturbed"), rtol=1e-4)
 
 
-def test_a_finished_sweep_trains_nothing_and_has_the_same_results(config: Config) -> None:
+def test_an_earlier_versions_sweep_is_reused_without_training(config: Config) -> None:
     path = run_sweep(config, ratios=[0.25, 1.0])
     left = json.loads((LEFT / "sweeps" / "direct-psa" / "sweep.json").read_text())
     result = json.loads(path.read_text())
     assert (result["planned"], result["trained"]) == (2, 0)
     assert [run["all"] for run in result["members"]] == [run["all"] for run in left["members"]]
-    # Intervals are computed in another way since.
+    # Intervals have been computed differently since then.
     assert [point["all"]["mean"] for point in result["points"]] == [point["all"]["mean"] for point in left["points"]]
     assert [run.ratio for run in read_sweep(LEFT / "sweeps" / "direct-psa" / "sweep.json").runs] == [0.25, 1.0]

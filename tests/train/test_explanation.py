@@ -25,7 +25,7 @@ from tests.train.tiny import with_run
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def test_curves_of_a_case_computed_by_hand() -> None:
+def test_deletion_and_insertion_curves_match_a_hand_computed_case() -> None:
     # One frame of four patches, which give 0.4, 0.3, 0.2 and 0.1 of the probability.
     weight = torch.tensor([0.3, 0.1, 0.4, 0.2])
     falling = weight[None, None]
@@ -41,7 +41,7 @@ def test_curves_of_a_case_computed_by_hand() -> None:
     torch.testing.assert_close(area(insertion, QUARTERS), torch.tensor([0.375]))
 
 
-def test_every_frame_and_question_is_ranked_on_its_own_and_ties_go_to_the_lowest() -> None:
+def test_each_frame_and_question_is_ranked_alone_lowest_patch_first_on_ties() -> None:
     scores = torch.tensor([[[1.0, 0.0], [5.0, 9.0]], [[2.0, 2.0], [-torch.inf, 0.0]]])
     shown: list[torch.Tensor] = []
     curves(lambda present: shown.extend(present) or torch.zeros(6, 2), scores, (0.0, 0.5, 1.0))
@@ -49,7 +49,7 @@ def test_every_frame_and_question_is_ranked_on_its_own_and_ties_go_to_the_lowest
     assert torch.equal(shown[4], ~shown[1])  # the same half inserted
 
 
-def test_pointing_and_agreement_of_a_case_computed_by_hand() -> None:
+def test_pointing_and_agreement_match_a_hand_computed_case() -> None:
     places = Places(
         asked=(frozenset({1}), frozenset(), frozenset({2, 3})),
         others=(frozenset({0}), frozenset({0}), frozenset({0, 2})),
@@ -72,7 +72,7 @@ def trained(shared_tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 
 @pytest.mark.slow
-def test_scores_of_the_selection_rank_the_patches_that_evaluation_keeps(trained: Config) -> None:
+def test_selection_scores_rank_the_patches_that_evaluation_keeps(trained: Config) -> None:
     experiment = open_experiment(trained)
     head = build_head(trained, experiment.sizes).eval()
     assert isinstance(head, PSA)
@@ -91,7 +91,7 @@ def test_scores_of_the_selection_rank_the_patches_that_evaluation_keeps(trained:
 
 
 @pytest.mark.slow
-def test_what_the_head_selects_matters_more_to_its_answers_than_chance(
+def test_selected_patches_matter_more_to_answers_than_random_ones(
     trained: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As if the clips were EgoSynth's: in each frame patch 5 is asked about.
@@ -124,7 +124,7 @@ def test_what_the_head_selects_matters_more_to_its_answers_than_chance(
 
 
 @pytest.mark.slow
-def test_heads_without_a_selection_and_what_is_refused(trained: Config, tiny: Config) -> None:
+def test_explain_takes_heads_without_selection_and_refuses_blind_ones(trained: Config, tiny: Config) -> None:
     pooled = with_run(tiny, "pooled", head_name="pooled", train_epochs=1)
     fit(pooled, "egopatch train fit")
     found = explain(pooled, 8)
@@ -138,7 +138,7 @@ def test_heads_without_a_selection_and_what_is_refused(trained: Config, tiny: Co
         explain(blind)
 
 
-def test_a_damaged_file_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_explanation_file_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("run")
     assert read_explanation(folder) is None
     for text in ("{", "{}", '{"rankings": [{}], "shares": []}'):

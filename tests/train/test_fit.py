@@ -69,7 +69,7 @@ def test_run_folder_is_complete(tiny: Config) -> None:
 
 
 @pytest.mark.slow
-def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scoring_the_predictions_gives_the_test_result(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tiny, "x")
     capsys.readouterr()
     questions = tiny.data.root / "qa" / "direct" / "formatted_test_qas_encode.json"
@@ -80,7 +80,7 @@ def test_score_of_the_predictions_is_the_test_result(tiny: Config, capsys: pytes
     assert printed == {name: test[name] for name in printed}
 
 
-def test_the_log_says_what_ran_the_selection(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_names_the_implementation_of_select_attend(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     for implementation, why in (("auto", "tokens are on cpu"), ("reference", "as requested")):
         config = with_run(tiny, implementation, head_implementation=implementation, train_epochs=1, train_device="cpu")
         fit(config, "")
@@ -103,7 +103,7 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
-def test_the_caller_keeps_its_random_numbers_and_threads(tiny: Config) -> None:
+def test_training_keeps_the_callers_random_state_and_thread_count(tiny: Config) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     torch.manual_seed(5)
     expected, others, threads = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
@@ -128,7 +128,7 @@ def test_the_caller_keeps_its_random_numbers_and_threads(tiny: Config) -> None:
     assert random.getstate() == others
 
 
-def test_deterministic_training_gives_cublas_its_workspace(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_training_sets_the_cublas_workspace(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     open_experiment(tiny)
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
@@ -136,9 +136,7 @@ def test_deterministic_training_gives_cublas_its_workspace(tiny: Config, monkeyp
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_a_cpu_uses_no_operation_that_depends_on_the_order_of_threads(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_training_enables_deterministic_algorithms(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without this mode, threads add up the gradients of indexed tensors in any order, from 32,768 numbers on.
     real, modes = RunGroup.learn, []
 
@@ -152,7 +150,7 @@ def test_a_cpu_uses_no_operation_that_depends_on_the_order_of_threads(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_training_stops_when_val_has_not_improved_for_so_long(tiny: Config) -> None:
+def test_training_stops_after_patience_epochs_without_val_improvement(tiny: Config) -> None:
     patient, plain_run = with_run(tiny, "patient", train_epochs=12, train_patience=2, train_lr=1e-6), tiny
     fit(patient, "x")
     events = [json.loads(line) for line in (patient.run.dir / "log.jsonl").read_text().splitlines()]
@@ -165,17 +163,17 @@ def test_training_stops_when_val_has_not_improved_for_so_long(tiny: Config) -> N
     assert len(losses(plain_run.run.dir)) == 24
 
 
-def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: Path) -> None:
+def test_a_derived_store_trains_with_the_losses_of_its_parent(tiny: Config, tmp_path: Path) -> None:
     by_saliency = with_run(tiny, "full", head_scores=("saliency",), head_ratio=0.25, head_coarse=False)
     derive(tiny.store.path, tmp_path / "small", keep=0.25)
     small = with_run(by_saliency, "small", store_path=tmp_path / "small")
     whole, part = fit(by_saliency, "x"), fit(small, "x")
-    # Kept patches lie in another order there, so that sums are rounded otherwise.
+    # Kept patches are stored in another order there, so sums round differently.
     np.testing.assert_allclose(losses(small.run.dir), losses(by_saliency.run.dir), rtol=1e-4)
     assert part.all.accuracy == pytest.approx(whole.all.accuracy, abs=2)
     with np.load(small.run.dir / "selection.npz") as here, np.load(by_saliency.run.dir / "selection.npz") as there:
         assert np.array_equal(here["kept"], there["kept"])
-    # Its prior looks at true places.
+    # Its prior uses the original patch positions.
     with_prior = with_run(small, "prior", head_scores=("saliency", "prior"), head_growth=True, train_epochs=1)
     fit(with_prior, "x")
     assert load_file(with_prior.run.dir / "best.safetensors")["prior"].shape == (12,)
@@ -185,7 +183,7 @@ def test_a_derived_store_gives_the_trace_of_its_parent(tiny: Config, tmp_path: P
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
-def test_a_run_folder_that_cannot_be_written_names_its_option(
+def test_an_unwritable_run_folder_names_its_option(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -226,13 +224,13 @@ def test_the_files_of_runs_and_sweeps_follow_the_umask(tiny: Config, mask: int) 
     assert {path: oct(path.stat().st_mode & 0o777) for path in files} == {path: oct(0o666 & ~mask) for path in files}
 
 
-def test_another_setting_in_the_folder_is_refused(tiny: Config) -> None:
+def test_a_run_folder_with_different_settings_is_refused(tiny: Config) -> None:
     fit(tiny, "x")
     with pytest.raises(ConfigError, match=r"with different settings \(head.ratio: folder has 0.5, requested 0.25\)"):
         fit(with_run(tiny, "psa", head_ratio=0.25), "x")
 
 
-def test_a_run_in_a_store_is_refused(tiny: Config) -> None:
+def test_a_store_as_the_run_folder_is_refused(tiny: Config) -> None:
     before = sorted(tiny.store.path.iterdir())
     in_store = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, dir=tiny.store.path))
     with pytest.raises(ConfigError, match=r"run.dir is .*, which is a store; expected a folder of its own for the run"):
@@ -240,7 +238,7 @@ def test_a_run_in_a_store_is_refused(tiny: Config) -> None:
     assert sorted(tiny.store.path.iterdir()) == before
 
 
-def test_an_option_that_an_earlier_version_did_not_know_has_its_default(tiny: Config) -> None:
+def test_an_option_missing_from_an_older_run_takes_its_default(tiny: Config) -> None:
     run_folder.claim(tiny.run.dir, tiny)
     path = tiny.run.dir / run_folder.CONFIG
     settings = yaml.safe_load(path.read_text())
@@ -261,14 +259,14 @@ def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path)
         evaluate(with_run(tiny, "psa", store_path=other.store.path))
 
 
-def test_a_config_that_the_store_was_not_made_by_is_refused(tiny: Config) -> None:
+def test_a_config_that_disagrees_with_the_store_is_refused(tiny: Config) -> None:
     with pytest.raises(FingerprintMismatch, match="depth: store has 6, requested 12"):
         fit(with_run(tiny, "psa", encoder_depth=12), "x")
     with pytest.raises(ConfigError, match=r"^encoder.arch is 'light'; expected one of .*; did you mean lite\?$"):
         fit(with_run(tiny, "psa", encoder_arch="light"), "x")
 
 
-def test_answers_that_no_head_can_give_are_said(tiny: Config, tmp_path: Path) -> None:
+def test_answers_absent_from_training_are_noted(tiny: Config, tmp_path: Path) -> None:
     assert "training answers" not in "".join(open_experiment(tiny).data_lines)
     other = with_run(tiny, "other", data_root=shutil.copytree(tiny.data.root, tmp_path / "data"))
     path = other.data.root / "qa/direct/formatted_test_qas_encode.json"
@@ -283,20 +281,20 @@ def test_answers_that_no_head_can_give_are_said(tiny: Config, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("device", ["mps", "gpu0"])
-def test_a_device_that_heads_cannot_use_is_a_wrong_config(device: str) -> None:
+def test_an_unsupported_train_device_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=rf"^train\.device is '{device}'; expected auto, cpu, cuda, or cuda:N"):
         pick_device(device)
 
 
 @pytest.mark.parametrize("content", [b"", b"head: [", b"\xff\xfe", b"- head\n", b"head: psa\n"])
-def test_a_damaged_config_of_a_run_is_one_line(tiny: Config, content: bytes) -> None:
+def test_a_damaged_run_config_gives_a_one_line_error(tiny: Config, content: bytes) -> None:
     tiny.run.dir.mkdir(parents=True)
     (tiny.run.dir / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"^.*/config\.yaml (is damaged|does not hold) .*; use another --run\.dir.*$"):
         fit(tiny, "x")
 
 
-def test_damaged_and_missing_run_files(tiny: Config) -> None:
+def test_damaged_and_missing_run_files_are_named(tiny: Config) -> None:
     with pytest.raises(RunError, match=r"card\.json: no such file; train the head first"):
         evaluate(tiny)
     fit(tiny, "x")
@@ -334,7 +332,7 @@ def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate"])
-def test_the_number_of_questions_about_quarantined_clips_is_in_json(
+def test_json_counts_the_questions_about_quarantined_clips(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_tiny(tmp_path, bad=("clip|P47|0|48",))
@@ -357,7 +355,7 @@ def test_a_run_whose_test_clips_are_all_quarantined_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_quick_accuracies_are_those_of_the_metrics(tmp_path: Path, part: str) -> None:
+def test_part_scorer_accuracies_match_the_metrics(tmp_path: Path, part: str) -> None:
     experiment = open_experiment(write_tiny(tmp_path, bad=("clip|P47|0|48", "clip|P46|0|47", "clip|P0|0|1")))
     vocabulary = experiment.dataset.answers
     generator = torch.Generator().manual_seed(0)
@@ -405,7 +403,9 @@ def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_commands_and_exit_codes(tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_and_evaluate_commands_return_the_right_exit_codes(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "my c.yaml"
     path.write_text(yaml.safe_dump(plain(tiny)))
     options = ["--config", str(path), "--train.epochs", "1"]

@@ -26,7 +26,7 @@ def _inputs(checkpoint: Checkpoint, arch: str, variant: str = "paper") -> tuple[
 
 
 @pytest.mark.parametrize("fusion", [1, 2, 3])
-def test_head_is_the_rest_of_egovlpv2(tmp_path: Path, fusion: int) -> None:
+def test_fused_head_matches_the_upper_half_of_egovlpv2(tmp_path: Path, fusion: int) -> None:
     checkpoint = tiny(tmp_path, fusion=fusion)
     video = torch.randn(2, 3, 3, 64, 64)
     tokens = load_video_encoder("egovlpv2", checkpoint, 3, fusion)(video)
@@ -41,7 +41,7 @@ def test_head_is_the_rest_of_egovlpv2(tmp_path: Path, fusion: int) -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("depth", [3, 4, 6])
-def test_head_is_the_rest_of_mfas(tmp_path: Path, variant: str, depth: int) -> None:
+def test_fused_head_matches_the_upper_half_of_mfas(tmp_path: Path, variant: str, depth: int) -> None:
     checkpoint = tiny(tmp_path, "mfas", depth=depth)
     growth = reference.PAPER if variant == "paper" else reference.RELEASED
     tokens, states, mask = _inputs(checkpoint, "mfas", variant)
@@ -54,7 +54,7 @@ def test_head_is_the_rest_of_mfas(tmp_path: Path, variant: str, depth: int) -> N
 
 
 @pytest.mark.parametrize("arch", ["egovlpv2", "mfas"])
-def test_questions_share_their_clip(tmp_path: Path, arch: str) -> None:
+def test_questions_sharing_a_clip_get_the_logits_of_separate_clips(tmp_path: Path, arch: str) -> None:
     checkpoint = tiny(tmp_path, arch)
     tokens, states, mask = _inputs(checkpoint, arch)
     head = load_head(arch, checkpoint)
@@ -67,7 +67,7 @@ def test_questions_share_their_clip(tmp_path: Path, arch: str) -> None:
     assert not torch.allclose(shared[0], shared[1])
 
 
-def test_gradients_are_those_of_the_published_network(tmp_path: Path) -> None:
+def test_gradients_match_the_published_network(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     tokens, states, mask = _inputs(checkpoint, "egovlpv2")
     tokens, states = PatchTokens(**{k: v.clone() for k, v in tokens.tensors().items()}), states.clone()
@@ -112,7 +112,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_head_learns(tmp_path: Path) -> None:
+def test_fused_head_learns_answers_that_need_clip_and_question(tmp_path: Path) -> None:
     torch.manual_seed(0)
     checkpoint = tiny(tmp_path, width=64)
     tokens, states, mask = _inputs(checkpoint, "egovlpv2")
@@ -148,7 +148,7 @@ def test_classifier_of_another_vocabulary_starts_fresh(tmp_path: Path) -> None:
     assert load_head("egovlpv2", checkpoint, answers=11).projector_2.weight.shape == (11, 11)
 
 
-def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+def test_checkpoints_that_do_not_fit_the_head_are_refused(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     bare = {name: t for name, t in checkpoint.tensors.items() if not name.startswith("projector")}
     pretrained = Checkpoint(checkpoint.path, "state_dict", bare)

@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU and its host, counted on a CPU: launches, and waits for values."""
+"""Kernel launches and host synchronisations of a training step, counted on a CPU."""
 
 import dataclasses
 from collections import Counter
@@ -24,7 +24,7 @@ READS_BACK = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that launch something on a GPU: all but views and fresh memory. One of ours counts as one."""
+    """Counts operators that launch something on a GPU: all but views and allocations. A custom one counts once."""
 
     FREE = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
@@ -81,7 +81,7 @@ def launches_of_a_step(ratios: tuple[float, ...], seeds: tuple[int, ...], dtype:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes the operators that it takes on a GPU; those of ours do nothing."""
+    """A step runs the operators that it runs on a GPU; the custom ones do nothing."""
     monkeypatch.setattr(select_attend, "kernels", NoKernels, raising=False)
     monkeypatch.setattr(plan, "_obstacle", lambda *_: None)
     monkeypatch.setattr(selection, "_reads_once", lambda _: False)
@@ -121,8 +121,8 @@ class LargeResults(TorchDispatchMode):
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("ratios", [(0.5,), (0.25, 0.5)])
-def test_nothing_copies_or_converts_what_was_pooled(ratios: tuple[float, ...]) -> None:
-    """It is by far the largest tensor of a step, at the coarse level with channels that only fill the tokens."""
+def test_pooled_patches_are_neither_copied_nor_converted(ratios: tuple[float, ...]) -> None:
+    """It is by far the largest tensor of a step; at the coarse level it includes padding channels."""
     stack = make(ratios, (0,) * len(ratios), dataclasses.replace(TRAIN, dtype="bfloat16"), implementation="triton")
     batch = make_batch(questions=401)
     clips, frames, _, width = batch.tokens.patches.shape
@@ -148,9 +148,9 @@ def attend_without_kernels(
 def test_a_step_reads_nothing_back(
     ratios: tuple[float, ...], frames: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever returns a number or a size that depends on values makes a GPU's host wait; kernels do it for none.
+    """Operators that return a number, or a size that depends on values, make the host wait; our kernels do not.
 
-    So does a tensor of numbers that the host has, unless it is made once.
+    So does creating a tensor from numbers on the host, unless it is created once.
     """
     stack, batch = make(ratios, (0,) * len(ratios), implementation="triton", frames=frames), make_batch()
     monkeypatch.setattr(selection, "attend_stacked", attend_without_kernels)

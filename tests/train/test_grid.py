@@ -1,4 +1,4 @@
-"""What may vary in a sweep: each value is checked, and so is the setting that it becomes a part of."""
+"""Sweep grids: each value is checked, and so is the whole config that it becomes part of."""
 
 import json
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ from tests.train.tiny import with_run
         ("head.coarse: [true, 'true']", r"\[True, 'true'\]", "True and 'true'"),
     ],
 )
-def test_a_value_that_is_written_in_two_ways_is_listed_twice(
+def test_equal_values_written_differently_are_refused_as_duplicates(
     tiny: Config, tmp_path: Path, text: str, values: str, same: str
 ) -> None:
     grid = tmp_path / "grid.yaml"
@@ -37,7 +37,7 @@ def test_a_value_that_is_written_in_two_ways_is_listed_twice(
         run_sweep(tiny, grid=grid)
 
 
-def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
+def test_an_option_given_both_as_a_flag_and_in_the_grid_is_refused(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.ratio: [0.25, 0.5]\ntrain.seed: [0, 1]\n")
     message = r"--ratios is \[1\.0\], but --grid .*grid\.yaml also has head\.ratio, as \[0\.25, 0\.5\]; give its"
@@ -57,7 +57,7 @@ def test_an_option_is_given_in_one_place(tmp_path: Path) -> None:
         ({}, [0.5, 1.0], None),
     ],
 )
-def test_ratios_of_a_head_that_does_not_depend_on_them_are_noted(
+def test_sweeping_ratios_of_a_head_that_ignores_them_prints_a_note(
     tiny: Config,
     head: dict[str, object],
     ratios: list[float],
@@ -105,7 +105,7 @@ def test_settings_that_would_share_a_folder_are_refused(
     assert not (tiny.run.dir.parent / "sweeps").exists()
 
 
-def test_a_value_need_not_fit_the_defaults_of_other_options(tiny: Config, tmp_path: Path) -> None:
+def test_grid_values_are_checked_against_the_config_not_the_defaults(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     config = replace(tiny, head=replace(tiny.head, width=36), train=replace(tiny.train, epochs=1))
     grid.write_text("head.heads: [3]")  # no divisor of the default width
@@ -115,7 +115,7 @@ def test_a_value_need_not_fit_the_defaults_of_other_options(tiny: Config, tmp_pa
         run_sweep(config, grid=grid)
 
 
-def test_a_value_has_to_fit_the_config_that_it_becomes_a_part_of(tiny: Config, tmp_path: Path) -> None:
+def test_a_grid_value_must_fit_the_rest_of_the_config(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("train.contrast: [0.3]")
     with pytest.raises(ConfigError, match=r"^train\.contrast is 0\.3, but data\.paraphrases is false"):

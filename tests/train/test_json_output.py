@@ -16,7 +16,7 @@ from tests.train.tiny import with_run
 
 
 @pytest.mark.slow
-def test_every_command_prints_its_result_alone(
+def test_every_command_prints_only_its_json_result(
     tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
@@ -57,7 +57,7 @@ def test_every_command_prints_its_result_alone(
     assert seen == COMMANDS.keys()
 
 
-def test_a_benchmark_tells_in_json_what_it_printed(
+def test_bench_json_contains_the_printed_lines(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fast.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(1)\n")

@@ -1,4 +1,4 @@
-"""Metrics against an independent count, and what a predictions file is refused for."""
+"""Metrics against an independent count, and the faults for which a predictions file is refused."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def test_answers_of_the_wrong_form_are_counted() -> None:
     independent = sum((a.strip().lower() in ("yes", "no")) != (forms[q] == "binary") for q, a in answers.items())
     assert independent > 100
     assert score(questions, answers, None).wrong_form == independent
-    # An answer that open questions have too is of no form.
+    # An answer that open questions share belongs to neither form.
     either = Question("o", "c", "is it red or no colour?", "no", "open", ())
     assert score([either, questions[0]], {"o": "no", "q0": questions[0].answer}, None).wrong_form == 0
 
@@ -87,7 +87,7 @@ def test_a_question_without_an_answer_is_refused() -> None:
         ("[" * 100_000, "p.jsonl:6: cannot be parsed as JSON"),
     ],
 )
-def test_malformed_predictions_are_refused_by_name(tmp_path: Path, line: str, message: str) -> None:
+def test_malformed_predictions_are_refused_by_line_number(tmp_path: Path, line: str, message: str) -> None:
     questions, answers = made_up(5)
     path = tmp_path / "p.jsonl"
     lines = [json.dumps({"question_id": name, "answer": given}) for name, given in answers.items()]
@@ -108,7 +108,7 @@ def test_missing_ids_are_named_and_the_rest_counted(tmp_path: Path) -> None:
     assert lines[-1].endswith("and 10 more")
 
 
-def test_missing_file_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_predictions_file_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match=r"p\.jsonl: no such file; expected"):
         read_predictions(tmp_path / "p.jsonl", [])
 
@@ -238,7 +238,7 @@ def test_score_agrees_with_counting_in_files_of_1000_questions(
         ("x/redirected.json", None),
     ],
 )
-def test_the_split_is_what_folder_or_name_says(
+def test_the_split_is_inferred_from_the_folder_or_file_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, split: str | None
 ) -> None:
     records = made_up_release(tmp_path / "made", n=20)
@@ -252,7 +252,7 @@ def test_the_split_is_what_folder_or_name_says(
     assert (None if counted_on is None else counted_on["n"]) == expected
 
 
-def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_released_matching_rule_needs_an_answer_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "qa" / "direct"
     records = made_up_release(folder, n=20, raw=True)
     write_predictions(tmp_path / "p.jsonl", records)
@@ -266,7 +266,7 @@ def test_the_released_way_needs_an_answer_set(tmp_path: Path, capsys: pytest.Cap
     assert "has neither answer_set.txt nor training questions" in capsys.readouterr().err
 
 
-def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_questions_are_scored_by_part_and_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def line(number: int, answer: str, part: str, **more: Any) -> str:
         fields = {"question_id": number, "clip_id": "c", "question": "?", "answer": answer, "part": part, **more}
         return json.dumps(fields) + "\n"
@@ -305,7 +305,7 @@ def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (lambda lines: [*lines[:7], lines[7][:-3], *lines[8:]], "p.jsonl:8: not valid JSON"),
     ],
 )
-def test_score_refuses_by_name(
+def test_score_command_names_faulty_predictions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[str]], list[str]], message: str
 ) -> None:
     records = made_up_release(tmp_path / "direct", n=50)

@@ -1,4 +1,4 @@
-"""Names of the files of runs and sweeps are written in one place, which costs nothing to import."""
+"""File names of runs and sweeps are defined in one place, which is cheap to import."""
 
 import ast
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = {value for name, value in vars(names).items() if name.isupper()}
 
 
-def test_no_other_module_writes_them_again() -> None:
+def test_no_other_module_repeats_the_file_names() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r} is a constant of train/rundir/names.py"
         for path in sorted((ROOT / "train").rglob("*.py"))
@@ -23,6 +23,6 @@ def test_no_other_module_writes_them_again() -> None:
     assert not found
 
 
-def test_they_are_read_without_torch() -> None:
+def test_file_names_are_imported_without_torch() -> None:
     code = "import sys, egopatch.train.rundir.names; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -52,7 +52,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config: Config = with_run(write_tiny(root, clips=24), "watched", train_epochs=1)
     videos = config.data.root / "qa_videos"
     videos.mkdir()
-    for index in range(24):  # there to be opened, were anything to try
+    for index in range(24):  # exist, so that an attempt to open them would be noticed
         (videos / f"clip|P{index}|0|{index + 1}.mp4").write_bytes(b"no video")
     path = root / "c.yaml"
     path.write_text(yaml.safe_dump(plain(config)))
@@ -73,7 +73,7 @@ def test_all_of_stage_two_imports_and_trains_without_video(config_file: Path) ->
         ("open('qa_videos/a.mp4')", "stage two touches a video: open"),
     ],
 )
-def test_the_check_itself_can_fail(sabotage: str, word: str) -> None:
+def test_the_no_video_check_detects_violations(sabotage: str, word: str) -> None:
     done = run(script=SCRIPT.partition("import egopatch.train\n")[0] + sabotage)
     assert done.returncode != 0
     assert word in done.stderr

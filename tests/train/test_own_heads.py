@@ -1,4 +1,4 @@
-"""Heads from outside this package that are wrong: the message names the head, or the traceback their author's line."""
+"""Faulty custom heads: the message names the head, or the traceback keeps their author's line."""
 
 import os
 import re
@@ -63,21 +63,21 @@ def builds(_: object, sizes: Sizes) -> nn.Module:
 
 
 @pytest.mark.parametrize("broken", ["forward", "measure", "build"])
-def test_an_error_of_an_own_head_keeps_the_line_of_its_author(
+def test_an_error_in_a_custom_head_keeps_its_traceback(
     broken: str, own: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Linear, "measure", measures if broken == "measure" else lambda *_: None, raising=False)
     change = refuses if broken == "forward" else lambda logits: logits
     config = own(builds if broken == "build" else lambda _, sizes: Linear(sizes, change))
     config.run.dir.parent.mkdir(parents=True, exist_ok=True)
-    # A ValueError would be one line of `train fit`, without the file.
+    # A bare ValueError would become one line of `train fit`, without a traceback.
     with pytest.raises(RuntimeError, match=r"head (mine|Linear) raises ValueError: could not convert") as caught:
         fit(config, "x")
     assert re.search(r"test_own_heads\.py\", line \d+, in (refuses|measures|builds)", traced(caught.value))
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="runs of a sweep are forked only without a GPU")
-def test_the_line_survives_a_forked_process(own: Registered) -> None:
+def test_the_traceback_of_a_custom_head_survives_a_forked_process(own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, refuses), stacks=True)
     with pytest.raises(RuntimeError, match="head Linear raises ValueError") as caught:
         run_sweep(config, seeds=[0, 1])
@@ -96,7 +96,9 @@ def traced(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def test_an_own_head_refuses_its_input_in_one_line(own: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_error_from_a_custom_head_is_passed_through(
+    own: Registered, capsys: pytest.CaptureFixture[str]
+) -> None:
     def build(_: object, sizes: Sizes) -> nn.Module:
         raise ConfigError(f"patches is {sizes.patches}; expected a square")
 
@@ -105,7 +107,7 @@ def test_an_own_head_refuses_its_input_in_one_line(own: Registered, capsys: pyte
 
 
 @pytest.mark.parametrize("change", [Tensor.detach, torch.zeros_like])
-def test_logits_without_a_gradient(change: Callable[[Tensor], Tensor], own: Registered) -> None:
+def test_logits_without_a_gradient_are_refused(change: Callable[[Tensor], Tensor], own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, change), stacks=True)
     with pytest.raises(ConfigError, match=r"^the head Linear returns logits without a gradient; expected logits that"):
         fit(config, "x")
@@ -113,20 +115,20 @@ def test_logits_without_a_gradient(change: Callable[[Tensor], Tensor], own: Regi
         run_sweep(config, ratios=[0.25, 0.5, 0.75, 1.0])  # stacked in twos on two cores, where torch.vmap hides it
 
 
-def test_logits_on_another_device(own: Registered) -> None:
+def test_logits_on_another_device_are_refused(own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, lambda logits: logits.to("meta")))
     with pytest.raises(ConfigError, match=r"^the head mine returns logits on meta; expected cpu, the device of the"):
         fit(config, "x")
 
 
-def test_logits_that_are_never_finite_are_not_blamed_on_the_rate(own: Registered) -> None:
+def test_non_finite_logits_are_not_blamed_on_the_learning_rate(own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, lambda logits: logits * float("nan")))
     with pytest.raises(RunError, match=r"the loss is nan in epoch 1, step 1 .* check the logits of the head mine") as e:
         fit(config, "x")
     assert "--train.lr" not in str(e.value)
 
 
-def test_a_head_that_cannot_learn_says_so(own: Registered, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_without_trainable_parameters_prints_a_note(own: Registered, capsys: pytest.CaptureFixture[str]) -> None:
     config = own(lambda _, sizes: Linear(sizes, Tensor.detach).requires_grad_(False))
     fit(config, "x")
     note = "note: the head mine has no trainable parameters, so nothing is learned; if it is to learn, assign"
@@ -144,7 +146,7 @@ def test_a_head_that_cannot_learn_says_so(own: Registered, capsys: pytest.Captur
         ("mine", True, ["--ratios", "0.25", "0.5", "0.75", "1.0"], True),
     ],
 )
-def test_the_note_about_ratios_is_for_runs_of_several_that_trained_together(
+def test_the_stacking_note_appears_only_for_ratios_trained_together(
     name: str, stacks: bool, options: list[str], noted: bool, own: Registered, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = own(lambda _, sizes: Linear(sizes), stacks)
@@ -169,10 +171,10 @@ def test_runs_of_a_head_that_stacks_train_in_several_processes(
     assert len([path for path in tmp_path.iterdir() if path.name.isdecimal()]) == processes
 
 
-def test_layers_that_torch_does_not_find(own: Registered) -> None:
+def test_parameters_hidden_from_torch_are_refused(own: Registered) -> None:
     def build(_: object, sizes: Sizes) -> nn.Module:
         head = Linear(sizes)
-        head.layers = [head.linear]  # a second name for what is registered, which is trained
+        head.layers = [head.linear]  # a second name for a registered layer, which is trained
         build_head(own(lambda *_: head), Sizes(2, (3, 4), 12, 32, 32, 4))
         head.more = {"a": nn.Linear(2, 2)}  # type: ignore[assignment]
         return head
@@ -181,7 +183,7 @@ def test_layers_that_torch_does_not_find(own: Registered) -> None:
         build_head(own(build), Sizes(2, (3, 4), 12, 32, 32, 4))
 
 
-def test_logits_that_are_nan_in_evaluation_alone(own: Registered) -> None:
+def test_logits_that_are_nan_only_in_evaluation_are_refused(own: Registered) -> None:
     class Broken(Linear):
         def forward(self, batch: Batch) -> Tensor:
             return super().forward(batch) * (1.0 if self.training else float("nan"))
@@ -190,7 +192,9 @@ def test_logits_that_are_nan_in_evaluation_alone(own: Registered) -> None:
         fit(own(lambda _, sizes: Broken(sizes)), "x")
 
 
-def test_what_measure_sets_must_be_stored(own: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributes_set_by_measure_must_be_stored_with_the_weights(
+    own: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def measure(head: nn.Module, tokens: PatchTokens) -> None:
         head.mean = tokens.cls.mean()  # type: ignore[assignment]
 

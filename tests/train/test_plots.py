@@ -28,7 +28,7 @@ def test_ratio_plot_has_the_mean_and_the_range_over_seeds(tmp_path: Path) -> Non
     assert axis.get_title() == "direct"
 
 
-def test_the_picture_of_a_sweep_calls_own_data_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweep_plot_titles_custom_data_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     _draw(write_sweep(tmp_path), "data/kitchen")
@@ -41,7 +41,7 @@ def test_a_single_seed_has_no_band(tmp_path: Path) -> None:
     assert not axis.collections
 
 
-def test_settings_of_a_grid_are_lines_of_their_own(tmp_path: Path) -> None:
+def test_each_grid_setting_is_a_separate_line(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, seeds=1) / "sweep.json"
     text = path.read_text().replace('"overrides": {}', '"overrides": {"head.scores": ["random"]}', 2)
     path.write_text(text)
@@ -81,7 +81,7 @@ def test_long_names_of_settings_leave_room_for_the_plot(tmp_path: Path) -> None:
         assert any("train.lr 0.1" in text.get_text().replace("\n", " ") for text in texts)
 
 
-def test_numbers_of_near_ratios_do_not_touch() -> None:
+def test_tick_labels_of_close_ratios_do_not_overlap() -> None:
     assert plots.spaced({1.0, 0.1, 0.25, 0.5}) == [0.1, 0.25, 0.5, 1.0]
     assert plots.spaced([0.05, 0.1, 0.11, 0.12, 0.25, 0.97, 1.0]) == [0.05, 0.1, 0.25, 1.0]
     assert plots.spaced([0.25]) == [0.25]

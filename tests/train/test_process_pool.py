@@ -16,7 +16,7 @@ from egopatch.train.processes.stopping import SIGNALS, Stopped
 LONG_S = 60.0
 
 
-def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
+def test_results_keep_their_order_and_each_process_uses_one_thread() -> None:
     before = torch.get_num_threads()
     tensor = torch.arange(5)
     last, started = os.pipe()
@@ -35,7 +35,7 @@ def test_results_come_in_order_from_processes_on_one_thread_each() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_no_more_than_the_cores_run_at_once() -> None:
+def test_at_most_one_process_per_core_runs_at_once() -> None:
     def work() -> tuple[float, float]:
         started = time.monotonic()
         time.sleep(0.1)
@@ -51,7 +51,7 @@ class _Picky(ValueError):
         super().__init__(f"error {number}: {why}")
 
 
-def test_an_error_that_cannot_be_pickled_tells_what_it_was() -> None:
+def test_an_unpicklable_error_is_reported_as_text() -> None:
     def work() -> None:
         raise _Picky(3, "no such group")
 
@@ -80,7 +80,7 @@ def test_a_killed_process_is_named() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_all(number: signal.Signals) -> None:
+def test_a_signal_stops_all_processes(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     reached, report = os.pipe()
 
@@ -101,7 +101,7 @@ def test_a_signal_stops_all(number: signal.Signals) -> None:
     assert signal.getsignal(number) is handler
 
 
-def test_a_signal_is_not_lost_where_the_last_call_still_ends_well() -> None:
+def test_a_signal_is_not_lost_if_the_last_call_still_succeeds() -> None:
     reached, report = os.pipe()
 
     def work() -> None:

@@ -54,7 +54,7 @@ def make(seed: int = 0, **changes: object) -> PSA:
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 1.0])
-def test_keeps_the_rounded_up_share_of_each_frame(ratio: float) -> None:
+def test_psa_keeps_the_rounded_up_share_of_each_frame(ratio: float) -> None:
     logits, kept = make(ratio=ratio).answer(make_batch())
     k = math.ceil(ratio * 35)
     assert logits.shape == (11, 9)
@@ -69,7 +69,7 @@ def test_rounding_noise_does_not_add_a_patch() -> None:
     assert keep_count(1e-9, 49) == 1
 
 
-def test_question_decides_what_is_kept() -> None:
+def test_question_scores_make_the_selection_depend_on_the_question() -> None:
     batch = make_batch()
     batch = dataclasses.replace(batch, clip_index=torch.zeros_like(batch.clip_index))
     with_question = make(scores=("question",)).answer(batch)[1]
@@ -141,7 +141,7 @@ def test_growth_selects_within_a_region_that_only_grows() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_growth_works_on_frames_of_hardly_any_patches(grid: tuple[int, int]) -> None:
+def test_growth_works_on_frames_with_very_few_patches(grid: tuple[int, int]) -> None:
     saliency = torch.randn(2, 3, grid[0] * grid[1], generator=torch.Generator().manual_seed(0))
     head = PSA(dataclasses.replace(CONFIG, growth=True), dataclasses.replace(SIZES, grid=grid))
     region = head.grown_region(saliency, None)
@@ -151,7 +151,7 @@ def test_growth_works_on_frames_of_hardly_any_patches(grid: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("level", ["patch", "frame", "video"])
-def test_a_level_without_the_question_has_no_parameters_for_it(level: str) -> None:
+def test_a_level_without_question_guidance_has_fewer_parameters(level: str) -> None:
     left = tuple(name for name in ("patch", "frame", "video") if name != level)
     head, whole = make(levels=left), make()
     assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in whole.parameters())
@@ -183,7 +183,7 @@ def test_attention_is_uneven_from_the_start() -> None:
     assert 0.3 < logits.detach().std(dim=-1).mean() < 3
 
 
-def test_without_levels_and_times_the_order_of_frames_does_not_matter() -> None:
+def test_without_time_the_order_of_frames_does_not_matter() -> None:
     batch = make_batch()
     backwards = {name: t if name == "cls" else t.flip(1) for name, t in batch.tokens.tensors().items()}
     turned = batch.with_tokens(PatchTokens(**backwards))
@@ -211,7 +211,7 @@ def test_every_parameter_learns() -> None:
     assert idle == []
 
 
-def test_switched_off_parts_are_gone() -> None:
+def test_disabled_parts_are_not_built_or_not_trained() -> None:
     assert make(coarse=False).coarse is None
     fixed = make(merge=False).coarse
     assert fixed is not None
@@ -226,7 +226,7 @@ def test_region_prior_on_the_published_grid() -> None:
     assert torch.allclose(small.sum() * 4, expected.sum(), atol=1e-4)
 
 
-def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
+def test_merge_starts_as_the_mean_and_ignores_missing_patches() -> None:
     level = CoarseLevel(SIZES, 16, 2, learned=True, implementation="reference")
     x = torch.randn(2, 3, 35, SIZES.width)
     merged = level.merge(x)
@@ -236,8 +236,8 @@ def test_merge_is_the_mean_and_ignores_what_is_not_there() -> None:
     assert torch.allclose(merged[:, :, -1], grid[:, :, 4, 6], atol=1e-5)
 
 
-def test_channels_that_only_fill_the_merged_patches_change_nothing() -> None:
-    """On a GPU they have a multiple of 64."""
+def test_padding_channels_of_merged_patches_change_nothing() -> None:
+    """On a GPU, merged patches are padded to a multiple of 64 channels."""
     head, batch = make(), make_batch()
     assert head.coarse is not None
     merged = head.coarse.derive(batch.tokens.patches, None)
@@ -251,7 +251,7 @@ def test_channels_that_only_fill_the_merged_patches_change_nothing() -> None:
         torch.testing.assert_close(filled, plain)
 
 
-def test_whitening_evens_directions_and_is_absorbed_exactly() -> None:
+def test_whitening_equalises_directions_and_is_absorbed_exactly() -> None:
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(-2, 1, 16)) + 5
     whiten = Whitening(16, shrinkage=0.0)
     whiten.measure(x)
@@ -263,7 +263,7 @@ def test_whitening_evens_directions_and_is_absorbed_exactly() -> None:
     assert torch.allclose(difference, difference.mean().expand(500), atol=1e-3)
 
 
-def test_one_sample_is_measured() -> None:
+def test_whitening_can_be_measured_on_one_sample() -> None:
     whiten = Whitening(4, shrinkage=0.3)
     whiten.measure(torch.ones(1, 4))
     assert whiten(torch.ones(2, 4)).tolist() == [[0] * 4] * 2
@@ -283,7 +283,7 @@ def test_padding_of_the_text_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("make_head", [PSA, Attention, Pooled, QuestionOnly])
-def test_a_question_is_answered_alike_alone_and_in_a_batch(make_head: type[nn.Module]) -> None:
+def test_a_question_gets_the_same_logits_alone_and_in_a_batch(make_head: type[nn.Module]) -> None:
     torch.manual_seed(0)
     head = make_head(CONFIG, SIZES).eval()
     batch = make_batch()

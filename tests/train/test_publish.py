@@ -1,4 +1,4 @@
-"""`train publish`: an upload's folder is whole, its cards are true, and unknown licences are refused."""
+"""`train publish`: an upload is complete, its cards are accurate, and unknown licences are refused."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tests.train.tiny import FIELDS
 
 @pytest.fixture
 def run(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A finished run on the tiny store, with made-up weights that nobody loads."""
+    """A finished run on the tiny store, with fake weights that are never loaded."""
     monkeypatch.setattr("egopatch.train.publishing.folders.load_weights", lambda *_: {})
     data = {"name": "jsonl", "root": str(tiny.data.root)}
     card = {"fingerprint": FIELDS, "text_fingerprint": FIELDS, "parameters": 12_345}
@@ -42,7 +42,7 @@ def publish(config: Config, to: Path, *options: str) -> int:
     return main(["publish", "--to", str(to), *places, *data, *options])
 
 
-def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_upload_is_complete(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "upload"
     assert publish(run, out, "--terms", "mine: CC BY 4.0") == 0
     assert "note: card.json and config.yaml name folders of this machine: data.root" in capsys.readouterr().out
@@ -62,26 +62,26 @@ def test_an_upload_is_whole(run: Config, tmp_path: Path, capsys: pytest.CaptureF
     assert yaml.safe_load(card.split("---")[1])["size_categories"] == ["n<1K"]
     assert "48 of 48 stored" in card
     assert str(tmp_path) not in card
-    # Once more replaces the cards and copies nothing twice.
+    # Publishing again replaces the cards and copies nothing twice.
     assert publish(run, out, "--terms", "mine: none") == 0
     assert "Terms: mine: none" in (out / "head" / "README.md").read_text()
 
 
-def test_folders_in_the_command_are_named(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_local_paths_in_the_command_are_noted(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = run.run.dir / "card.json"
     config, store = tmp_path / "my runs" / "a.yaml", tmp_path / "the store"
     options = ["--config", str(config), f"--store.path={store}", "--data.root", "../here/x"]
     note = "note: README.md and card.json have the command, which names folders of this machine"
     for command, named in (
         (shlex.join(["egopatch", "train", "fit", *options]), f"{config}, {store}"),
-        ("egopatch train fit --config '/a/b c", "/a/b"),  # as a hand may have left it
+        ("egopatch train fit --config '/a/b c", "/a/b"),  # as a manual edit may have left it
     ):
         card.write_text(json.dumps(json.loads(card.read_text()) | {"command": command}))
         assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
         assert f"{note}: {named}\n" in capsys.readouterr().out
 
 
-def test_what_a_store_tells_about_the_machine_is_named(
+def test_local_paths_in_the_store_are_noted(
     run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = QuarantineRecord(f"video {tmp_path}/b.mp4 is empty (0 bytes); download it again", 1, "")
@@ -116,7 +116,7 @@ def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pyte
         (["data: ", " "], {"weights: w": "", "data: d": ""}),
     ],
 )
-def test_terms_stand_for_what_they_name(terms: list[str], stated: dict[str, str]) -> None:
+def test_terms_apply_to_the_items_they_name(terms: list[str], stated: dict[str, str]) -> None:
     assert _stated(["weights: w", "data: d"], terms) == stated
 
 
@@ -130,7 +130,7 @@ def test_a_store_that_the_head_was_not_trained_on_is_refused(
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
 
 
-def test_without_published_answers_the_card_says_so(
+def test_the_card_states_that_no_answers_are_published(
     run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.run.dir / "test.json"
@@ -145,7 +145,7 @@ def test_without_published_answers_the_card_says_so(
     assert "test.json is damaged (KeyError: 'open'); evaluate the run again" in capsys.readouterr().err
 
 
-def test_egosynth_does_not_pass_for_the_data_set_whose_layout_it_has(tmp_path: Path) -> None:
+def test_egosynth_is_not_labelled_as_the_data_set_whose_layout_it_uses(tmp_path: Path) -> None:
     card = _card(tmp_path, config={"data": {"name": "egotaskqa", "root": "runs/egosynth"}})
     text = head_card(card, read_run(tmp_path / "run").scores, (), [])
     assert "name: EgoSynth" in text
@@ -156,7 +156,7 @@ def _card(folder: Path, config: dict[str, Any]) -> Card:
     return Card.read(write_run(folder, "run", config=config, card={"parameters": 1}))
 
 
-def test_a_stand_in_is_called_that(run: Config, tmp_path: Path) -> None:
+def test_stand_in_weights_are_labelled_as_random(run: Config, tmp_path: Path) -> None:
     card = _card(tmp_path, config={"encoder": {"checkpoint": "w/egovlpv2-random.pth"}, "data": {"name": "jsonl"}})
     assert "RANDOM WEIGHTS" in origins(card)[0].what
 
@@ -183,7 +183,7 @@ def test_all_weights_are_named(
         assert name in one.what
 
 
-def test_the_file_that_a_head_started_from_is_named_and_not_said_to_be_compared(
+def test_the_checkpoint_a_head_started_from_is_named_as_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -204,7 +204,7 @@ def test_the_file_that_a_head_started_from_is_named_and_not_said_to_be_compared(
     assert head.what.endswith("(not compared with a lock file)")
 
 
-def test_cards_have_what_the_head_was_trained_on_whatever_the_config_is(run: Config, tmp_path: Path) -> None:
+def test_cards_describe_the_training_settings_whatever_the_config_says(run: Config, tmp_path: Path) -> None:
     path = run.run.dir / "card.json"
     card = json.loads(path.read_text())
     card["config"]["encoder"]["checkpoint"] = "weights/my-own.pth"

@@ -86,7 +86,7 @@ def test_mfas_trains_on_cached_fine_and_coarse_tokens(mfas: Config) -> None:
     assert trace[-1] < trace[0]
 
 
-def test_a_killed_run_of_the_published_half_goes_on_bit_for_bit(mfas: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_of_a_published_head_resumes_bit_for_bit(mfas: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     killed, undisturbed = with_run(mfas, "killed"), with_run(mfas, "undisturbed")
     fit(undisturbed, "x")
     torch.manual_seed(5)
@@ -106,7 +106,7 @@ def test_a_killed_run_of_the_published_half_goes_on_bit_for_bit(mfas: Config, mo
     assert losses(killed.run.dir) == losses(undisturbed.run.dir)
 
 
-def test_mfas_from_a_pretrained_egovlpv2(tmp_path: Path) -> None:
+def test_mfas_trains_from_a_pretrained_egovlpv2_checkpoint(tmp_path: Path) -> None:
     config = make(tmp_path, "egovlpv2")
     tensors = load_checkpoint(config.encoder.checkpoint).tensors
     path = tmp_path / "pretrained.pth"
@@ -120,7 +120,7 @@ def test_mfas_from_a_pretrained_egovlpv2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arch", "variant"), [("egovlpv2", "paper"), ("mfas", "paper"), ("mfas", "released")])
-def test_fine_tuned_file_is_evaluated_as_it_is(
+def test_a_fine_tuned_checkpoint_is_evaluated_without_training(
     tmp_path: Path, arch: str, variant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = with_run(make(tmp_path, arch, variant), "tuned")
@@ -146,7 +146,7 @@ def test_fine_tuned_file_is_evaluated_as_it_is(
     assert evaluate(config).all == metrics.all  # again, from its own folder
 
 
-def test_a_file_that_did_not_make_the_store_or_knows_other_answers_is_refused(tmp_path: Path, mfas: Config) -> None:
+def test_a_checkpoint_that_does_not_match_store_or_answers_is_refused(tmp_path: Path, mfas: Config) -> None:
     tuned = with_run(mfas, "tuned", head_checkpoint=mfas.encoder.checkpoint)
     other = tmp_path / "an other.tar"
     content = torch.load(mfas.encoder.checkpoint, weights_only=True)
@@ -179,7 +179,7 @@ def test_heads_without_a_published_classifier_are_refused(mfas: Config, tmp_path
         fit(with_run(other, "z", head_name="mfas"), "x")
 
 
-def test_a_network_of_another_width_than_the_store_is_one_line(
+def test_a_network_width_unlike_the_stores_prints_one_line(
     mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = tiny_network(tmp_path, "mfas", width=128, answers=4)
@@ -199,7 +199,9 @@ def test_a_file_is_not_evaluated_where_training_was_interrupted(mfas: Config) ->
     assert [path.name for path in begun.run.dir.iterdir()] == ["last.pt"]
 
 
-def test_the_command_line_evaluates_a_file(mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_command_accepts_a_fine_tuned_checkpoint(
+    mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(plain(with_run(mfas, "command"))))
     code = main(["evaluate", "--config", str(path), "--head.checkpoint", str(mfas.encoder.checkpoint)])

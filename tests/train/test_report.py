@@ -105,7 +105,7 @@ def test_text_of_the_data_is_escaped(text: str, page: Page) -> None:
     assert "alert" not in script
 
 
-def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
+def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
     config = write_dataset(tmp_path / "kitchen", videos=False)
     data = {"data": {"name": "jsonl", "root": "kitchen", "split": "direct"}}
     write_run(tmp_path / "runs", "psa", config=data, predictions=guesses(3))
@@ -128,7 +128,7 @@ def test_one_system_is_not_compared(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_questions_without_tags_have_no_section_of_them(tmp_path: Path, text: str) -> None:
+def test_the_tag_section_is_omitted_without_tags(tmp_path: Path, text: str) -> None:
     config = write_dataset(tmp_path / "data", videos=False)
     run = write_run(tmp_path / "runs", "psa", predictions=guesses(3))
     test = json.loads((run / "test.json").read_text()) | {"tags": {}}
@@ -193,7 +193,7 @@ def test_the_slider_offers_the_ratios_that_were_recorded(page: Page) -> None:
     assert labels == '["0.1", "0.25", "1"]'
 
 
-def test_numbers_of_the_page(text: str) -> None:
+def test_the_page_shows_the_headline_numbers(text: str) -> None:
     assert "50.00%" in text
     assert "<b>+29.17</b> points over question-only" in text
     assert "95% interval" in text
@@ -204,12 +204,12 @@ def test_numbers_of_the_page(text: str) -> None:
 
 @pytest.fixture
 def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves pictures out, which take seconds."""
+    """Skips decoding pictures, which takes seconds."""
     monkeypatch.setattr(report_examples, "pictures", lambda clips, *_: [((), "not decoded here")] * len(clips))
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_what_was_read_whole_is_said_and_a_recount_that_differs(
+def test_complete_reads_and_differing_recounts_are_reported(
     made: tuple[Config, Path], text: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "None: every run and sweep below this folder was read." in text
@@ -220,12 +220,12 @@ def test_what_was_read_whole_is_said_and_a_recount_that_differs(
     assert "predictions.jsonl gives 45.83 but test.json has 50.00" in capsys.readouterr().err
 
 
-def test_a_store_that_is_gone_is_said(text: str, made: tuple[Config, Path]) -> None:
+def test_a_missing_store_is_reported(text: str, made: tuple[Config, Path]) -> None:
     assert f"no store at {made[0].store.path}" in text
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_commands_of_the_page_keep_a_path_with_spaces_whole(copy: Path, made: tuple[Config, Path]) -> None:
+def test_commands_on_the_page_quote_paths_with_spaces(copy: Path, made: tuple[Config, Path]) -> None:
     folder = copy.rename(copy.parent / "my runs")
     text = html.unescape(write_report(made[0], folder).read_text())
     assert f"egopatch train explain --config '{folder}/psa/config.yaml'" in text
@@ -235,7 +235,7 @@ def test_the_page_repeats_byte_for_byte(made: tuple[Config, Path], text: str) ->
     assert write_report(made[0], made[1].parent).read_text(encoding="utf-8") == text
 
 
-def test_a_missing_video_is_said_in_place_of_the_picture(
+def test_a_missing_video_is_named_in_place_of_its_picture(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_dataset(tmp_path / "data", videos=False)
@@ -277,7 +277,7 @@ def test_damage_is_named_and_the_rest_is_shown(
     assert "50.00%" in page
 
 
-def test_no_runs_no_report(tmp_path: Path) -> None:
+def test_a_report_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="egopatch train fit"):
         write_report(Config(), tmp_path)
     assert not (tmp_path / "report.html").exists()
@@ -333,20 +333,20 @@ def test_the_headline_matches_by_head_and_prefers_real_weights(
     assert colour != "k0"
 
 
-def test_a_row_on_random_weights_alone_is_called_that(
+def test_a_system_with_only_random_weights_is_labelled_so(
     tmp_path: Path, made: tuple[Config, Path], no_decoding: None
 ) -> None:
     write_run(tmp_path, "psa", predictions=guesses(2), config={"encoder": ENCODERS["psa"]})
     assert "psa, all questions, on random encoder weights" in write_report(made[0], tmp_path).read_text()
 
 
-def test_pictures_of_an_unknown_encoder_are_missing_with_the_reason(tmp_path: Path, made: tuple[Config, Path]) -> None:
+def test_missing_pictures_of_an_unknown_encoder_state_the_reason(tmp_path: Path, made: tuple[Config, Path]) -> None:
     write_run(tmp_path, "psa (mine)", predictions=guesses(2), config={"encoder": {"arch": "mine"}})
     assert write_report(made[0], tmp_path).read_text().count("No picture: encoder.arch is &#39;mine&#39;") == 4
 
 
 @pytest.mark.usefixtures("no_decoding")
-def test_a_head_that_reads_some_frames_shows_those(tmp_path: Path, made: tuple[Config, Path]) -> None:
+def test_examples_show_only_the_frames_the_head_reads(tmp_path: Path, made: tuple[Config, Path]) -> None:
     config = {"head": {"name": "psa", "frames": 2}, "video": {"frames": 8}}
     write_run(tmp_path, "psa", predictions=guesses(2), config=config)
     (row,) = gather(tmp_path).rows

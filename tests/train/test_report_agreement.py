@@ -1,4 +1,4 @@
-"""Kept patches against the places that EgoSynth knows."""
+"""Kept patches compared with the known object locations of EgoSynth."""
 
 import numpy as np
 
@@ -25,13 +25,13 @@ def selection(kept: np.ndarray, text: str) -> tuple[Selection, Questions]:
     return Selection({"q": 0}, kept[None].astype(np.int16)), Questions({"q": question}, {})
 
 
-def test_a_clips_name_gives_its_scene() -> None:
+def test_scene_of_parses_the_scene_from_a_clip_id() -> None:
     assert scene_of(CLIP) == SCENE
     assert scene_of(interval_of(draw_scene(0, 5))) == draw_scene(0, 5)
     assert scene_of("k1|P1|10|95") is None
 
 
-def test_named_objects_are_asked_about_throughout_and_described_ones_while_they_are_touched() -> None:
+def test_named_objects_count_in_every_frame_and_described_ones_when_touched() -> None:
     name = SCENE.event("other").name
     named = places_of(SCENE, f"Where is the {name} at the end?", FRAMES, GRID)
     assert named.asked == tuple(frozenset({cell(name, (2 * t + 1) / 8)}) for t in range(FRAMES))
@@ -41,7 +41,7 @@ def test_named_objects_are_asked_about_throughout_and_described_ones_while_they_
     assert all(len(patches) == 5 for patches in second.others)
 
 
-def test_what_follows_an_object_is_asked_about_too() -> None:
+def test_the_object_touched_next_is_asked_about_too() -> None:
     first, second = SCENE.event("first").name, SCENE.event("second").name
     found = places_of(SCENE, f"Which object does the person go to after the {first}?", FRAMES, GRID)
     assert found.asked[2] == {cell(first, 0.625), cell(second, 0.625)}
@@ -61,7 +61,7 @@ def test_agreement_of_a_perfect_and_of_a_blind_selection() -> None:
     assert (everything.asked, everything.others, everything.chance) == (100, 100, 100)
 
 
-def test_a_head_that_reads_some_of_the_frames_is_held_against_the_places_in_those() -> None:
+def test_agreement_uses_only_the_frames_the_head_reads() -> None:
     scene = draw_scene(3, 9, "hard")  # its first object is moved between the 2nd and the 3rd of 16 frames
     text, stored, read = f"where is the {scene.event('first').name} at the end?", 16, [2, 6, 10, 14]
     places = places_of(scene, text, stored, GRID)

@@ -7,7 +7,7 @@ from egopatch.train.rundir.results import gather
 from tests.train.fake_runs import write_run
 
 
-def test_better_blind_and_tags(tmp_path: Path) -> None:
+def test_the_better_blind_baseline_and_the_tag_lines_are_found(tmp_path: Path) -> None:
     tags = {"object": {"accuracy": 40.0, "n": 10}, "zebra": {"accuracy": None, "n": 0}}
     write_run(tmp_path, "a", model="majority", all_=30, tags=tags)
     write_run(tmp_path, "b", model="question-only", all_=31, tags=tags | {"world": {"accuracy": 10.0, "n": 5}})

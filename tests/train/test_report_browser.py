@@ -83,7 +83,7 @@ def visible(tab: Browser, selector: str) -> int:
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_window_and_can_be_read(
+def test_the_page_fits_the_window_and_is_readable(
     page: Path, tab: Browser, tmp_path: Path, width: int, height: int, scheme: str
 ) -> None:
     tab.media(scheme=scheme)
@@ -205,7 +205,7 @@ def test_two_systems_are_compared(page: Path, tab: Browser) -> None:
     assert visible(tab, ".questions li") == 4  # only egovlp right
 
 
-def test_without_scripts_the_page_is_whole(page: Path, tab: Browser) -> None:
+def test_the_page_is_complete_without_javascript(page: Path, tab: Browser) -> None:
     tab.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         tab.open(page)

@@ -41,22 +41,22 @@ def test_a_line_goes_through_its_points_and_ticks_are_round() -> None:
     assert re.findall(r'text-anchor="middle">(\d+)</text>', svg) == ["0", "2", "4", "6", "8", "10"]
 
 
-def test_steps_and_epochs_have_whole_ticks() -> None:
+def test_steps_and_epochs_have_integer_ticks() -> None:
     svg = str(line_chart("t", [Line("a", 0, (0, 1, 2), (0.0, 1.0, 2.0))], "epoch", "y").svg)
     assert re.findall(r'text-anchor="middle">([\d.]+)</text>', svg) == ["0", "1", "2"]
 
 
-def test_ratios_are_equally_far_apart_when_doubled() -> None:
+def test_doubling_ratios_are_evenly_spaced() -> None:
     svg = str(line_chart("t", [Line("a", 0, (0.25, 0.5, 1.0), (1.0, 2.0, 3.0))], "ratio", "y", (0.25, 0.5, 1.0)).svg)
     xs = [float(x) for x in re.findall(r'<circle class="k0" cx="([\d.]+)"', svg)]
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
 
 
-def test_a_line_of_one_value_and_one_point_is_drawn() -> None:
+def test_a_line_of_a_single_point_is_drawn() -> None:
     assert "nan" not in str(line_chart("t", [Line("a", 0, (3,), (5.0,))], "x", "y").svg)
 
 
-def test_long_labels_of_bars_keep_their_ends() -> None:
+def test_long_bar_labels_are_shortened_in_the_middle() -> None:
     labels = [f"psa (head.coarse False, train.lr 0.00{number})" for number in range(3)]
     svg = str(bar_chart("t", [Bar(label, 0, 1.0, None, []) for label in labels], "x").svg)
     shown = re.findall(r'text-anchor="end">([^<]*)<title>', svg)
@@ -77,7 +77,7 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert svg.count('class="dot"') == 2
 
 
-def test_heat_map_has_rows_and_columns_the_right_way_and_marks_chance() -> None:
+def test_the_heat_map_orients_rows_and_columns_and_marks_chance() -> None:
     svg = str(heat_map("t", np.array([[0.0, 0.1], [0.2, 0.4]]), 0.25).svg)
     cells = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*fill-opacity="([\d.]+)"><title>row (\d), column (\d)', svg)
     assert [(row, column, opacity) for _, _, opacity, row, column in cells] == [
@@ -106,7 +106,7 @@ def made_up() -> tuple[Questions, dict[str, Correctness]]:
     return Questions(by_id, {}), {"psa": answers("yes", "cup", "cup"), "egovlp": answers("no", "cup", "box")}
 
 
-def test_all_questions_as_data() -> None:
+def test_question_list_holds_every_question_and_answer() -> None:
     data = question_list(*made_up())
     assert (data["systems"], data["form"], data["right"]) == (["psa", "egovlp"], "boo", ["110", "011"])
     assert [data["texts"][number] for number in data["text"]] == [EVIL, "what?", "what?"]
@@ -120,13 +120,13 @@ def test_all_questions_as_data() -> None:
     assert (pair["all"][0], pair["open"][0], pair["binary"][0]) == (0.0, -50.0, 100.0)
 
 
-def test_data_cannot_end_its_script() -> None:
+def test_data_cannot_close_its_script_element() -> None:
     text = as_script([question_list(*made_up())])
     assert not re.search("[<>&\u2028\u2029]", text)
     assert json.loads(text)[0]["texts"][0] == EVIL
 
 
-def test_anchors_are_those_of_the_pages_script() -> None:
+def test_anchors_match_those_of_the_pages_script() -> None:
     # encodeURIComponent leaves A-Z a-z 0-9 - _ . ! ~ * ' ( ) as they are.
     assert anchor("direct", "a/b c|d'(1)!é") == "q/direct/a%2Fb%20c%7Cd'(1)!%C3%A9"
 
@@ -154,7 +154,7 @@ def test_the_recipe_encodes_each_store_once_and_has_every_command(tmp_path: Path
     assert "ratio: 0.25" in found.configs[0][1]
 
 
-def test_the_digest_is_of_the_questions() -> None:
+def test_the_digest_depends_on_the_questions() -> None:
     questions, _ = made_up()
     other = Questions({"a": questions.by_id["a"], "b": questions.by_id["b"]}, {})
     assert repeat.digest(questions) == repeat.digest(made_up()[0]) != repeat.digest(other)

@@ -18,7 +18,7 @@ def test_overlay_outlines_what_was_kept_and_dims_the_rest() -> None:
     assert edges == {"M1 0h1", "M2 0h1", "M2 1h1", "M1 2h1", "M1 0v1", "M3 0v1", "M1 1v1", "M2 1v1"}
 
 
-def test_overlay_passes_over_padding_and_handles_all_and_none() -> None:
+def test_the_overlay_ignores_padding_and_handles_all_or_none_kept() -> None:
     assert report_examples.overlay(np.array([-1, 0, 99]), (1, 2)).dimmed == "M1 0h1v1h-1z"
     assert report_examples.overlay(np.arange(4), (2, 2)).dimmed == ""
     assert report_examples.overlay(np.array([], dtype=int), (1, 2)) == report_examples.Overlay("M0 0h2v1h-2z", "")
@@ -65,7 +65,7 @@ def test_examples_are_wins_losses_and_a_seeded_draw() -> None:
     assert drawn == [q for kind, q in report_examples.choose(names, flipped, others, 4) if kind == "drawn"]
 
 
-def test_wins_keep_to_new_clips_while_there_are_any() -> None:
+def test_examples_prefer_clips_that_are_not_shown_yet() -> None:
     clips = {f"q{i}": f"c{i % 5}" for i in range(20)}
     chosen = report_examples.choose(clips, dict.fromkeys(clips, True), [dict.fromkeys(clips, False)], 2)
     wins = [clips[q] for kind, q in chosen if kind == "win"]

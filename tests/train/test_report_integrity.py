@@ -19,20 +19,22 @@ def facts_of(store: str, folder: Path) -> StoreFacts:
     return facts
 
 
-def test_a_store_in_object_storage(bucket: str, tmp_path: Path) -> None:
+def test_facts_of_a_store_in_object_storage_are_read(bucket: str, tmp_path: Path) -> None:
     fill(maker(f"{bucket}/store", "zarr")(), skip=(IDS[0],))
     facts = facts_of(f"{bucket}/store", tmp_path / "runs")
     assert (facts.problem, facts.committed, facts.planned, facts.differences) == ("", 9, 10, ())
     assert grid_of(f"{bucket}/store", 224) == (2, 3)
 
 
-def test_a_store_in_a_folder(tmp_path: Path) -> None:
+def test_facts_of_a_store_in_a_folder_are_read(tmp_path: Path) -> None:
     fill(maker(tmp_path / "store", "hdf5")())
     facts = facts_of(str(tmp_path / "store"), tmp_path / "runs")
     assert (facts.problem, facts.committed, facts.format) == ("", 10, "hdf5")
 
 
-def test_object_storage_without_credentials_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_object_storage_credentials_give_a_one_line_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     facts = facts_of("s3://bucket/store", tmp_path / "runs")
     assert facts.problem.startswith("s3://bucket/store needs credentials, but AWS_ACCESS_KEY_ID")

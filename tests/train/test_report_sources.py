@@ -11,7 +11,7 @@ from egopatch.train.report.sources import Selection, SourceError, read_log, read
 from tests.train.fake_runs import write_run, write_sweep
 
 
-def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_path: Path) -> None:
+def test_read_log_keeps_the_last_repeated_step_and_ignores_a_torn_end(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(
         '{"event": "step", "step": 1, "loss": 3.0, "lr": 1}\n{"event": "start"}\n'
@@ -22,7 +22,7 @@ def test_log_keeps_the_last_of_repeated_steps_and_passes_over_a_torn_end(tmp_pat
     assert (log.steps, log.losses, log.epochs, log.val) == ((1,), (2.0,), (1,), (41.5,))
 
 
-def test_selection_frequency(tmp_path: Path) -> None:
+def test_selection_frequency_counts_kept_patches_and_checks_shapes(tmp_path: Path) -> None:
     path = tmp_path / "selection.npz"
     np.savez(path, question_ids=np.array(["a", "b"]), kept=np.array([[[0, 1]], [[1, -1]]], dtype=np.int16))
     np.testing.assert_allclose(read_selection(path).frequency(3), [0.5, 1.0, 0.0])
@@ -35,7 +35,7 @@ def test_selection_frequency(tmp_path: Path) -> None:
             read_selection(path)
 
 
-def test_share_of_patches_that_questions_about_a_clip_have_in_common() -> None:
+def test_shared_is_the_overlap_of_patches_kept_for_one_clip() -> None:
     rows = {"a": 0, "b": 1, "c": 2, "d": 3}
     kept = np.array([[[0, 1]], [[1, 2]], [[0, 1]], [[0, 1]]], dtype=np.int16)
     selection = Selection(rows, kept)
@@ -70,7 +70,7 @@ def test_a_selection_with_a_damaged_byte_is_read_or_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "value"), [("ratio", 0), ("ratio", -1), ("ratio", math.nan), ("all", math.inf), ("all", 1e308)]
 )
-def test_a_sweep_with_a_number_that_no_axis_holds_is_refused(tmp_path: Path, name: str, value: float) -> None:
+def test_a_sweep_with_an_unplottable_number_is_refused(tmp_path: Path, name: str, value: float) -> None:
     path = write_sweep(tmp_path) / "sweep.json"
     sweep = json.loads(path.read_text())
     sweep["members"][0][name] = value
@@ -80,7 +80,7 @@ def test_a_sweep_with_a_number_that_no_axis_holds_is_refused(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e308])
-def test_a_log_leaves_out_numbers_that_no_axis_holds(tmp_path: Path, value: float) -> None:
+def test_read_log_skips_unplottable_numbers(tmp_path: Path, value: float) -> None:
     path = tmp_path / "log.jsonl"
     events = [{"event": "step", "step": step, "loss": loss} for step, loss in enumerate((1.0, value, 2.0))]
     events += [{"event": "val", "epoch": epoch, "all": accuracy} for epoch, accuracy in enumerate((value, 50.0))]
@@ -112,7 +112,7 @@ def test_a_sweep_of_an_earlier_version_takes_its_system_from_its_runs(tmp_path: 
     assert read_sweep(path / "sweep.json").system == "psa (dinov2)"
 
 
-def test_a_heads_own_option_called_ratio_is_a_setting(tmp_path: Path) -> None:
+def test_a_custom_head_option_named_ratio_is_a_setting(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, seeds=1) / "sweep.json"
     value = json.loads(path.read_text())
     for run, own in zip(value["members"], (0.1, 0.5, 1.0), strict=True):

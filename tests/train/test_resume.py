@@ -1,4 +1,4 @@
-"""Runs that were killed, interrupted or left, and runs that another process holds: what resumes, and what waits."""
+"""Killed, interrupted or abandoned runs resume, and runs held by another process are waited for."""
 
 import json
 import os
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 def stop_after(
     monkeypatch: pytest.MonkeyPatch, config: Config, due: Callable[[RunGroup], bool], number: int = signal.SIGINT
 ) -> str:
-    """Train until `due`, where a signal comes; returns what the run said."""
+    """Train until `due`, then raise a signal; returns the message of the run."""
     real = RunGroup.learn
 
     def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
@@ -53,14 +53,14 @@ def stop_after(
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of the loop gets to clean up or save."""
+    """Stands for a kill: the loop cannot clean up or save."""
 
 
 @pytest.mark.parametrize(
     ("step", "accumulate"),
     [(12, 1), (7, 3), *(pytest.param(step, 1, marks=pytest.mark.slow) for step in (1, 16, 23))],
 )
-def test_killed_and_resumed_gives_the_same_trace(
+def test_a_killed_and_resumed_run_has_the_same_losses(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
 ) -> None:
     tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
@@ -160,7 +160,7 @@ def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pyte
     assert events == ["val", "converged", "end"]
 
 
-def test_signal_between_accumulated_batches_loses_none(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_between_accumulated_batches_loses_no_gradient(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
@@ -186,7 +186,7 @@ class _Dropped(torch.nn.Module):
         return self.layers(batch.tokens.patches.float().mean((1, 2)))[batch.clip_index]
 
 
-def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
+def test_a_custom_head_resumes_with_the_losses_of_an_undisturbed_run(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(HEADS._registered, "dropped", Head("dropped", _Dropped))
@@ -212,7 +212,7 @@ def test_a_head_from_outside_resumes_with_the_losses_of_an_undisturbed_run(
         (lambda logits: (logits, None), "a tuple"),
     ],
 )
-def test_a_head_from_outside_has_to_return_logits(
+def test_a_custom_head_must_return_logits(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, change: Callable, found: str
 ) -> None:
     class Other(_Dropped):
@@ -228,7 +228,7 @@ def test_a_head_from_outside_has_to_return_logits(
 
 
 @pytest.mark.parametrize("command", [lambda config: fit(config, "x"), evaluate])
-def test_a_run_of_another_process_is_waited_for(
+def test_fit_and_evaluate_wait_for_a_run_held_by_another_process(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable
 ) -> None:
     alone = with_run(tiny, "alone")
@@ -276,7 +276,7 @@ def test_what_another_process_wrote_during_the_wait_is_checked(tiny: Config, mon
         assert (config.run.dir / "card.json").read_bytes() == (other.run.dir / "card.json").read_bytes()
 
 
-def test_a_run_that_another_process_leaves_is_resumed(
+def test_a_run_that_another_process_releases_is_trained(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ExitStack() as other:
@@ -286,7 +286,7 @@ def test_a_run_that_another_process_leaves_is_resumed(
     assert "train psa direct: 24 steps" in capsys.readouterr().out
 
 
-def test_ctrl_c_while_waiting_ends_with_one_line(
+def test_ctrl_c_while_waiting_prints_one_line(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "c.yaml"
@@ -311,8 +311,8 @@ def test_nothing_is_written_by_a_start_that_waits(tiny: Config, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None:
-    """The same with a real process and a real SIGKILL, wherever that falls."""
+def test_a_sigkilled_process_resumes_with_the_same_losses(tiny: Config, tmp_path: Path) -> None:
+    """The same with a real process and a real SIGKILL, at whatever step it lands."""
     tiny = with_run(tiny, "psa", train_accumulate=2, train_ema=0.9, train_epochs=6)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
@@ -323,7 +323,7 @@ def test_sigkill_of_the_process_and_resume(tiny: Config, tmp_path: Path) -> None
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     log = tiny.run.dir / "log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 13):
-        time.sleep(0.01)  # so that the test leaves the cores to those it waits for
+        time.sleep(0.01)  # leaves the cores to the process under test
     process.kill()
     process.wait()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -377,12 +377,12 @@ def test_resuming_on_other_questions_is_refused(
     fit(interrupted, "x")
 
 
-def test_questions_of_test_may_change_until_training_ends(interrupted: Config) -> None:
+def test_the_test_questions_may_change_until_training_ends(interrupted: Config) -> None:
     _edit(interrupted, "test", lambda rows: rows[:8])
     assert fit(interrupted, "x").all.n == 8
 
 
-def test_a_state_that_recorded_no_questions_is_resumed_where_its_steps_fit(
+def test_a_state_without_recorded_questions_resumes_if_its_steps_fit(
     interrupted: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = interrupted.run.dir / "last.pt"

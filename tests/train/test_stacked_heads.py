@@ -1,4 +1,4 @@
-"""A stack of heads: its members are what they are alone; steps, averages, clipping and noise are each member's own."""
+"""Stacked heads behave as they do alone: steps, averages, clipping and noise are per head."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ def trace(stack: StackedHeads, batches: int = 6) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"scores": ("random",)}, {"growth": True}, {"coarse": False}])
-def test_members_learn_what_they_learn_alone(changes: dict[str, object]) -> None:
+def test_stacked_heads_learn_the_same_as_alone(changes: dict[str, object]) -> None:
     ratios, seeds = (0.1, 0.5, 1.0), (3, 3, 4)
     together = make(ratios, seeds, **changes)
     found = torch.tensor(trace(together))
@@ -60,7 +60,7 @@ def test_members_learn_what_they_learn_alone(changes: dict[str, object]) -> None
         assert (masks[member] == kept[0]).float().mean() > 0.99  # near ties may fall either way
 
 
-def test_patches_that_nobody_wants_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unrequested_kept_patches_are_not_copied_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     stack, batch = make((0.1, 0.5), (3, 4)), make_batch()
     classes, kept = stack.answer(batch, 0)
     assert kept is not None
@@ -73,7 +73,7 @@ def test_patches_that_nobody_wants_are_not_copied(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", [Pooled, QuestionOnly])
-def test_other_light_heads_stack_too(kind: type) -> None:
+def test_pooled_and_question_only_heads_stack_too(kind: type) -> None:
     heads = [make_head(CONFIG, seed, kind) for seed in (0, 1)]
     found = trace(StackedHeads(heads, (0, 1), TRAIN, 20, CPU))
     for member in (0, 1):
@@ -82,8 +82,8 @@ def test_other_light_heads_stack_too(kind: type) -> None:
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_dense_selection_of_a_stack_is_select_attend(low: bool) -> None:
-    """Outputs and every gradient, with a scale and patches that are left out, also under autocast."""
+def test_dense_selection_of_stacked_heads_matches_select_attend(low: bool) -> None:
+    """Outputs and every gradient, with a scale and excluded patches, also under autocast."""
     g = torch.Generator().manual_seed(0)
     batch, ks = make_batch(), (1, 9, 35)
     tokens = batch.tokens.patches
@@ -125,7 +125,7 @@ def with_variants(batch: Batch, paraphrase: Batch, counterfactual: Batch) -> Bat
     return dataclasses.replace(batch, variants=tuple(variants))
 
 
-def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counterfactual() -> None:
+def test_contrast_pulls_a_question_towards_its_paraphrase() -> None:
     train = dataclasses.replace(TRAIN, contrast=2.0)
     batch = make_batch()
     # Equal texts cannot be told apart, so the choice between them costs log 2.
@@ -134,7 +134,7 @@ def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counter
     assert plain is not None
     assert equal is not None
     assert float(equal.values[0, 0] - plain.values[0, 0]) == pytest.approx(2 * math.log(2), rel=1e-4)
-    # Paraphrases are texts of their own, so that the answers have to become alike.
+    # Paraphrases are different texts, so the answers have to become alike.
     varied = with_variants(batch, make_batch(seed=1), make_batch(seed=2))
     stack = make((0.5,), (3,), train, dropout=0.0)
     before = stack._contrast(stack.logits(varied, 0)[0], varied, stack.tensors).mean().item()
@@ -144,7 +144,7 @@ def test_contrast_brings_a_question_nearer_to_its_paraphrase_than_to_its_counter
 
 
 @pytest.mark.parametrize("kind", [PSA, Pooled])
-def test_stacked_heads_contrast_as_they_do_alone(kind: type) -> None:
+def test_stacked_heads_have_the_same_contrast_loss_as_alone(kind: type) -> None:
     train, seeds = dataclasses.replace(TRAIN, contrast=1.0), (3, 4)
     batch = with_variants(make_batch(), make_batch(seed=1), make_batch(seed=2))
     together = StackedHeads([make_head(CONFIG, seed, kind) for seed in seeds], seeds, train, 20, CPU)
@@ -158,7 +158,7 @@ def test_stacked_heads_contrast_as_they_do_alone(kind: type) -> None:
             assert float(step.values[0, member]) == pytest.approx(float(expected.values[0, 0]), rel=1e-4)
 
 
-def test_accumulated_batches_are_one_step() -> None:
+def test_accumulated_batches_make_one_step() -> None:
     accumulate = make((0.5,), (0,), dataclasses.replace(TRAIN, accumulate=2), dropout=0.0)
     first, second = make_batch(seed=1), make_batch(seed=2)
     assert accumulate.learn(first) is None
@@ -182,7 +182,7 @@ def test_accumulated_batches_have_new_noise_in_every_step() -> None:
     assert len({float(step.values[0, 0]) for step in steps if step is not None}) == 4
 
 
-def test_average_follows_the_weights_and_answers() -> None:
+def test_the_moving_average_follows_the_weights_and_gives_the_answers() -> None:
     averaged, plain = make((0.5,), (0,), dataclasses.replace(TRAIN, ema=0.5)), make((0.5,), (0,))
     name = "classify.5.weight"
     expected = plain.weights(0)[name].clone()
@@ -196,7 +196,7 @@ def test_average_follows_the_weights_and_answers() -> None:
     assert torch.equal(averaged.answer(make_batch(), 0)[0], plain.answer(make_batch(), 0)[0])
 
 
-def test_gradients_are_clipped_member_by_member() -> None:
+def test_gradients_are_clipped_per_head() -> None:
     stack = make((0.5, 0.5), (0, 0))
     for flat in stack.parameters.flats:
         flat.grad = torch.ones_like(flat)
@@ -212,7 +212,7 @@ def test_gradients_are_clipped_member_by_member() -> None:
 
 
 @pytest.mark.parametrize("held", [0, 1])
-def test_state_goes_on_exactly(held: int) -> None:
+def test_a_loaded_state_continues_exactly(held: int) -> None:
     train = dataclasses.replace(TRAIN, ema=0.9, accumulate=2)
     batches = [make_batch(seed=seed) for seed in range(9)]
 
@@ -230,7 +230,7 @@ def test_state_goes_on_exactly(held: int) -> None:
         assert torch.equal(tensor, later.weights(1)[name]), name
 
 
-def test_noise_is_of_seed_step_and_place() -> None:
+def test_dropout_noise_depends_on_seed_layer_and_position() -> None:
     drop = Dropout(0.5).train()
     x = torch.ones(1000)
     drop.draw = Draw((0,), 1, torch.tensor([2, 0]))
@@ -254,7 +254,7 @@ def test_bfloat16_is_near_float32() -> None:
     torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
 
 
-def test_deterministic_mode_is_set_inside_and_left_after() -> None:
+def test_deterministic_mode_is_set_inside_and_restored_after() -> None:
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
         trace(make((0.1, 0.5), (0, 1)), 2)
@@ -280,7 +280,7 @@ def test_weights_of_another_head_are_refused() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_cross_entropy_is_that_of_torch(smoothing: float) -> None:
+def test_cross_entropy_matches_torch(smoothing: float) -> None:
     logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     answers = torch.tensor([0, 6, 3, 3, 1])
     found = cross_entropy(logits, answers, smoothing)
@@ -292,12 +292,12 @@ def test_the_cross_entropy_is_that_of_torch(smoothing: float) -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_options_that_a_question_lacks_cost_nothing() -> None:
+def test_missing_options_do_not_affect_the_loss() -> None:
     logits = torch.tensor([[[1.0, 2.0, -math.inf]]])
     assert float(cross_entropy(logits, torch.tensor([1]), 0.0)) == pytest.approx(math.log(1 + math.exp(-1)))
 
 
-def test_flat_parameters_step_as_single_ones() -> None:
+def test_flat_parameters_step_like_separate_ones() -> None:
     """AdamW on the flat tensors, against AdamW on the parameters themselves, of which only matrices decay."""
     train = dataclasses.replace(TRAIN, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -322,7 +322,7 @@ def test_flat_parameters_step_as_single_ones() -> None:
     for name, value in single.items():
         torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=0)
     assert bool((flat.flatten(dict.fromkeys(values))[0] == 0).all())  # no gradient counts as zero
-    # The state is saved as that of single parameters, which earlier versions had.
+    # The state is saved per parameter, as in earlier versions.
     saved, known = flat.optimiser_state(optimiser)["state"], expected.state_dict()["state"]
     assert saved.keys() == known.keys()
     assert all(torch.equal(saved[i][key], known[i][key]) for i in known for key in known[i])

@@ -1,4 +1,4 @@
-"""Intervals over seeds and clips: their coverage on made-up experiments, and known cases."""
+"""Intervals over seeds and clips: their coverage on simulated experiments, and known cases."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from egopatch.train.scores.statistics import accuracy, compare, measure_power
 
 CLIPS, TRUTH = 80, 50.0
-# Standard deviation between seeds, in points, and that of each seed on each clip besides.
+# Standard deviation between seeds, in points, and the additional one of each seed on each clip.
 EXPERIMENTS = {
     "seeds alike": (0.5, 0.0),
     "seeds 2 points apart": (2.0, 0.0),
@@ -17,7 +17,7 @@ EXPERIMENTS = {
 
 
 class MadeUp:
-    """Experiments of which the truth is known: clips of 1 to 9 questions with a difficulty each, and seeds."""
+    """Simulated experiments with a known truth: clips of 1 to 9 questions with varying difficulty, and seeds."""
 
     def __init__(self, seed_sd: float, both_sd: float, generator: np.random.Generator) -> None:
         self.seed_sd, self.both_sd, self.generator = seed_sd, both_sd, generator
@@ -46,7 +46,7 @@ def resampled(right: np.ndarray, index: np.ndarray, generator: np.random.Generat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERIMENTS)
-def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say(kind: str) -> None:
+def test_intervals_over_three_seeds_have_their_nominal_coverage(kind: str) -> None:
     generator = np.random.default_rng(7)
     held, p = 0, []
     for _ in range(1000):
@@ -61,8 +61,8 @@ def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say(kind: str)
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.065
 
 
-def test_a_bootstrap_over_three_seeds_does_not() -> None:
-    """Why this module does not resample."""
+def test_a_bootstrap_over_three_seeds_undercovers() -> None:
+    """The reason why the statistics module does not resample."""
     generator = np.random.default_rng(3)
     held = 0
     for _ in range(150):
@@ -72,7 +72,7 @@ def test_a_bootstrap_over_three_seeds_does_not() -> None:
     assert held < 0.87 * 150
 
 
-def test_with_many_seeds_the_interval_is_that_of_a_bootstrap() -> None:
+def test_with_many_seeds_the_interval_matches_a_bootstrap() -> None:
     generator = np.random.default_rng(5)
     experiment = MadeUp(4.0, 0.0, generator)
     right = experiment.system(40)
@@ -83,7 +83,7 @@ def test_with_many_seeds_the_interval_is_that_of_a_bootstrap() -> None:
     assert found.high == pytest.approx(high, abs=0.2 * (high - low))
 
 
-def test_answers_that_are_all_alike_say_what_a_sample_of_clips_can_miss() -> None:
+def test_identical_answers_give_exact_binomial_intervals() -> None:
     found = accuracy(np.ones((3, 8)), list("aabbccdd"))
     # Clopper and Pearson's interval for 4 of 4, and the sign test.
     assert (found.mean, found.low, found.high) == pytest.approx((100, 100 * 0.025**0.25, 100))
@@ -95,7 +95,7 @@ def test_answers_that_are_all_alike_say_what_a_sample_of_clips_can_miss() -> Non
     assert (same.p, same.difference.low, same.difference.high) == pytest.approx((1, -45.93, 45.93), rel=1e-3)
 
 
-def test_a_system_that_is_nearly_always_right_has_no_certain_accuracy() -> None:
+def test_intervals_cover_a_system_that_is_nearly_always_right() -> None:
     """Most samples of 25 clips have no wrong answer, or one."""
     generator = np.random.default_rng(4)
     drawn = [accuracy(generator.random((1, 25)) < 0.97, list(range(25))) for _ in range(1000)]
@@ -117,7 +117,7 @@ def test_seeds_that_agree_by_chance_do_not_make_a_result_certain() -> None:
     assert not told
 
 
-def test_clips_count_and_not_questions() -> None:
+def test_intervals_depend_on_the_number_of_clips_not_questions() -> None:
     right = np.array([[1, 0] * 50])
     alone = accuracy(right, list(range(100)))
     together = accuracy(np.sort(right), [q // 10 for q in range(100)])
@@ -154,7 +154,7 @@ def test_the_p_value_and_the_interval_agree() -> None:
         assert (found.p < 0.05) == (found.verdict != "cannot be told apart")
 
 
-def test_comparison_has_a_sign_and_finds_no_difference_in_none() -> None:
+def test_comparison_has_a_sign_and_finds_equal_systems_equal() -> None:
     experiment = MadeUp(1.0, 0.0, np.random.default_rng(0))
     better, base = experiment.system(3, above=20), experiment.system(3)
     found, swapped = (compare(*pair, experiment.clips) for pair in ((better, base), (base, better)))
@@ -175,7 +175,7 @@ def test_questions_are_paired() -> None:
     assert compare(np.roll(better, 200, axis=1), base, clips).p > 0.05
 
 
-def test_power_is_the_share_of_differences_found() -> None:
+def test_the_needed_seeds_reach_the_stated_power() -> None:
     generator = np.random.default_rng(11)
     experiment = MadeUp(3.0, 0.0, generator)
     power = measure_power([experiment.system(20) for _ in range(3)], experiment.clips)
@@ -191,7 +191,7 @@ def test_power_is_the_share_of_differences_found() -> None:
     assert power.seeds_needed(3.0) > seeds  # type: ignore[operator]
 
 
-def test_what_seeds_do_to_single_clips_is_no_variance_that_many_seeds_leave() -> None:
+def test_seed_by_clip_variance_is_not_counted_as_clip_variance() -> None:
     experiment = MadeUp(0.0, 30.0, np.random.default_rng(13))
     experiment.easy[:] = 0
     power = measure_power([experiment.system(3) for _ in range(4)], experiment.clips)
@@ -200,7 +200,7 @@ def test_what_seeds_do_to_single_clips_is_no_variance_that_many_seeds_leave() ->
     assert power.clip_variance < 0.4 * 30**2 / CLIPS / 3
 
 
-def test_too_few_clips_are_not_made_up_for_by_seeds() -> None:
+def test_more_seeds_do_not_make_up_for_too_few_clips() -> None:
     generator = np.random.default_rng(12)
     clips = list(range(50))
     # Each system has its own opinion on each clip, which all its seeds share.
@@ -214,7 +214,7 @@ def test_too_few_clips_are_not_made_up_for_by_seeds() -> None:
     assert measure_power([alike, alike], clips) is None
 
 
-def test_other_questions_are_refused() -> None:
+def test_comparing_different_questions_is_refused() -> None:
     with pytest.raises(ValueError, match="expected the same questions"):
         compare(np.zeros((1, 2)), np.zeros((1, 3)), ["a", "b"])
     with pytest.raises(ValueError, match=r"expected \[seeds, 0\], not empty"):

@@ -10,7 +10,7 @@ from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_a_request(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
     called: list[bool] = []
     with stop_signals(on_first=lambda: called.append(True)) as stopping:
         assert not stopping.is_set()

@@ -1,4 +1,4 @@
-"""Sweeps: members equal to runs of their own, one reading, resumable, refusals."""
+"""Sweeps: runs equal to separate ones, features read once, resuming, refusals."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ from tests.train.tiny import clock, losses, with_run, write_tiny
 ROOT = Path(__file__).parents[2]
 
 
-def test_members_equal_runs_of_their_own(tiny: Config) -> None:
+def test_runs_of_a_sweep_equal_separate_runs(tiny: Config) -> None:
     path = run_sweep(tiny, ratios=[0.25, 1.0], seeds=[0])
     result = json.loads(path.read_text())
     assert path == tiny.run.dir.parent / "sweeps" / "direct-psa" / "sweep.json"
@@ -46,12 +46,12 @@ def test_members_equal_runs_of_their_own(tiny: Config) -> None:
     alone = with_run(tiny, "alone", head_ratio=0.25)
     metrics = fit(alone, "x")
     folder = path.parent / "ratio-0.25_seed-0"
-    # Sums of a stack are taken in another order; the members' noise is the same.
+    # Sums over stacked heads are taken in another order; the noise of each run is the same.
     np.testing.assert_allclose(losses(folder), losses(alone.run.dir), rtol=1e-4)
     assert result["members"][0]["all"] == pytest.approx(metrics.all.accuracy, abs=2)
 
 
-def test_each_seed_has_the_batches_that_it_has_alone(tiny: Config) -> None:
+def test_each_seed_of_a_sweep_trains_as_in_a_separate_run(tiny: Config) -> None:
     path = run_sweep(tiny, seeds=[0, 1])
     for seed in (0, 1):
         alone = with_run(tiny, f"alone{seed}", train_seed=seed)
@@ -60,7 +60,7 @@ def test_each_seed_has_the_batches_that_it_has_alone(tiny: Config) -> None:
         np.testing.assert_allclose(losses(path.parent / f"seed-{seed}"), losses(alone.run.dir), rtol=1e-4)
 
 
-def test_members_share_one_reading(tiny: Config) -> None:
+def test_runs_of_a_sweep_read_the_features_once(tiny: Config) -> None:
     one = json.loads(run_sweep(tiny, ratios=[0.5], name="one").read_text())
     many = json.loads(run_sweep(tiny, ratios=[0.1, 0.5], seeds=[0, 1], name="many").read_text())
     assert one["bytes_read"] == many["bytes_read"] > 0
@@ -69,7 +69,9 @@ def test_members_share_one_reading(tiny: Config) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_sweep_goes_on_and_a_finished_one_trains_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_sweep_resumes_and_a_finished_one_trains_nothing(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="whole").read_text())
     real = RunGroup.learn
     steps = iter(range(100))
@@ -110,7 +112,7 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
             if self.config.head.ratio == 0.25:
                 os.kill(os.getppid(), number)
             os.kill(os.getpid(), number)  # as terminals and schedulers do
-            os.read(told[os.getpid()], 1)  # no group ends before it is told
+            os.read(told[os.getpid()], 1)  # no group ends before it gets the signal
 
     monkeypatch.setattr(RunGroup, "learn", asks)
     with pytest.raises(Stopped, match=r"in epoch \d of 3; run the same command again to resume") as stopped:
@@ -125,7 +127,7 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
 
 
 @pytest.mark.slow
-def test_killed_sweep_leaves_no_process_and_goes_on(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_sweep_leaves_no_process_and_resumes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real, (there, arrives) = RunGroup.learn, os.pipe()
 
     def stays(self: RunGroup, batch: Batch, last: bool) -> None:
@@ -180,7 +182,9 @@ def test_bad_grids_are_refused(tmp_path: Path, text: str, message: str) -> None:
         read_axes(None, None, grid)
 
 
-def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_variation_or_with_bad_values_is_refused(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match="nothing varies; give --ratios"):
         run_sweep(tiny)
     with pytest.raises(ConfigError, match=r"in the sweep, head\.ratio is 1\.5; expected a share in \(0, 1\]$"):
@@ -190,7 +194,7 @@ def test_nothing_to_vary_and_bad_values(tiny: Config, capsys: pytest.CaptureFixt
         run_sweep(tiny, ratios=[0.5], name="../x")
 
 
-def test_a_sweep_is_named_after_a_run_whose_name_has_spaces(tiny: Config) -> None:
+def test_a_sweep_name_replaces_special_characters_of_the_run_name(tiny: Config) -> None:
     config = replace(tiny, run=replace(tiny.run, dir=tiny.run.dir.with_name("psa 1 für's")))
     folder = tiny.run.dir.parent / "sweeps" / f"{tiny.data.split}-psa_1_f_r_s" / "ratio-0.25"
     run_folder.claim(folder, replace(config, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
@@ -208,7 +212,7 @@ def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
         run_sweep(tiny, ratios=[0.25], name="a")
 
 
-def test_runs_of_another_process_are_waited_for(
+def test_a_sweep_waits_for_runs_held_by_another_process(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
@@ -246,7 +250,7 @@ def test_runs_that_another_process_trains_meanwhile_with_other_settings_are_refu
             run_sweep(tiny, ratios=[0.5], name="shared")
 
 
-def test_a_run_that_another_process_leaves_is_trained(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_process_releases_is_trained(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "shared"
     with ExitStack() as other:
         other.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
@@ -255,7 +259,7 @@ def test_a_run_that_another_process_leaves_is_trained(tiny: Config, monkeypatch:
     assert (result["trained"], len(result["members"])) == (2, 2)
 
 
-def test_a_group_file_that_another_process_removes_is_no_error(tiny: Config, tmp_path: Path) -> None:
+def test_a_group_file_removed_by_another_process_is_ignored(tiny: Config, tmp_path: Path) -> None:
     run = with_run(tiny, "a")
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # listed, and not there once it is opened
     (plan,) = sweep.plan_groups([run], tmp_path, torch.device("cpu"), cores=1)
@@ -265,7 +269,7 @@ def test_a_group_file_that_another_process_removes_is_no_error(tiny: Config, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("starts", [2, 3, 4])
 def test_simultaneous_starts_end_with_the_results_of_one(starts: int, tmp_path: Path) -> None:
-    """A tenth of the rounds of the benchmark, whose process is not that of the tests: it forks."""
+    """A tenth of the benchmark's rounds, in a process of its own because the benchmark forks."""
     rounds = {2: 6, 3: 2, 4: 2}[starts]
     options = [
         "--rounds",
@@ -285,7 +289,7 @@ def test_simultaneous_starts_end_with_the_results_of_one(starts: int, tmp_path: 
 
 
 @pytest.mark.slow
-def test_disk_residency_reads_once_for_groups_of_other_shapes(tiny: Config, tmp_path: Path) -> None:
+def test_disk_residency_reads_once_for_run_groups_of_different_shapes(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.coarse: [true, false]\n")
     on_disk = with_run(tiny, "psa", train_residency="disk", train_epochs=1)
@@ -308,7 +312,7 @@ def change_answers(config: Config, part: str, keep: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_runs_that_learned_from_other_annotations_are_no_seeds_of_one_sweep(tmp_path: Path, part: str) -> None:
+def test_runs_trained_on_different_annotations_cannot_share_a_sweep(tmp_path: Path, part: str) -> None:
     config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
     folder = run_sweep(config, seeds=[0]).parent
     change_answers(config, part)
@@ -328,7 +332,7 @@ def test_runs_that_learned_from_other_annotations_are_no_seeds_of_one_sweep(tmp_
         run_sweep(config, seeds=[0, 1, 2])
 
 
-def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_path: Path) -> None:
+def test_runs_and_points_are_scored_against_the_current_annotations(tmp_path: Path) -> None:
     config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
     before = json.loads(run_sweep(config, seeds=[0, 1]).read_text())
     change_answers(config, "test")
@@ -352,7 +356,7 @@ def test_runs_and_points_count_the_answers_that_the_annotations_have_now(tmp_pat
     assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["points"][0]["all"]["n"] == 60
 
 
-def test_lines_say_what_cannot_be_told_apart_and_how_many_seeds_it_would_take() -> None:
+def test_the_summary_states_verdicts_and_the_seeds_needed() -> None:
     number = {"mean": 50.0, "low": 45.0, "high": 55.0}
     points = [
         {"setting": {"head.ratio": r}, "seeds": [0, 1], "open": None, "binary": None, "all": number} for r in (0.1, 1)

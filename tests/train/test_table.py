@@ -23,7 +23,7 @@ NO_ANNOTATIONS = Config(data=DataConfig(root=Path("nowhere")))
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 
 
-def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path) -> None:
+def test_rows_are_ordered_by_split_then_blind_published_and_ours(tmp_path: Path) -> None:
     for split in ("indirect", "direct"):
         for model in ("psa", "egovlpv2", "majority", "mfas", "question-only", "egovlp"):
             write_run(tmp_path, f"{split}_{model}", model=model, split=split)
@@ -34,7 +34,7 @@ def test_rows_are_blind_then_published_then_ours_and_direct_first(tmp_path: Path
     assert text.index("## Direct") < text.index("## Indirect")
 
 
-def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
+def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", config={"data": {"name": "jsonl", "root": "kitchen"}})
     write_table(NO_ANNOTATIONS, tmp_path)
     text = (tmp_path / "table.md").read_text()
@@ -42,7 +42,7 @@ def test_own_data_is_called_by_its_folder(tmp_path: Path) -> None:
     assert "Direct" not in text
 
 
-def test_a_folder_of_the_machine_is_not_told_and_rows_of_several_data_sets_are_no_comparison(tmp_path: Path) -> None:
+def test_local_paths_are_shown_only_if_rows_mix_several_data_sets(tmp_path: Path) -> None:
     mine: dict[str, Any] = {"name": "jsonl", "root": str(tmp_path / "stores"), "questions": "mine.jsonl"}
     write_run(tmp_path, "psa", config={"data": mine})
     write_run(tmp_path, "attention", model="attention", config={"data": mine | {"questions": None}})
@@ -81,7 +81,7 @@ def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> 
     assert "tagged `direct`: psa 49.60" in text
 
 
-def test_answers_of_the_wrong_form_and_the_time_of_training_are_shown(tmp_path: Path) -> None:
+def test_wrong_form_share_and_training_time_are_shown(tmp_path: Path) -> None:
     for seed, (wrong, seconds) in enumerate([(10, 4.0), (20, 30.0), (30, 5.0)]):
         run = write_run(tmp_path, f"psa_{seed}", seed=seed)
         test = json.loads((run / "test.json").read_text()) | {"wrong_form": wrong}
@@ -104,7 +104,7 @@ def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) ->
     assert "no intervals and no examples: data.root is 'nowhere'" in text
 
 
-def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
+def test_cells_show_intervals_over_seeds_and_clips(tmp_path: Path) -> None:
     config = write_dataset(tmp_path / "data", videos=False)
     for seed, every in enumerate((2, 3, 4)):
         run = write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, predictions=guesses(every), all_=100 / every)
@@ -123,7 +123,7 @@ def test_cells_have_the_intervals_of_the_statistics(tmp_path: Path) -> None:
     assert "In brackets: 95% intervals over seeds and clips" in text
 
 
-def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: Path) -> None:
+def test_predictions_of_every_seed_must_match_the_recorded_accuracy(tmp_path: Path) -> None:
     config = write_dataset(tmp_path / "data", videos=False)
     for seed, val in enumerate((60.0, 50.0, 40.0)):
         recorded = 50.0 if seed != 1 else 75.0
@@ -136,7 +136,7 @@ def test_predictions_of_every_seed_have_to_give_the_recorded_accuracy(tmp_path: 
     ]
 
 
-def test_an_accuracy_that_the_answers_do_not_give_has_no_interval(tmp_path: Path) -> None:
+def test_an_accuracy_that_predictions_contradict_has_no_interval(tmp_path: Path) -> None:
     """Answers that were edited may still give the recorded accuracy over all questions."""
     config = write_dataset(tmp_path / "data", videos=False)
     run = write_run(tmp_path, "psa", predictions=guesses(4), all_=25.0)
@@ -149,8 +149,8 @@ def test_an_accuracy_that_the_answers_do_not_give_has_no_interval(tmp_path: Path
     assert f"{run}: predictions.jsonl gives 31.25 on open questions but test.json has 25.00; the annotations" in text
 
 
-def test_runs_on_other_features_or_of_a_head_that_learned_other_data_are_no_repeats(tmp_path: Path) -> None:
-    """As two imported stores, of which the config says only the path, and as `train evaluate --from`."""
+def test_runs_on_different_features_or_training_data_get_separate_rows(tmp_path: Path) -> None:
+    """For example two imported stores, whose configs differ only in the path, or `train evaluate --from`."""
     for seed in (0, 1):
         write_run(tmp_path, f"a{seed}", seed=seed)
     write_run(tmp_path, "b", seed=0, card={"fingerprint": {"depth": 6, "frames": 4, "imported": "i3d"}})
@@ -166,7 +166,7 @@ def test_runs_on_other_features_or_of_a_head_that_learned_other_data_are_no_repe
     assert not [problem for problem in results.problems if "repeats" in problem]
 
 
-def test_rows_that_differ_from_the_first_in_the_same_options_have_labels_of_their_own(tmp_path: Path) -> None:
+def test_rows_differing_in_the_same_options_have_unique_labels(tmp_path: Path) -> None:
     """Intervals and answers are looked up by label."""
     config = write_dataset(tmp_path / "data", videos=False)
     half = {"head": {"ratio": 0.5}}
@@ -190,7 +190,7 @@ def test_rows_that_differ_from_the_first_in_the_same_options_have_labels_of_thei
     ]
 
 
-def test_seeds_may_differ_in_tracker_and_in_decoders_that_give_the_same_frames(tmp_path: Path) -> None:
+def test_seeds_may_differ_in_tracker_and_in_equivalent_decoders(tmp_path: Path) -> None:
     for seed, decoder in enumerate(("pyav", "decord", "nvdec")):
         run = write_run(tmp_path, f"psa_{seed}", seed=seed, config={"video": {"decoder": decoder}})
         card = json.loads((run / "card.json").read_text())
@@ -233,7 +233,7 @@ def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.Capture
     assert "psa on direct: several settings were run; psa (head.ratio 0.5) has a separate" in capsys.readouterr().err
 
 
-def test_messages_call_own_data_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_name_custom_data_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"data": {"name": "jsonl", "root": "data/mine"}}
     write_run(tmp_path, "a", config=own)
     write_run(tmp_path, "b", config=own | {"head": {"ratio": 0.5}})
@@ -252,10 +252,10 @@ def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "b: repeats seed 0 of a" in capsys.readouterr().err
 
 
-def test_runs_that_learned_from_other_data_or_answer_other_questions_are_no_seeds(
+def test_runs_on_different_data_or_questions_are_not_counted_as_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As where annotations were edited in place between two seeds."""
+    """For example, annotations were edited in place between two seeds."""
     for seed, digest in enumerate("aab"):
         write_run(tmp_path, f"s{seed}", seed=seed, all_=50.0 + seed)
         record = {"answers": {"n": 2, "digest": "c"}, "train questions": {"n": 9, "digest": digest}}
@@ -272,14 +272,14 @@ def test_runs_that_learned_from_other_data_or_answer_other_questions_are_no_seed
     assert "table: s3: is no further seed of s0, because it answers 999 test questions in place of 1,000" in shown
 
 
-def test_runs_of_a_sweep_are_no_rows(tmp_path: Path) -> None:
+def test_runs_of_a_sweep_are_not_listed_as_rows(tmp_path: Path) -> None:
     write_run(tmp_path, "psa")
     write_sweep(tmp_path)
     write_run(tmp_path, "sweeps/ratio_direct/r0.1_s0", config={"head": {"ratio": 0.1}})
     assert len(write_table(NO_ANNOTATIONS, tmp_path)) == 1
 
 
-def test_a_part_without_questions_has_no_number(tmp_path: Path) -> None:
+def test_a_form_without_questions_shows_no_number(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", binary=None, n=(600, 0))  # type: ignore[arg-type]
     (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["binary"] is None
@@ -321,7 +321,7 @@ def test_impossible_accuracy_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "psa").mkdir()])
-def test_no_runs_says_which_command_makes_them(tmp_path: Path, make) -> None:
+def test_a_table_without_runs_names_the_fit_command(tmp_path: Path, make) -> None:
     make(tmp_path)
     with pytest.raises(TableError, match=r"holds no finished run.*a run\.dir below it: egopatch train fit --conf"):
         write_table(NO_ANNOTATIONS, tmp_path)
@@ -350,7 +350,7 @@ def test_a_card_may_state_a_notice(tmp_path: Path) -> None:
     assert len(notices(gather(tmp_path))) == 2
 
 
-def test_uneven_question_counts_are_said(tmp_path: Path) -> None:
+def test_uneven_question_counts_are_noted(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="egovlp", n=(500, 400))
     write_run(tmp_path, "b", n=(600, 400))
     write_table(NO_ANNOTATIONS, tmp_path)
@@ -373,7 +373,7 @@ def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
 
 
-def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_is_not_an_error(tmp_path: Path) -> None:
     for seed in range(200):  # more than a pipe holds
         write_run(tmp_path, f"psa_{seed}", config={"head": {"ratio": 0.001 * (seed + 1)}})
     table = shlex.join([sys.executable, "-m", "train", "table", "--run.table", str(tmp_path)])
@@ -383,8 +383,8 @@ def test_a_reader_that_has_enough_is_no_fault(tmp_path: Path) -> None:
     assert "Broken pipe" not in done.stderr
 
 
-def test_the_table_does_without_torch(tmp_path: Path) -> None:
-    """It takes four times as long to import as the whole table takes."""
+def test_the_table_command_does_not_import_torch(tmp_path: Path) -> None:
+    """Importing torch takes four times as long as the whole table."""
     write_run(tmp_path, "psa")
     program = (
         "from egopatch.train.__main__ import main; import sys; code = main(sys.argv[1:]); print(code, *sys.modules)"

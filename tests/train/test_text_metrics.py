@@ -1,4 +1,4 @@
-"""BLEU, METEOR and ROUGE of answers, by libraries, and what is said where a library or its data are missing."""
+"""BLEU, METEOR and ROUGE of answers, and the errors if a library or its data are missing."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def no_synonyms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_synonyms")
-def test_equal_answers_and_others() -> None:
+def test_text_metrics_rank_equal_similar_and_wrong_answers() -> None:
     best = text_metrics(QUESTIONS, {name: f" {answer.upper()} " for name, answer in ANSWERS.items()})
     assert best["exact_match"] == best["rouge_l"] == 100
     assert best["bleu_4"] == pytest.approx(100)
@@ -59,7 +59,7 @@ def test_equal_answers_and_others() -> None:
 
 
 @pytest.mark.usefixtures("no_synonyms")
-def test_the_command_reads_qaego4d(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_command_reads_qaego4d(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     qaego4d(tmp_path)
     lines = [{"question_id": "20", "answer": "on the table"}, {"question_id": "21", "answer": "in the car"}]
     (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -86,7 +86,7 @@ def runs(tmp_path: Path) -> tuple[Config, Path]:
 
 
 @pytest.mark.usefixtures("no_synonyms")
-def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[Config, Path]) -> None:
+def test_text_metrics_of_qaego4d_appear_in_the_table_and_the_report(runs: tuple[Config, Path]) -> None:
     config, folder = runs
     (record,) = write_table(config, folder)
     questions = load_dataset(config.data).questions["test"]
@@ -106,9 +106,7 @@ def test_open_answers_of_qaego4d_stand_in_the_table_and_the_report(runs: tuple[C
     assert "text" not in write_table(config, folder)[0]
 
 
-def test_a_table_without_the_libraries_says_what_to_install(
-    runs: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_without_wordnet_says_what_it_needs(runs: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     config, folder = runs
     monkeypatch.setattr(nltk.corpus, "wordnet", _Absent())
     (record,) = write_table(config, folder)
@@ -142,7 +140,7 @@ def made_up(generator: np.random.Generator) -> tuple[list[Question], list[dict[s
 
 
 @pytest.mark.usefixtures("no_synonyms")
-def test_intervals_are_as_wide_as_those_of_a_plain_bootstrap() -> None:
+def test_intervals_match_a_plain_bootstrap() -> None:
     generator = np.random.default_rng(3)
     questions, (answers, _) = made_up(generator)
     found, means = text_intervals(questions, [answers]), text_metrics(questions, answers)
@@ -172,12 +170,12 @@ def test_seeds_widen_the_interval_of_bleu() -> None:
 
 
 @pytest.mark.usefixtures("no_synonyms")
-def test_a_bleu_of_zero_tells_nothing() -> None:
+def test_a_seed_with_zero_bleu_gives_the_widest_interval() -> None:
     found = text_intervals(QUESTIONS, [dict.fromkeys(ANSWERS, "no"), ANSWERS])
     assert found["bleu_4"] == Interval(pytest.approx(50), 0.0, 100.0)
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_text_metric_packages_name_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk.corpus, "wordnet", _Absent())
     with pytest.raises(TextMetricsError, match=r"METEOR needs WordNet, .*; run: python -m nltk\.downloader wordnet"):
         text_metrics(QUESTIONS, ANSWERS)

@@ -20,7 +20,7 @@ Calls = list[tuple[str, Any]]
 
 
 def wandb(calls: Calls) -> ModuleType:
-    """What is used of Weights & Biases."""
+    """The part of the Weights & Biases API that is used."""
 
     def init(**options: Any) -> SimpleNamespace:
         calls.append(("init", options))
@@ -37,7 +37,7 @@ def wandb(calls: Calls) -> ModuleType:
 
 
 def mlflow(calls: Calls) -> ModuleType:
-    """What is used of MLflow."""
+    """The part of the MLflow API that is used."""
     client = SimpleNamespace(
         get_experiment_by_name=lambda name: None,
         create_experiment=lambda name: calls.append(("experiment", name)) or "7",
@@ -63,7 +63,7 @@ def tracked(request: pytest.FixtureRequest, tiny: Config, monkeypatch: pytest.Mo
     return with_run(tiny, "tracked", train_epochs=1, run_tracker=make.__name__), calls
 
 
-def test_the_numbers_of_the_log_arrive_and_a_run_that_resumes_is_the_same_run(tracked: tuple[Config, Calls]) -> None:
+def test_trackers_receive_the_log_and_a_resumed_run_stays_one_run(tracked: tuple[Config, Calls]) -> None:
     config, calls = tracked
     fit(config, "train fit")
     lines = [json.loads(line) for line in (config.run.dir / "log.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def test_the_numbers_of_the_log_arrive_and_a_run_that_resumes_is_the_same_run(tr
     assert second == "new" or second["id"] == "new"
 
 
-def test_a_tracker_that_fails_ends_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_tracker_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the server is gone")
 

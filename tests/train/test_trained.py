@@ -1,4 +1,4 @@
-"""A trained head that is opened again, by every command that does so: what is wrong with its files, and what to do."""
+"""Every command that opens a trained head says what is wrong with its files, and what to do."""
 
 import dataclasses
 import errno
@@ -28,7 +28,9 @@ def ask(config: Config) -> object:
 
 
 @pytest.mark.parametrize("command", [evaluate, explain, ask])
-def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callable[[Config], object]) -> None:
+def test_missing_or_mismatched_weights_are_refused_with_a_remedy(
+    tiny: Config, command: Callable[[Config], object]
+) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     fit(config, "x")
     command(config)
@@ -53,7 +55,7 @@ def test_weights_that_are_gone_or_of_another_head(tiny: Config, command: Callabl
     )
 
 
-def test_the_advice_about_a_finished_run_without_its_card_ends_in_a_trained_head(tiny: Config) -> None:
+def test_the_remedy_for_a_missing_card_leads_to_a_trained_head(tiny: Config) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     with pytest.raises(RunError, match=r"card\.json: no such file; train the head first: egopatch train fit"):
         evaluate(config)
@@ -71,7 +73,7 @@ def test_the_advice_about_a_finished_run_without_its_card_ends_in_a_trained_head
     assert card.exists()
 
 
-def test_table_and_evaluate_give_one_advice_about_a_damaged_card(tiny: Config) -> None:
+def test_table_and_evaluate_give_the_same_remedy_for_a_damaged_card(tiny: Config) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     fit(config, "x")
     fit(with_run(tiny, "good", train_epochs=1), "x")
@@ -85,7 +87,7 @@ def test_table_and_evaluate_give_one_advice_about_a_damaged_card(tiny: Config) -
         assert problem.endswith("; delete the folder and train again")
 
 
-def test_nothing_of_a_head_that_was_evaluated_before_stays(tiny: Config) -> None:
+def test_files_of_a_previously_evaluated_head_are_removed(tiny: Config) -> None:
     there = with_run(tiny, "there")
     for name in ("psa", "pooled"):
         head = with_run(tiny, name, head_name=name, train_epochs=1)
@@ -94,7 +96,7 @@ def test_nothing_of_a_head_that_was_evaluated_before_stays(tiny: Config) -> None
         assert (there.run.dir / "selection.npz").exists() == (name == "psa")
 
 
-def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Config) -> None:
+def test_heads_evaluated_elsewhere_keep_their_options_and_table_rows(tiny: Config) -> None:
     expected = {}
     for ratio, width in ((0.25, 16), (1.0, 64)):
         head = with_run(tiny, f"here/{width}", head_ratio=ratio, head_width=width, train_epochs=1, train_lr=1e-2)
@@ -113,7 +115,7 @@ def test_heads_that_are_evaluated_elsewhere_keep_their_options_and_rows(tiny: Co
     ("name", "called"),
     [("fit", "fitting.fit.fit"), ("evaluate", "fitting.fit.evaluate"), ("sweep", "sweeps.sweep.run_sweep")],
 )
-def test_the_recorded_command_can_be_given_again(
+def test_the_recorded_command_can_be_run_again(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, name: str, called: str
 ) -> None:
     given: list[str] = []

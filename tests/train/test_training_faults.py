@@ -1,4 +1,4 @@
-"""Training that cannot end well: it stops with one line, keeps its last state, and never keeps wrong weights."""
+"""Failing training stops with one line, keeps its last state, and never saves wrong weights."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from tests.train.tiny import losses, with_run
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of the loop gets to clean up or save."""
+    """Stands for a kill: the loop cannot clean up or save."""
 
 
 def dies_at(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
@@ -93,7 +93,7 @@ def test_weights_that_are_not_finite_are_never_the_best(tiny: Config, monkeypatc
 
 
 @pytest.mark.parametrize(("ema", "read_together"), [(0.0, 1), (0.9, 5)])
-def test_one_run_of_a_stack_fails_and_the_others_train_as_if_it_had_not(
+def test_a_failed_run_of_a_stack_does_not_affect_the_others(
     tiny: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -109,7 +109,7 @@ def test_one_run_of_a_stack_fails_and_the_others_train_as_if_it_had_not(
 
     def diverges(self: StackedHeads, batch: Batch) -> Tensor:
         found = real(self, batch)
-        # Once the failure has been read, nothing of the run is not finite. An epoch, whose last step is read, has 8.
+        # Once the failure has been read, the run has only finite values. An epoch, whose last step is read, has 8.
         assert self.step <= min(10 + read_together, 15) or found.isfinite().all()
         return found * torch.tensor([[1.0], [float("nan")]]) if self.step == 11 and len(self) == 2 else found
 
@@ -135,7 +135,7 @@ def test_one_run_of_a_stack_fails_and_the_others_train_as_if_it_had_not(
     assert json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="faulty").read_text())["trained"] == 1
 
 
-def test_a_stack_remembers_its_failed_run_over_an_interruption(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_remembers_its_failed_run_after_an_interruption(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     real_losses, real_learn = StackedHeads._losses, RunGroup.learn
 
@@ -170,7 +170,7 @@ def test_a_sweep_with_a_failed_run_exits_with_1(
     assert "train.lr 0.003: open" in captured.out
 
 
-def test_weights_of_a_lost_epoch_give_way_to_those_of_the_saved_one(
+def test_weights_newer_than_the_saved_state_are_rolled_back(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = with_run(tiny, "undisturbed")
@@ -217,7 +217,7 @@ def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(
     assert evaluate(tiny) == metrics
 
 
-def test_out_of_memory_on_a_gpu_is_one_line(
+def test_gpu_out_of_memory_prints_one_line_with_advice(
     config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = (
@@ -256,7 +256,7 @@ def test_out_of_memory_on_a_gpu_is_one_line(
 
 
 @pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])
-def test_a_full_disk_is_one_line_and_the_last_state_is_kept(
+def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
     tiny: Config, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
     undisturbed = with_run(tiny, "undisturbed")
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_line_and_the_last_state_is_kept(
     assert same(weights_of(tiny), weights_of(undisturbed))
 
 
-def test_an_own_data_set_without_questions_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_data_set_without_questions_is_refused_by_name(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = load_dataset(tiny.data).clips
     bare = Dataset(clips, {"train": (), "val": (), "test": ()}, UNKNOWN_ANSWERS, (), "direct")
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: bare)

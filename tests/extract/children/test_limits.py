@@ -8,7 +8,7 @@ from egopatch.extract.children import limits
 
 
 @pytest.mark.parametrize(("hard", "lowered"), [(resource.RLIM_INFINITY, True), (1 << 60, True), (1 << 20, False)])
-def test_a_lower_limit_of_a_scheduler_stays(hard: int, lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_memory_limit_of_a_scheduler_is_kept(hard: int, lowered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process without privileges that raises its hard limit gets an error."""
     requested: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (hard, hard))

@@ -1,4 +1,4 @@
-"""Frames cross from children to their parent through shared memory that nobody's death can leak."""
+"""Frames pass from children to their parent through shared memory that is not leaked when a process dies."""
 
 import errno
 import gc
@@ -39,7 +39,7 @@ SMALL = VideoConfig(frames=2, size=32)
 
 
 def memories() -> int:
-    """Number of memories of slots that this process still has."""
+    """Number of shared memories for slots that this process still holds."""
     inodes = set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # the folder's own handle
@@ -57,7 +57,7 @@ def video(tmp_path: Path) -> Path:
     return write_video(tmp_path / "a.mp4")
 
 
-def test_finished_input_is_what_this_process_computes(video: Path) -> None:
+def test_transformed_input_matches_in_process_computation(video: Path) -> None:
     expected = prepare_clip(Clip("a", video), SMALL, VideoCache())
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
         for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(7)])):
@@ -79,7 +79,7 @@ def test_clips_that_share_a_task_have_slots_of_their_own(video: Path, tmp_path: 
             result.release()
 
 
-def test_cut_pixels_are_the_frames_own(video: Path) -> None:
+def test_cut_pixels_match_the_decoded_frames(video: Path) -> None:
     decoded = read_frames(Clip("a", video), SMALL)
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
         (result,) = pool.map([Clip("a", video)])
@@ -92,7 +92,7 @@ def test_cut_pixels_are_the_frames_own(video: Path) -> None:
     assert run.frames.nbytes == np.stack(decoded.frames)[:, rows, columns].nbytes // 2
 
 
-def test_frames_that_do_not_fit_come_transformed(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_too_large_for_a_slot_arrive_transformed(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "LARGEST_SIDE", 8)
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
         (result,) = pool.map([Clip("a", video)])
@@ -101,7 +101,7 @@ def test_frames_that_do_not_fit_come_transformed(video: Path, monkeypatch: pytes
     np.testing.assert_allclose(result.frames, expected, rtol=0, atol=1e-6)
 
 
-def test_runs_of_several_sizes_lie_behind_one_another() -> None:
+def test_frame_runs_of_several_sizes_fit_in_one_slot() -> None:
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((5, 7), (5, 7), (9, 3), (5, 7))]
     times = np.zeros(4)
@@ -114,7 +114,7 @@ def test_runs_of_several_sizes_lie_behind_one_another() -> None:
         assert np.array_equal(np.stack(mine.frames), run.frames)
 
 
-def test_memory_that_the_system_refuses_is_named() -> None:
+def test_refused_shared_memory_error_names_the_option_to_lower() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
@@ -125,7 +125,7 @@ def test_memory_that_the_system_refuses_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_childs_slot_comes_back(video: Path) -> None:
+def test_slot_of_a_killed_child_is_released(video: Path) -> None:
     names = ["killed", "a", "killed", "killed", "b", "c"]
     with DecodePool(SMALL, 1, die_or_prepare, SharedSlots(3, 1 << 20, "frames", "")) as pool:
         for name, result in zip(names, pool.map([Clip(name, video) for name in names]), strict=True):
@@ -138,7 +138,7 @@ def test_a_killed_childs_slot_comes_back(video: Path) -> None:
         assert len(pool._slots._free) == 3
 
 
-def test_nothing_is_left_open(video: Path) -> None:
+def test_closed_pool_leaves_no_files_or_memory_open(video: Path) -> None:
     gc.collect()
     files, before = open_files(), memories()
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_nothing_is_left_open(video: Path) -> None:
     assert open_files() <= files + 2  # what multiprocessing keeps for the next pool
 
 
-def test_more_clips_than_slots_is_a_fault_of_the_caller() -> None:
+def test_taking_more_slots_than_exist_raises_an_assertion_error() -> None:
     full = SharedSlots(1, 10, "frames", "")
     full.take()
     with pytest.raises(AssertionError, match="all 1 slots are in use; give one back first"):
@@ -160,7 +160,7 @@ def test_more_clips_than_slots_is_a_fault_of_the_caller() -> None:
     full.close()
 
 
-def test_memory_beyond_the_limit_is_one_line_and_leaves_nothing() -> None:
+def test_memory_beyond_the_limit_fails_in_one_line_and_leaks_nothing() -> None:
     files, (soft, hard) = open_files(), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 40, hard))
     try:
@@ -174,7 +174,7 @@ def test_memory_beyond_the_limit_is_one_line_and_leaves_nothing() -> None:
     assert open_files() == files
 
 
-def test_without_unnamed_shared_memory_a_file_is_used(
+def test_temporary_file_is_used_where_memfd_is_unavailable(
     video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: str) -> int:
@@ -198,7 +198,7 @@ def test_without_unnamed_shared_memory_a_file_is_used(
     )
 
 
-def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:
+def test_decoding_children_use_little_memory_and_start_fast(video: Path) -> None:
     """They import no torch; the job's own script, which a child imports too, must not either."""
     done = subprocess.run([*CHILDREN, "describe", str(video)], capture_output=True, text=True, check=True)
     seconds, memory, *heavy = done.stdout.split()
@@ -208,7 +208,7 @@ def test_children_that_only_decode_are_small_and_fast(video: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_clips_take_no_more_files_or_memory_than_the_first(video: Path) -> None:
+def test_decoding_a_thousand_clips_leaks_no_files_or_memory(video: Path) -> None:
     done = subprocess.run([*CHILDREN, "decode_many", str(video)], capture_output=True, text=True, check=True)
     files, memory = map(int, done.stdout.split())
     assert files <= 0
@@ -217,7 +217,7 @@ def test_a_thousand_clips_take_no_more_files_or_memory_than_the_first(video: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["the parent", "all of them"])
-def test_nothing_is_left_when_somebody_kills(
+def test_killed_job_leaves_no_children_and_its_folder_can_be_removed(
     whole: bool, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # All jobs on a machine share a folder, and the last one removes it: no other test's job may use this one.

@@ -12,7 +12,7 @@ import pytest
 from egopatch.extract.children.spawned import require_semaphores
 
 
-def test_without_semaphores_the_message_says_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_semaphores_error_says_what_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 """
 
 
-def test_children_start_at_once_without_asserts_too(tmp_path: Path) -> None:
+def test_children_start_immediately_with_asserts_disabled(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(STARTED)
     output = subprocess.run([sys.executable, "-O", script], capture_output=True, text=True, check=True).stdout

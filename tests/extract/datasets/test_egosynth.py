@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("split", ["direct", "indirect"])
-def test_reads_as_egotaskqa(root: Path, split: str) -> None:
+def test_rendered_set_loads_as_egotaskqa(root: Path, split: str) -> None:
     dataset = load_dataset(DataConfig(root=root, split=split))  # type: ignore[arg-type]
     assert len(dataset.clips) == CLIPS
     assert all(clip.video.is_file() for clip in dataset.clips)
@@ -43,7 +43,7 @@ def test_reads_as_egotaskqa(root: Path, split: str) -> None:
     assert {q.answer for part in dataset.questions.values() for q in part} == trained
 
 
-def test_paraphrases_and_counterfactuals_of_every_question(root: Path) -> None:
+def test_every_question_has_a_paraphrase_and_a_counterfactual(root: Path) -> None:
     for split in ("direct", "indirect"):
         dataset = load_dataset(DataConfig(root=root, split=split, paraphrases=True))  # type: ignore[arg-type]
         asked = {question.text for part in dataset.questions.values() for question in part}
@@ -53,7 +53,7 @@ def test_paraphrases_and_counterfactuals_of_every_question(root: Path) -> None:
             # A paraphrase that is a question of its own would give away its composition.
             assert reworded not in asked, reworded
             assert other != question.text
-            # What is asked about stays in the one and changes in the other.
+            # The paraphrase keeps what is asked about; the counterfactual changes it.
             names = [name for name in OBJECTS if name in question.text]
             assert [name for name in OBJECTS if name in reworded] == names
             words = {"first", "second", "next", "red", "blue", "green", "yellow", "purple", "cyan"}
@@ -79,8 +79,8 @@ def test_splits_follow_the_released_rules(root: Path) -> None:
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-def test_text_alone_says_little(difficulty: Difficulty) -> None:
-    """Even the best answer to each form of question by text alone, chosen knowing the truth, stays near chance."""
+def test_question_text_alone_predicts_answers_poorly(difficulty: Difficulty) -> None:
+    """Even the best text-only answer to each question, chosen with knowledge of the truth, stays near chance."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for index in range(1500):
         for draft in drafts(draw_scene(5, index, difficulty), 8):
@@ -110,7 +110,7 @@ def test_answers_agree_with_the_event_log(root: Path) -> None:
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-def test_what_comes_after_and_where_things_are(difficulty: Difficulty) -> None:
+def test_order_and_position_answers_agree_with_the_scene(difficulty: Difficulty) -> None:
     asked: Counter[str] = Counter()
     for index in range(300):
         scene = draw_scene(2, index, difficulty)
@@ -133,13 +133,13 @@ def test_what_comes_after_and_where_things_are(difficulty: Difficulty) -> None:
     assert (asked["after"] > 100) == (difficulty == "hard")
 
 
-def test_hard_scenes_are_the_plain_ones_under_another_name() -> None:
+def test_hard_scenes_equal_plain_scenes_except_for_their_ids() -> None:
     hard, plain = draw_scene(4, 9, "hard"), draw_scene(4, 9)
     assert (hard.things, hard.events, hard.moves) == (plain.things, plain.events, plain.moves)
     assert interval_of(hard) == "egosynth-hard-4-000009|P1|0|24"
 
 
-def test_bystanders_are_behind_the_table_and_alone_in_what_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bystanders_change_only_the_area_behind_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their hands have the person's colour and hold the objects' colours, and only the wall shows them."""
     scene = draw_scene(4, 2, "hard")
     crowded = np.stack(list(frames(scene, 8, 112)))
@@ -154,7 +154,7 @@ def test_bystanders_are_behind_the_table_and_alone_in_what_they_add(monkeypatch:
     assert colours & set(OBJECTS.values())
 
 
-def test_hand_is_short_of_what_it_will_touch_next_in_the_hard_setting() -> None:
+def test_hard_setting_stops_the_hand_short_of_its_next_target() -> None:
     """In the last frame the plain hand is behind its target; the hard one shows more of the table around it."""
     for difficulty, held in (("plain", True), ("hard", False)):
         above = []
@@ -201,8 +201,8 @@ def test_videos_are_h264_and_decode(root: Path) -> None:
             assert sum(1 for _ in container.decode(stream)) == FRAMES
 
 
-def test_a_relative_folder_is_of_the_present_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that render stay for the next call, in the working folder of the first."""
+def test_relative_output_folder_follows_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering processes are reused by the next call and keep the working directory of the first."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -210,7 +210,7 @@ def test_a_relative_folder_is_of_the_present_working_folder(tmp_path: Path, monk
         assert len(list((tmp_path / name / "data" / "qa_videos").iterdir())) == 20
 
 
-def test_hard_set_is_the_same_bytes_again_and_reads_as_egotaskqa(tmp_path: Path) -> None:
+def test_hard_set_is_reproducible_and_loads_as_egotaskqa(tmp_path: Path) -> None:
     for name in ("one", "other"):
         render(tmp_path / name, clips=20, seed=3, difficulty="hard", workers=1)
     one, other = (
@@ -232,7 +232,7 @@ def test_same_arguments_give_the_same_bytes(root: Path, tmp_path: Path) -> None:
     assert all((root / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
 
 
-def test_a_clip_does_not_depend_on_how_many_there_are() -> None:
+def test_scene_questions_do_not_depend_on_how_many_are_drawn() -> None:
     assert drafts(draw_scene(1, 7), 5) == drafts(draw_scene(1, 7), 9)[:5]
     assert draw_scene(1, 7) != draw_scene(2, 7)
     assert interval_of(draw_scene(1, 7)) == "egosynth-1-000007|P1|0|24"
@@ -249,13 +249,13 @@ def test_a_clip_does_not_depend_on_how_many_there_are() -> None:
         ({"workers": 0}, "workers is 0; expected at least 1"),
     ],
 )
-def test_arguments_out_of_range(tmp_path: Path, argument: dict[str, object], message: str) -> None:
+def test_out_of_range_arguments_are_refused(tmp_path: Path, argument: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render(tmp_path, **argument)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
-def test_the_multiple_choice_set_reveals_nothing_without_the_video(root: Path) -> None:
+def test_multiple_choice_set_does_not_give_answers_away(root: Path) -> None:
     dataset = load_dataset(DataConfig("jsonl", root, clips="choice/clips.jsonl", questions="choice/questions.jsonl"))
     assert len(dataset.clips) == CLIPS
     assert all(clip.video.is_file() for clip in dataset.clips)

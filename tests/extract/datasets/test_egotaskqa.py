@@ -51,7 +51,7 @@ def faults(root: Path, split: str = "direct") -> list[str]:
     return [line.replace(str(root), "ROOT") for line in caught.value.problems]
 
 
-def test_released_layout(tmp_path: Path) -> None:
+def test_released_layout_loads(tmp_path: Path) -> None:
     dataset = load(released(tmp_path))
     assert [clip.clip_id for clip in dataset.clips] == ["k1|P1|10|95", "k2|P2|0|40"]
     assert dataset.clips[0].video == tmp_path / "qa_videos" / "k1|P1|10|95.mp4"
@@ -66,11 +66,11 @@ def test_released_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["formatted_{}_qas_encode.json", "{}_qas_encode.json", "{}_qas.json"])
 @pytest.mark.parametrize("folder", ["qa", "qa_ori", "Data/qa", "Data/qa_ori"])
-def test_layouts_in_the_wild(tmp_path: Path, folder: str, name: str) -> None:
+def test_folder_and_file_name_variants_load(tmp_path: Path, folder: str, name: str) -> None:
     assert load(released(tmp_path, folder=folder, name=name)).questions["test"][0].question_id == "0"
 
 
-def test_paraphrases_of_encode4_files(tmp_path: Path) -> None:
+def test_encode4_files_provide_training_paraphrases(tmp_path: Path) -> None:
     encode4 = "formatted_{}_qas_encode4.json"
     released(tmp_path)
     folder = tmp_path / "qa_ori" / "direct"
@@ -88,7 +88,7 @@ def test_paraphrases_of_encode4_files(tmp_path: Path) -> None:
     assert load(released(tmp_path / "alone", name=encode4)).questions["test"][0].question_id == "0"
 
 
-def test_missing_paraphrases(tmp_path: Path) -> None:
+def test_missing_paraphrases_are_refused(tmp_path: Path) -> None:
     released(tmp_path)
     train = tmp_path / "qa/direct/formatted_train_qas_encode.json"
     with pytest.raises(DatasetError, match="no record has 'text_pos' and 'text_neg', which data"):
@@ -99,7 +99,7 @@ def test_missing_paraphrases(tmp_path: Path) -> None:
     load(tmp_path)
 
 
-def test_clips_and_texts_of_the_other_split_are_part_of_the_store(tmp_path: Path) -> None:
+def test_dataset_includes_clips_and_texts_of_the_other_split(tmp_path: Path) -> None:
     released(tmp_path)
     other = {**RECORD, "interval": "k9|P1|0|5", "question": "Why?"}
     write(tmp_path / "qa/indirect/formatted_test_qas_encode.json", [other])
@@ -109,7 +109,7 @@ def test_clips_and_texts_of_the_other_split_are_part_of_the_store(tmp_path: Path
     assert all(question.text != "Why?" for part in dataset.questions.values() for question in part)
 
 
-def test_raw_files_without_encoded_answers_and_tags(tmp_path: Path) -> None:
+def test_raw_files_without_encoded_answers_and_tags_load(tmp_path: Path) -> None:
     raw = {k: v for k, v in RECORD.items() if k not in ("answer_encode", "reasoning_type")}
     answers = ["cup", "Cup", "Cup", "no", "no", "no"]
     records = [{**raw, "question_id": i, "answer": answer} for i, answer in enumerate(answers)]
@@ -129,7 +129,7 @@ def test_answer_vocabulary_keeps_the_most_frequent() -> None:
     assert len(answer_vocabulary([str(number) for number in range(5000)])) == 4002
 
 
-def test_answers_beside_a_file(tmp_path: Path) -> None:
+def test_read_answers_falls_back_to_the_training_file(tmp_path: Path) -> None:
     released(tmp_path)
     folder = tmp_path / "qa/direct"
     assert read_answers(folder) == ("<UNK0>", "<UNK1>", "open fridge", "yes")
@@ -141,12 +141,12 @@ def test_answers_beside_a_file(tmp_path: Path) -> None:
     assert read_answers(folder) is None
 
 
-def test_digits_in_a_string_are_a_class(tmp_path: Path) -> None:
+def test_encoded_answer_may_be_a_numeric_string(tmp_path: Path) -> None:
     path = write(tmp_path / "train_qas_encode.json", [{**RECORD, "answer_encode": "2"}])
     assert read_questions(path)[0].encoded == 2
 
 
-def test_nothing_there_names_each_file(tmp_path: Path) -> None:
+def test_empty_data_root_error_lists_each_missing_file(tmp_path: Path) -> None:
     lines = faults(tmp_path, "indirect")
     assert len(lines) == 3
     assert lines[1] == (
@@ -206,7 +206,7 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_key_twice_in_one_record_is_a_fault_of_that_record(tmp_path: Path) -> None:
+def test_duplicate_key_is_reported_with_its_record(tmp_path: Path) -> None:
     released(tmp_path)
     twice = json.dumps(RECORD).replace('"answer":', '"answer": "Close Fridge", "answer":')
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", f"[{json.dumps(VERIFY)}, {twice}]")
@@ -214,7 +214,7 @@ def test_a_key_twice_in_one_record_is_a_fault_of_that_record(tmp_path: Path) -> 
     assert faults(tmp_path) == [f"{file}:record 2: key 'answer' is used twice in one object; expected each key once"]
 
 
-def test_a_file_without_questions_is_a_fault(tmp_path: Path) -> None:
+def test_file_without_questions_is_refused(tmp_path: Path) -> None:
     released(tmp_path)
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [])
     assert faults(tmp_path) == [
@@ -222,7 +222,7 @@ def test_a_file_without_questions_is_a_fault(tmp_path: Path) -> None:
     ]
 
 
-def test_class_outside_the_answer_set(tmp_path: Path) -> None:
+def test_encoded_answer_outside_the_answer_set_is_refused(tmp_path: Path) -> None:
     released(tmp_path)
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [RECORD, {**VERIFY, "answer_encode": 4}])
     assert faults(tmp_path) == [
@@ -230,14 +230,14 @@ def test_class_outside_the_answer_set(tmp_path: Path) -> None:
     ]
 
 
-def test_an_answer_set_in_capitals_has_the_classes_of_its_answers(tmp_path: Path) -> None:
+def test_capitalised_answer_set_is_matched_case_insensitively(tmp_path: Path) -> None:
     write(released(tmp_path) / "qa/direct/answer_set.txt", "<UNK0>\n<UNK1>\nOpen Fridge\nYes\n")
     dataset = load(tmp_path)
     assert dataset.answers == ("<UNK0>", "<UNK1>", "open fridge", "yes")
     assert [dataset.class_of(question.answer) for question in dataset.questions["train"]] == [2, 3]
 
 
-def test_bad_answer_set(tmp_path: Path) -> None:
+def test_malformed_answer_set_is_refused(tmp_path: Path) -> None:
     write(released(tmp_path) / "qa/direct/answer_set.txt", "yes\nno\nyes\n")
     assert faults(tmp_path) == [
         "ROOT/qa/direct/answer_set.txt:3: answer 'yes' is also on line 1; expected each answer once",
@@ -245,7 +245,7 @@ def test_bad_answer_set(tmp_path: Path) -> None:
     ]
 
 
-def test_not_utf8_and_folder_in_place_of_file(tmp_path: Path) -> None:
+def test_non_utf8_file_and_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "train_qas.json"
     path.write_bytes(b'["\xff"]')
     with pytest.raises(
@@ -256,7 +256,7 @@ def test_not_utf8_and_folder_in_place_of_file(tmp_path: Path) -> None:
         read_questions(tmp_path)
 
 
-def test_numbers_and_nesting_without_end(tmp_path: Path) -> None:
+def test_oversized_numbers_and_deep_nesting_are_refused(tmp_path: Path) -> None:
     for text in ("[" + "9" * 5000 + "]", "[" * 100000):
         with pytest.raises(DatasetError, match=r"train_qas.json: cannot be parsed as JSON"):
             read_questions(write(tmp_path / "train_qas.json", text))

@@ -37,14 +37,14 @@ def faults(root: Path, clips: str | None = CLIPS, questions: str | None = QUESTI
     return [line.replace(str(root), "ROOT") for line in caught.value.problems]
 
 
-def test_a_table_of_clips_is_refused_once(tmp_path: Path) -> None:
+def test_clips_in_a_csv_table_are_refused_with_one_error(tmp_path: Path) -> None:
     (tmp_path / "clips.csv").write_text("clip_id,video\na,a.mp4\nb,b.mp4\n")
     with pytest.raises(DatasetError) as caught:
         load_dataset(DataConfig(name="jsonl", root=tmp_path, clips="clips.csv"))
     assert caught.value.problems == (f"data.clips is {tmp_path / 'clips.csv'}, a table; expected a JSON object a line",)
 
 
-def test_clips_and_questions(tmp_path: Path) -> None:
+def test_clips_and_questions_load(tmp_path: Path) -> None:
     dataset = load(tmp_path)
     assert dataset.clips == (
         Clip("a", Path("/elsewhere/a.mp4")),
@@ -60,7 +60,7 @@ def test_clips_and_questions(tmp_path: Path) -> None:
     }
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     assert faults(tmp_path, None, None) == [
         "ROOT/clips.jsonl: no such file; expected the clips, one JSON object per line (data.clips)"
     ]
@@ -81,20 +81,20 @@ def test_status_reads_the_clips_only(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert ("the annotations cannot be read" in capsys.readouterr().out) == said
 
 
-def test_a_pointer_of_lfs_is_one_line(tmp_path: Path) -> None:
+def test_git_lfs_pointer_is_refused_in_one_line(tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     assert faults(tmp_path, CLIPS, pointer) == [
         "ROOT/questions.jsonl: is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"
     ]
 
 
-def test_lines_of_any_editor(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf_line_endings_are_accepted(tmp_path: Path) -> None:
     plain = load(tmp_path)
     (tmp_path / "clips.jsonl").write_bytes(b"\xef\xbb\xbf" + CLIPS.replace("\n", "\r\n").encode())
     assert load(tmp_path, None) == plain
 
 
-def test_bytes_that_are_no_text_are_a_fault_of_their_line(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "clips.jsonl").write_bytes(CLIPS.encode() + b'{"clip_id": "\xff"}\n{"clip_id"\n')
     assert faults(tmp_path, None) == [
         "ROOT/clips.jsonl:4: not UTF-8 text (byte 13 of the line); save the file as UTF-8",
@@ -102,7 +102,7 @@ def test_bytes_that_are_no_text_are_a_fault_of_their_line(tmp_path: Path) -> Non
     ]
 
 
-def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
+def test_json_lines_are_streamed_with_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "clips.jsonl"
     path.write_text((json.dumps({"clip_id": "x" * 200}) + "\n") * 10_000)
     tracemalloc.start()
@@ -114,7 +114,7 @@ def test_a_file_of_lines_is_never_whole_in_memory(tmp_path: Path) -> None:
     assert peak < path.stat().st_size / 10
 
 
-def test_a_question_takes_few_bytes(tmp_path: Path) -> None:
+def test_loaded_questions_take_little_memory(tmp_path: Path) -> None:
     """There may be millions, and many are about one clip."""
     asked = {"clip_id": "a", "question": "What is opened?", "answer": "fridge", "part": "train"}
     lines = "".join(json.dumps({"question_id": n, **asked}) + "\n" for n in range(10_000))
@@ -129,16 +129,16 @@ def test_a_question_takes_few_bytes(tmp_path: Path) -> None:
     assert held / len(questions["train"]) < 340
 
 
-def test_the_error_can_be_sent_to_another_process() -> None:
+def test_dataset_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(DatasetError(["a: b", "c: d"])))
     assert (error.problems, str(error)) == (("a: b", "c: d"), "a: b\nc: d")
 
 
-def test_no_clip(tmp_path: Path) -> None:
+def test_clips_file_without_clips_is_refused(tmp_path: Path) -> None:
     assert faults(tmp_path, "\n", "") == ["ROOT/clips.jsonl: contains no clip; expected one JSON object per line"]
 
 
-def test_no_question(tmp_path: Path) -> None:
+def test_questions_file_without_questions_is_refused(tmp_path: Path) -> None:
     line = "ROOT/questions.jsonl: contains no question; expected one per line"
     assert faults(tmp_path, CLIPS, "\n") == [line]
     with pytest.raises(DatasetError, match="contains no question"):
@@ -174,7 +174,7 @@ def test_no_question(tmp_path: Path) -> None:
         ('{"clip_id": "c", "video": "v", "end_s": 1e400}', "'end_s' is inf; expected a number of seconds or null"),
     ],
 )
-def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
+def test_malformed_clip_is_refused_with_its_reason(tmp_path: Path, line: str, reason: str) -> None:
     (fault,) = faults(tmp_path, CLIPS + line)
     assert fault.startswith(f"ROOT/clips.jsonl:4: {reason}")
 
@@ -200,7 +200,9 @@ def test_malformed_clip(tmp_path: Path, line: str, reason: str) -> None:
         (("7", '"8"'), None),
     ],
 )
-def test_malformed_question(tmp_path: Path, change: tuple[str, str], reason: str | None) -> None:
+def test_malformed_question_is_refused_with_its_reason(
+    tmp_path: Path, change: tuple[str, str], reason: str | None
+) -> None:
     first, rest = QUESTIONS.split("\n", 1)
     fault = faults(tmp_path, CLIPS, f"{first.replace(*change)}\n{rest}")
     if reason is None:
@@ -209,7 +211,7 @@ def test_malformed_question(tmp_path: Path, change: tuple[str, str], reason: str
         assert fault == [f"ROOT/questions.jsonl:1: {reason}"]
 
 
-def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
+def test_errors_of_both_files_are_reported_together(tmp_path: Path) -> None:
     lines = faults(tmp_path, CLIPS + "1\n2\n", QUESTIONS + "3\n")
     assert [line.split(" ")[0] for line in lines] == [
         "ROOT/clips.jsonl:4:",
@@ -221,7 +223,7 @@ def test_all_faults_of_both_files_come_at_once(tmp_path: Path) -> None:
 CHOICE = {"question_id": 1, "clip_id": "a", "question": "What?", "part": "train"}
 
 
-def test_an_id_that_is_almost_that_of_a_clip_is_told_apart(tmp_path: Path) -> None:
+def test_unknown_clip_id_error_shows_the_similar_id(tmp_path: Path) -> None:
     clips = '{"clip_id": "caf\u00e9", "video": "a.mp4"}\n'
     for clip_id, shown in (("cafe\u0301", r"cafe\u0301"), ("Caf\u00e9", r"Caf\xe9"), ("caf\u00e9 ", r"caf\xe9 ")):
         question = {"question_id": "1", "clip_id": clip_id, "question": "What?", "answer": "cup", "part": "train"}
@@ -231,7 +233,7 @@ def test_an_id_that_is_almost_that_of_a_clip_is_told_apart(tmp_path: Path) -> No
         ]
 
 
-def test_an_answer_is_one_class_in_either_unicode_form(tmp_path: Path) -> None:
+def test_unicode_forms_of_an_answer_share_one_class(tmp_path: Path) -> None:
     rows = (
         {"question_id": number, "clip_id": "a", "question": "What?", "answer": answer, "part": part}
         for number, (answer, part) in enumerate((("Caf\u00e9", "train"), ("cafe\u0301", "test")))
@@ -241,7 +243,7 @@ def test_an_answer_is_one_class_in_either_unicode_form(tmp_path: Path) -> None:
     assert [q.answer for q in dataset.questions["test"]] == ["caf\u00e9"]
 
 
-def test_multiple_choice(tmp_path: Path) -> None:
+def test_multiple_choice_questions_load(tmp_path: Path) -> None:
     line = {**CHOICE, "options": ["Yes", "a  Cup ", "jar"], "answer_index": 1}
     dataset = load(tmp_path, CLIPS, json.dumps(line))
     (question,) = dataset.questions["train"]
@@ -270,20 +272,20 @@ def test_multiple_choice(tmp_path: Path) -> None:
         ({"options": [], "answer_index": 0}, "'answer_index' is given without options"),
     ],
 )
-def test_bad_options_are_a_fault_of_their_line(more: dict[str, object], why: str, tmp_path: Path) -> None:
+def test_malformed_options_are_reported_with_their_line(more: dict[str, object], why: str, tmp_path: Path) -> None:
     (fault,) = faults(tmp_path, CLIPS, json.dumps({**CHOICE, **more}))
     assert fault.startswith("ROOT/questions.jsonl:1: ")
     assert why in fault
 
 
-def test_options_for_some_questions_only(tmp_path: Path) -> None:
+def test_options_on_only_some_questions_are_refused(tmp_path: Path) -> None:
     lines = [{**CHOICE, "options": ["cup", "jar"], "answer_index": 0}, {**CHOICE, "question_id": 2, "answer": "cup"}]
     assert faults(tmp_path, CLIPS, "\n".join(map(json.dumps, lines))) == [
         "questions without options: 1 of 2, such as '2'; expected options for all questions or none"
     ]
 
 
-def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> None:
+def test_error_message_shows_ten_errors_and_counts_the_rest(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         load(tmp_path, "[]\n" * 2000)
     lines = str(caught.value).splitlines()
@@ -293,7 +295,7 @@ def test_the_message_shows_ten_faults_and_counts_the_others(tmp_path: Path) -> N
     assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
 
 
-def test_a_rare_fault_is_shown_among_many_equal_ones(tmp_path: Path) -> None:
+def test_error_message_shows_a_rare_error_among_many_equal_ones(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         load(tmp_path, "[]\n" * 20 + '{"clip_id": "c"}\n' + "[]\n" * 20)
     shown = [line.removeprefix(f"{tmp_path}/clips.jsonl:") for line in str(caught.value).splitlines()]
@@ -301,7 +303,7 @@ def test_a_rare_fault_is_shown_among_many_equal_ones(tmp_path: Path) -> None:
     assert shown[10].startswith("and 34 more; ")
 
 
-def test_a_wrong_key_in_every_line_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spelling_suggestion_is_computed_once_per_unknown_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[str] = []
     monkeypatch.setattr(difflib, "get_close_matches", lambda key, *_, **__: looked_up.append(key) or ["question"])
     found = faults(tmp_path, CLIPS, '{"qestion": 1}\n' * 200)
@@ -309,14 +311,14 @@ def test_a_wrong_key_in_every_line_is_looked_up_once(tmp_path: Path, monkeypatch
     assert looked_up == ["qestion"]
 
 
-def test_no_folder_is_one_line(tmp_path: Path) -> None:
+def test_missing_data_root_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         DatasetError, match=r"^data\.root is '.*nowhere', which does not exist; set --data\.root to the "
     ):
         load_dataset(DataConfig(name="egotaskqa", root=tmp_path / "nowhere"))
 
 
-def test_numbers_as_answers_and_ids_with_slashes(tmp_path: Path) -> None:
+def test_numeric_answers_and_clip_ids_with_slashes_load(tmp_path: Path) -> None:
     dataset = load(
         tmp_path, CLIPS.replace('"a"', '"P01/P01_01"'), QUESTIONS.replace('"a"', '"P01/P01_01"').replace('"Cup"', "3")
     )
@@ -336,7 +338,7 @@ TABLE = (
 
 @pytest.mark.parametrize(("name", "delimiter"), [("q.csv", ","), ("q.csv", ";"), ("q.csv", "\t"), ("q.tsv", "\t")])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_questions_of_a_spreadsheet(tmp_path: Path, name: str, delimiter: str, encoding: str) -> None:
+def test_questions_load_from_csv_and_tsv(tmp_path: Path, name: str, delimiter: str, encoding: str) -> None:
     (tmp_path / "clips.jsonl").write_text(CLIPS)
     with (tmp_path / name).open("w", encoding=encoding, newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows([*TABLE, ("",) * len(TABLE[0])])
@@ -351,7 +353,7 @@ def test_questions_of_a_spreadsheet(tmp_path: Path, name: str, delimiter: str, e
     }
 
 
-def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
+def test_answer_options_load_from_csv(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text(
         "question_id,clip_id,question,part,options,answer_index\n1,a,What?,train,cup|jar,1\n"
     )
@@ -401,7 +403,7 @@ def test_options_of_a_spreadsheet(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_faults_of_a_spreadsheet(tmp_path: Path, text: str, fault: str) -> None:
+def test_malformed_csv_is_refused_with_its_reason(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "q.csv").write_text(text)
     with pytest.raises(DatasetError) as caught:
         read_questions(tmp_path / "q.csv")

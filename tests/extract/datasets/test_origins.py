@@ -1,4 +1,4 @@
-"""The name of a video file that a store records: relative to the data set's folder where the file lies in it."""
+"""The name that a store records for a video file: relative to the data set's folder if the file is inside it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from egopatch.extract.datasets.origins import compare_origins, origin_of
         ("data", "/data/a.mp4", "/data/a.mp4"),
     ],
 )
-def test_the_name_is_relative_to_the_data_sets_folder(root: str, video: str, name: str) -> None:
+def test_recorded_video_name_is_relative_within_the_data_root(root: str, video: str, name: str) -> None:
     clip = Clip("a", Path(video), 1, 2.5)
     origin = origin_of(clip, Path(root), 7)
     assert (origin.file, origin.start_s, origin.end_s) == (name, 1.0, 2.5)

@@ -85,7 +85,7 @@ def fault(name: str, root: Path) -> str:
     return line.replace(str(root), "ROOT")
 
 
-def test_qaego4d_is_open(tmp_path: Path) -> None:
+def test_qaego4d_loads_as_open_ended_questions(tmp_path: Path) -> None:
     qaego4d(tmp_path)
     dataset = load("qaego4d", tmp_path)
     assert [clip.clip_id for clip in dataset.clips] == ["uid-0", "uid-1", "uid-2"]
@@ -97,7 +97,7 @@ def test_qaego4d_is_open(tmp_path: Path) -> None:
     assert dataset.texts == ("Where did I leave the keys?",)
 
 
-def test_qaego4d_close_is_a_choice_of_four(tmp_path: Path) -> None:
+def test_qaego4d_close_loads_as_four_way_multiple_choice(tmp_path: Path) -> None:
     qaego4d(tmp_path)
     dataset = load("qaego4d-close", tmp_path)
     assert dataset.choices == 4
@@ -107,7 +107,7 @@ def test_qaego4d_close_is_a_choice_of_four(tmp_path: Path) -> None:
     assert load("qaego4d-close", tmp_path) == dataset
 
 
-def test_nextqa(tmp_path: Path) -> None:
+def test_nextqa_loads(tmp_path: Path) -> None:
     nextqa(tmp_path)
     dataset = load("nextqa", tmp_path)
     assert [clip.video for clip in dataset.clips] == [
@@ -120,7 +120,7 @@ def test_nextqa(tmp_path: Path) -> None:
     assert (question.answer_index, question.answer, dataset.choices) == (2, "option 2", 5)
 
 
-def test_egoschema_has_a_test_part_with_few_answers(tmp_path: Path) -> None:
+def test_egoschema_loads_as_a_partly_labelled_test_set(tmp_path: Path) -> None:
     egoschema(tmp_path)
     dataset = load("egoschema", tmp_path)
     assert [len(dataset.questions[part]) for part in PARTS] == [0, 0, 3]  # type: ignore[index]
@@ -128,7 +128,7 @@ def test_egoschema_has_a_test_part_with_few_answers(tmp_path: Path) -> None:
     assert dataset.clips[2].video == tmp_path / "videos" / "uid-2.mp4"
 
 
-def test_options_that_a_released_set_repeats_are_kept(tmp_path: Path) -> None:
+def test_duplicate_options_in_a_released_set_are_kept(tmp_path: Path) -> None:
     egoschema(tmp_path, **{"option 4": "C does 0"})
     assert load("egoschema", tmp_path).questions["test"][1].options[4] == "C does 0"
 
@@ -152,7 +152,7 @@ def test_options_that_a_released_set_repeats_are_kept(tmp_path: Path) -> None:
         ("egoschema", {"answers": [1]}, "subset_answers.json: contains a JSON list; expected an object of indices"),
     ],
 )
-def test_a_record_that_cannot_be_used_is_one_line(name: str, changes: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_invalid_record_is_reported_in_one_line(name: str, changes: dict[str, Any], why: str, tmp_path: Path) -> None:
     {"qaego4d": qaego4d, "nextqa": nextqa, "egoschema": egoschema}[name.removesuffix("-close")](tmp_path, **changes)
     line = fault(name, tmp_path)
     assert line.startswith("ROOT/")
@@ -168,7 +168,7 @@ def test_a_record_that_cannot_be_used_is_one_line(name: str, changes: dict[str, 
         ('{"100": ', "line 1 column 9: not valid JSON (Expecting value); the file may be truncated, download it again"),
     ],
 )
-def test_a_json_object_that_cannot_be_used(name: str, file: str, text: str, why: str, tmp_path: Path) -> None:
+def test_invalid_json_object_is_refused(name: str, file: str, text: str, why: str, tmp_path: Path) -> None:
     {"nextqa": nextqa, "egoschema": egoschema}[name](tmp_path)
     (tmp_path / file).write_text(text)
     with pytest.raises(DatasetError) as caught:
@@ -195,7 +195,7 @@ def test_a_missing_file_is_named(name: str, missing: str, tmp_path: Path) -> Non
         load(name, tmp_path)
 
 
-def test_columns_that_are_missing(tmp_path: Path) -> None:
+def test_missing_csv_columns_are_listed(tmp_path: Path) -> None:
     nextqa(tmp_path)
     (tmp_path / "val.csv").write_text("video,question\n1,2\n")
     assert fault("nextqa", tmp_path).startswith("ROOT/val.csv:1: lacks the columns answer, qid, type, a0")

@@ -1,4 +1,4 @@
-"""A stand-in for the hub on loopback, in the paths, answers and error codes of its API."""
+"""A stand-in for the hub on loopback that imitates the paths, responses and error codes of its API."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ class Model:
     refs: dict[str, str] = field(default_factory=dict)
 
     def push(self, files: Files, *refs: str) -> str:
-        """Add a commit that `refs` name from now on; returns its name."""
+        """Add a commit, point `refs` to it and return its name."""
         commit = hashlib.sha1(b"".join(name.encode() + content for name, content in files.items())).hexdigest()
         self.commits[commit] = files
         self.refs |= dict.fromkeys(refs, commit)

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("axis", ["time", "space"])
 @pytest.mark.parametrize(("frames", "patches", "heads"), [(4, 9, 2), (16, 20, 1), (3, 70, 2), (1, 1, 1)])
-def test_as_the_plain_form(frames: int, patches: int, heads: int, axis: str) -> None:
+def test_kernel_matches_the_plain_implementation(frames: int, patches: int, heads: int, axis: str) -> None:
     torch.manual_seed(0)
     attention = Attention(64 * heads)
     for parameter in attention.parameters():
@@ -31,7 +31,7 @@ def test_as_the_plain_form(frames: int, patches: int, heads: int, axis: str) -> 
     torch.testing.assert_close(logits.cpu(), exact_logits, rtol=1e-3, atol=1e-3)
 
 
-def test_one_patch_moves_only_its_group() -> None:
+def test_changed_patch_affects_only_its_attention_group() -> None:
     """In space a patch is seen by its own frame alone, in time by its own position alone."""
     frames, patches = 3, 5
     torch.manual_seed(0)

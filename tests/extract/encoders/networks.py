@@ -47,13 +47,13 @@ def _formula_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 
 @cache
 def formula_checkpoint(network: str) -> Checkpoint:
-    """The published network's tensors by formula, as a checkpoint that was read."""
+    """The published network's tensors with formula weights, as a loaded checkpoint."""
     return Checkpoint(Path(f"{network}.pth"), "bare", FormulaTensors(network))
 
 
 @cache
 def recorded(network: str) -> dict[str, Tensor]:
-    """What the published code gave."""
+    """Recorded outputs of the published code."""
     with np.load(REFERENCE / f"{network}_dev.npz") as file:
         return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/encoder.py` makes of its measurements, with a GPU's among them, which not every machine can take."""
+"""How `benchmarks/encoder.py` reports its measurements, including those of a GPU, which not every machine has."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found | {"work": {"batch": 1}, "machine": {"gpu": "a GPU"}}
 
 
-def test_claims_and_what_the_machine_allows(result: dict[str, Any]) -> None:
+def test_claims_include_the_limits_of_the_machine(result: dict[str, Any]) -> None:
     found = list(encoder.claims(result).values())
     assert found == pytest.approx([2.0 / 1.6, 2.0, 2.0 / 0.9, 0.9, 2.0 / 0.95, 0.9 / 0.95, 0.7])
 
@@ -53,7 +53,7 @@ def test_report_has_a_table_for_each_batch(result: dict[str, Any]) -> None:
     assert promised.splitlines()[-1] == "CUDA, bfloat16 share of the matrix rate, best batch (reach 0.5): 0.70"
 
 
-def test_operations_are_those_of_the_products() -> None:
+def test_flop_count_sums_the_matrix_products() -> None:
     """Written out for one block of one frame: 197 tokens, of which 196 see 197 in space and 2 in time."""
     width, tokens, patches = 64, 197, 196
     embed = patches * 3 * 16 * 16 * width

@@ -41,7 +41,7 @@ def published_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_objects_of_the_training_scripts_are_dropped(
+def test_pickled_training_objects_are_dropped(
     tmp_path: Path, published_objects: dict[str, object], monkeypatch: pytest.MonkeyPatch, new_format: bool
 ) -> None:
     whole = dict(tiny(tmp_path).tensors)
@@ -55,7 +55,7 @@ def test_objects_of_the_training_scripts_are_dropped(
     assert all(torch.equal(loaded.tensors[name], whole[name]) for name in whole)
 
 
-def test_numpy_scalars_of_older_files(tmp_path: Path) -> None:
+def test_numpy_scalars_in_older_files_load(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     torch.save({"state_dict": {"a": torch.ones(2)}, "best": np.float64(3)}, path)
     # numpy renamed the module that its scalars are pickled under.
@@ -73,7 +73,7 @@ def test_numpy_scalars_of_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module.module.", "module._orig_mod.model."])
-def test_containers(tmp_path: Path, container: str, prefix: str) -> None:
+def test_every_container_and_prefix_loads(tmp_path: Path, container: str, prefix: str) -> None:
     whole = dict(tiny(tmp_path).tensors)
     path = write_container(tmp_path, container, {prefix + name: tensor for name, tensor in whole.items()})
     loaded = load_checkpoint(path)
@@ -93,7 +93,7 @@ def test_a_network_is_found_under_any_key(tmp_path: Path, key: str) -> None:
     assert loaded.tensors.keys() == whole.keys()
 
 
-def test_two_networks_in_one_file_are_refused_by_their_keys(tmp_path: Path) -> None:
+def test_file_with_two_networks_is_refused_naming_their_keys(tmp_path: Path) -> None:
     whole = dict(tiny(tmp_path).tensors)
     path = tmp_path / "file.pth"
     torch.save({"model": whole, "model_ema": whole}, path)
@@ -103,7 +103,7 @@ def test_two_networks_in_one_file_are_refused_by_their_keys(tmp_path: Path) -> N
         load_checkpoint(path)
 
 
-def test_a_file_without_tensors_is_refused_by_its_keys(tmp_path: Path) -> None:
+def test_file_without_tensors_is_refused_naming_its_keys(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     torch.save({"epoch": 3, "weights": {"inner": {"a": torch.ones(2)}}}, path)
     with pytest.raises(CheckpointError, match=r"holds no tensors under its keys, which are epoch, weights; expected"):
@@ -116,14 +116,14 @@ def test_names_of_an_unknown_network_are_kept(tmp_path: Path) -> None:
     assert load_checkpoint(path).tensors.keys() == {"model.a", "b"}
 
 
-def test_files_from_before_the_zip_format(tmp_path: Path) -> None:
+def test_legacy_files_without_zip_load(tmp_path: Path) -> None:
     path = tmp_path / "old.pth"
     torch.save({"state_dict": {"module.a": torch.arange(5.0)}}, path, _use_new_zipfile_serialization=False)
     assert torch.equal(load_checkpoint(path).tensors["a"], torch.arange(5.0))
 
 
 @pytest.mark.parametrize("names", [("a", "module.a"), ("module.a", "a")])
-def test_one_name_with_and_without_module_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_tensor_name_with_and_without_module_prefix_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     path = tmp_path / "both.pth"
     torch.save({"state_dict": {name: torch.full((2,), float(n)) for n, name in enumerate(names)}}, path)
     with pytest.raises(CheckpointError, match=r"both\.pth: holds both 'a' and 'module\.a', which name the same tensor"):
@@ -142,7 +142,7 @@ def test_safetensors_load_by_any_name(tmp_path: Path, name: str) -> None:
         load_checkpoint(path)
 
 
-def test_another_network_is_refused(tmp_path: Path) -> None:
+def test_unknown_network_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "resnet.pth"
     torch.save({"conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}, path)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""`encoder.compile`: the same tokens from fused arithmetic, and one line where there is no compiler."""
+"""`encoder.compile`: the same tokens from fused arithmetic, and a one-line error without a compiler."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from tests.extract.encoders.networks import relative, sequence, tiny
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, and of every module that it looks into
 @pytest.mark.parametrize("arch", ["egovlpv2", "mfas", "lite"])
-def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> None:
+def test_compiled_tokens_match_the_eager_network(tmp_path: Path, arch: str) -> None:
     checkpoint = None if arch == "lite" else tiny(tmp_path, arch)
     depth = 6 if arch == "lite" else 2
     video = torch.randn(2, 3, 3, 64, 64)
@@ -32,7 +32,7 @@ def test_tokens_are_those_of_the_eager_network(tmp_path: Path, arch: str) -> Non
 
 
 @pytest.mark.slow
-def test_no_compiler_is_one_line(tmp_path: Path) -> None:
+def test_missing_compiler_is_reported_in_one_line(tmp_path: Path) -> None:
     tiny(tmp_path)
     code = (
         "from egopatch.extract.encoders import load_video_encoder\n"
@@ -49,7 +49,7 @@ def test_no_compiler_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of modules that the compiler imports
-def test_no_hint_to_compute_less_precisely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_suppresses_only_the_tf32_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU with tensor cores the compiler recommends TF32, which `encoder.dtype: float32` does not want."""
     from torch._inductor import compile_fx  # imports much
 
@@ -64,7 +64,7 @@ def test_no_hint_to_compute_less_precisely(tmp_path: Path, monkeypatch: pytest.M
         warnings.warn("another warning", stacklevel=1)
 
 
-def test_fused_arithmetic_is_another_store() -> None:
+def test_compile_option_is_part_of_the_fingerprint() -> None:
     path = Path("configs/demo/egovlpv2.yaml")
     plain, fused = (configured(load_config(path, ["--encoder.compile", value])) for value in ("false", "true"))
     assert fused == plain | {"compile": True}

@@ -19,17 +19,17 @@ def run(**environment: str) -> None:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
+def test_kernel_tests_pass_in_the_triton_interpreter() -> None:
     run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.cuda
-def test_on_a_gpu(cuda: torch.device) -> None:
+def test_kernel_tests_pass_on_a_gpu(cuda: torch.device) -> None:
     run()
 
 
 @pytest.mark.cuda
-def test_an_encoder_on_a_gpu_gives_the_recordings(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_encoder_matches_the_recorded_tokens(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     whole = spacetime.Attention._attend_whole
     monkeypatch.setattr(spacetime.Attention, "_attend_whole", lambda *call: calls.append(call[3]) or whole(*call))

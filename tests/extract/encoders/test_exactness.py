@@ -1,4 +1,4 @@
-"""Whole networks, from pixels and token ids to logits, against the plain published ones on inputs nobody recorded."""
+"""Whole networks, from pixels and token ids to logits, against the reference on inputs without recorded outputs."""
 
 from pathlib import Path
 
@@ -119,7 +119,9 @@ def check_mfas(checkpoint: Checkpoint, video: Tensor, ids: Tensor, mask: Tensor,
 
 @pytest.mark.parametrize(("frames", "batch", "depth", "fusion"), SHAPES)
 @pytest.mark.parametrize(("width", "size"), [(64, 64), (192, 96)])
-def test_egovlpv2(tmp_path: Path, frames: int, batch: int, depth: int, fusion: int, width: int, size: int) -> None:
+def test_egovlpv2_matches_the_reference(
+    tmp_path: Path, frames: int, batch: int, depth: int, fusion: int, width: int, size: int
+) -> None:
     checkpoint = tiny(tmp_path, depth=depth, fusion=fusion, width=width, size=size)
     vocabulary = checkpoint.shape("text_model.embeddings.word_embeddings.weight")[0]
     ids, mask = questions(batch, vocabulary, 1, frames)
@@ -127,7 +129,9 @@ def test_egovlpv2(tmp_path: Path, frames: int, batch: int, depth: int, fusion: i
 
 
 @pytest.mark.parametrize(("frames", "batch", "depth", "fusion"), [s for s in SHAPES if s[2] - s[3] >= 3])
-def test_egovlpv2_video_alone(tmp_path: Path, frames: int, batch: int, depth: int, fusion: int) -> None:
+def test_egovlpv2_video_only_path_matches_the_reference(
+    tmp_path: Path, frames: int, batch: int, depth: int, fusion: int
+) -> None:
     checkpoint = tiny(tmp_path, depth=depth, fusion=fusion)
     video, p = video_of(frames, batch, 64, fusion), for_frames(checkpoint.tensors, frames)
     for tapped in (1, fusion, depth - 1, depth):
@@ -140,7 +144,7 @@ def test_egovlpv2_video_alone(tmp_path: Path, frames: int, batch: int, depth: in
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize(("frames", "batch", "depth"), [(1, 2, 5), (2, 1, 6), (5, 1, 7), (7, 2, 5)])
-def test_mfas(tmp_path: Path, frames: int, batch: int, depth: int, variant: Variant) -> None:
+def test_mfas_matches_the_reference(tmp_path: Path, frames: int, batch: int, depth: int, variant: Variant) -> None:
     checkpoint = tiny(tmp_path, "mfas", depth=depth, size=128)
     vocabulary = checkpoint.shape("text_model.embeddings.word_embeddings.weight")[0]
     ids, mask = questions(batch, vocabulary, 1, frames)
@@ -148,7 +152,7 @@ def test_mfas(tmp_path: Path, frames: int, batch: int, depth: int, variant: Vari
 
 
 @pytest.mark.parametrize(("frames", "batch"), [(1, 3), (2, 1), (3, 2), (7, 2)])
-def test_egovlp(tmp_path: Path, frames: int, batch: int) -> None:
+def test_egovlp_matches_the_reference(tmp_path: Path, frames: int, batch: int) -> None:
     checkpoint = tiny(tmp_path, "egovlp", depth=3)
     p = for_frames(checkpoint.tensors, frames, "zeros")
     video = video_of(frames, batch, 64, batch)
@@ -166,7 +170,7 @@ def test_egovlp(tmp_path: Path, frames: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize(("arch", "frames", "width"), [("egovlpv2", 8, 256), ("egovlp", 3, 192), ("mfas", 4, 128)])
-def test_bfloat16_down_to_depth_six(tmp_path: Path, arch: str, frames: int, width: int) -> None:
+def test_bfloat16_tokens_stay_close_to_float32(tmp_path: Path, arch: str, frames: int, width: int) -> None:
     sizes = {"depth": 9, "fusion": 6} if arch != "mfas" else {"depth": 5, "fusion": 2}
     checkpoint = tiny(tmp_path, arch, width=width, size=128, **sizes)
     depth = 2 if arch == "mfas" else 6
@@ -180,7 +184,7 @@ def test_bfloat16_down_to_depth_six(tmp_path: Path, arch: str, frames: int, widt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [3, 17])
-def test_full_size_egovlpv2(frames: int) -> None:
+def test_full_size_egovlpv2_matches_the_reference(frames: int) -> None:
     video = torch.from_numpy(formula.frames(1, frames, key="another"))
     ids, mask = questions(1, 50265, 1, 7)
     check_egovlpv2(formula_checkpoint("egovlpv2"), video, ids, mask, 6)
@@ -188,14 +192,14 @@ def test_full_size_egovlpv2(frames: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_full_size_mfas(variant: Variant) -> None:
+def test_full_size_mfas_matches_the_reference(variant: Variant) -> None:
     video = torch.from_numpy(formula.frames(1, 5, key="another"))
     ids, mask = questions(1, 50265, 1, 8)
     check_mfas(formula_checkpoint("mfas"), video, ids, mask, 6, variant)
 
 
 @pytest.mark.slow
-def test_full_size_egovlp() -> None:
+def test_full_size_egovlp_matches_the_reference() -> None:
     checkpoint, video = formula_checkpoint("egovlp"), torch.from_numpy(formula.frames(2, 7, key="another"))
     p = for_frames(checkpoint.tensors, 7, "zeros")
     expected = norm(p, "video_model.norm", reference.encode(p, video, 12, "dual", eps=1e-6)[0], 1e-6)
@@ -207,7 +211,7 @@ def test_full_size_egovlp() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["egovlpv2", "mfas"])
-def test_full_size_bfloat16(network: str) -> None:
+def test_full_size_bfloat16_tokens_stay_close_to_float32(network: str) -> None:
     video = torch.from_numpy(formula.frames(1, 4, key="another"))
     exact, fast = (
         load_video_encoder(network, formula_checkpoint(network), 4, 6, dtype=dtype)(video)

@@ -1,4 +1,4 @@
-"""When the encoder becomes a CUDA graph, and when it does not; what a graph computes is tested in test_on_device."""
+"""When the encoder is captured as a CUDA graph, and when it is not; test_on_device tests what a graph computes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -80,14 +80,14 @@ def gives_other_bits(run: Callable[[], PatchTokens]) -> Callable[[], PatchTokens
         (gives_other_bits, r"gives other bits .*patches by up to 9\.5e-07"),
     ],
 )
-def test_an_encoder_that_is_no_graph_runs_as_it_is(refused: Callable[..., object], reason: str) -> None:
+def test_encoder_that_cannot_be_captured_runs_eagerly(refused: Callable[..., object], reason: str) -> None:
     encoder, lines = Encoder(), list[str]()
     assert outputs(ReplayedEncoder(encoder, refused, lines.append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
     (line,) = lines
     assert re.search(reason, line)
 
 
-def test_an_encoder_that_does_not_repeat_its_own_bits_may_be_a_graph() -> None:
+def test_nondeterministic_encoder_may_still_be_captured() -> None:
     encoder, lines, captured = Encoder(), list[str](), list[int]()
 
     def noisy() -> PatchTokens:
@@ -135,7 +135,7 @@ class Gpus:
 
 
 @pytest.mark.parametrize("gpu", [0, 1])
-def test_what_is_launched_on_the_encoders_gpu_is_captured(monkeypatch: pytest.MonkeyPatch, gpu: int) -> None:
+def test_kernels_on_the_encoders_gpu_are_captured(monkeypatch: pytest.MonkeyPatch, gpu: int) -> None:
     """Otherwise every batch after the second would get the second's tokens, and nobody would notice."""
     gpus, encoder = Gpus(monkeypatch), Encoder()
 
@@ -148,7 +148,7 @@ def test_what_is_launched_on_the_encoders_gpu_is_captured(monkeypatch: pytest.Mo
     assert outputs(ReplayedEncoder(launched, capturing, list[str]().append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
 
 
-def test_a_capture_that_fails_leaves_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_capture_restores_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later batches would be computed on the capture's stream, beside the copies that wait for the other one."""
     current = failing_capture(monkeypatch)
     with pytest.raises(RuntimeError, match="not permitted"):
@@ -157,7 +157,7 @@ def test_a_capture_that_fails_leaves_the_current_stream(monkeypatch: pytest.Monk
 
 
 @pytest.mark.cuda
-def test_an_encoder_that_waits_for_its_device_is_no_graph(cuda: torch.device) -> None:
+def test_encoder_that_synchronises_with_its_device_runs_eagerly(cuda: torch.device) -> None:
     encoder, lines = Encoder(), list[str]()
     encoder.input = encoder.input.to(cuda)
 

@@ -70,7 +70,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             torch.manual_seed(0)
             model = AutoModel.from_config(AutoConfig.for_model(kind, **CONFIGS[kind]))
             with torch.no_grad():
-                for parameter in model.parameters():  # so that no block is near to doing nothing
+                for parameter in model.parameters():  # so that no block is close to the identity
                     parameter.add_(0.05 * torch.randn_like(parameter))
             model.save_pretrained(written[kind])
             (written[kind] / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -108,7 +108,7 @@ def clips(seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("depth", [2, DEEPEST])
-def test_tokens_are_the_models_own(folder_of: Callable[[str], Path], kind: str, depth: int) -> None:
+def test_tokens_match_the_transformers_model(folder_of: Callable[[str], Path], kind: str, depth: int) -> None:
     folder = folder_of(kind)
     if kind == "videoprism_vision_model" and depth != DEEPEST:
         with pytest.raises(CheckpointError, match=r"runs whole, .* set encoder.depth to 3"):
@@ -132,7 +132,7 @@ def test_tokens_are_the_models_own(folder_of: Callable[[str], Path], kind: str, 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_all_tensors_move_with_the_encoder(folder_of: Callable[[str], Path], kind: str) -> None:
-    """One that stays on the CPU is copied to the GPU in every batch, and the encoder becomes no CUDA graph."""
+    """A tensor left on the CPU would be copied to the GPU in every batch and would prevent CUDA graph capture."""
     encoder = load_video_encoder("hf", folder_of(kind), FRAMES, DEEPEST, size=32).to("meta")
     kept = [value for module in encoder.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     assert {tensor.device.type for tensor in (*encoder.parameters(), *encoder.buffers(), *kept)} == {"meta"}
@@ -140,7 +140,7 @@ def test_all_tensors_move_with_the_encoder(folder_of: Callable[[str], Path], kin
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_an_encoder_becomes_a_graph(folder_of: Callable[[str], Path], kind: str, cuda: torch.device) -> None:
+def test_encoder_is_captured_as_a_cuda_graph(folder_of: Callable[[str], Path], kind: str, cuda: torch.device) -> None:
     encoder, frames = load_video_encoder("hf", folder_of(kind), FRAMES, DEEPEST, size=32).to(cuda), clips().to(cuda)
     lines = list[str]()
     replayed = ReplayedEncoder(lambda: encoder(frames), partial(capture_cuda, device=cuda), lines.append)  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ def test_an_encoder_becomes_a_graph(folder_of: Callable[[str], Path], kind: str,
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_patch_that_changed_moves_most(folder_of: Callable[[str], Path], kind: str) -> None:
+def test_changed_patch_changes_its_own_token_most(folder_of: Callable[[str], Path], kind: str) -> None:
     depth = DEEPEST if kind == "videoprism_vision_model" else 1
     encoder = load_video_encoder("hf", folder_of(kind), FRAMES, depth, size=32)
     frames = clips()
@@ -163,7 +163,7 @@ def test_the_patch_that_changed_moves_most(folder_of: Callable[[str], Path], kin
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if PREFIX.get(kind)])
-def test_saliency_from_attention(folder_of: Callable[[str], Path], kind: str) -> None:
+def test_attention_saliency_is_the_mean_log_attention_of_cls(folder_of: Callable[[str], Path], kind: str) -> None:
     folder = folder_of(kind)
     encoder = load_video_encoder("hf", folder, FRAMES, 2, size=32, saliency="attention")
     given = called_directly(folder, kind, clips(), 2, attn_implementation="eager")[2][1]
@@ -173,19 +173,19 @@ def test_saliency_from_attention(folder_of: Callable[[str], Path], kind: str) ->
     torch.testing.assert_close(encoder(clips()).saliency, expected, rtol=0, atol=1e-5)
 
 
-def test_saliency_by_length(folder_of: Callable[[str], Path]) -> None:
+def test_norm_saliency_is_the_token_norm(folder_of: Callable[[str], Path]) -> None:
     tokens = load_video_encoder("hf", folder_of("clip"), FRAMES, 2, size=32, saliency="norm")(clips())
     torch.testing.assert_close(tokens.saliency, tokens.patches.norm(dim=-1))
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit", "clip", "siglip", "timesformer"])
-def test_another_size(folder_of: Callable[[str], Path], kind: str) -> None:
+def test_encoder_accepts_another_frame_size(folder_of: Callable[[str], Path], kind: str) -> None:
     encoder = load_video_encoder("hf", folder_of(kind), FRAMES, 2, size=48)
     assert encoder.grid == (6, 6)
     assert encoder(torch.zeros(1, FRAMES, 3, 48, 48)).patches.shape == (1, FRAMES, 36, 32)
 
 
-def test_bfloat16_stays_near(folder_of: Callable[[str], Path]) -> None:
+def test_bfloat16_tokens_stay_close_to_float32(folder_of: Callable[[str], Path]) -> None:
     half = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32, dtype=torch.bfloat16)(clips())
     whole = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32)(clips())
     assert half.patches.dtype == torch.bfloat16
@@ -204,7 +204,7 @@ def test_bfloat16_stays_near(folder_of: Callable[[str], Path]) -> None:
         ("videomae", {"size": 48}, r"this videomae model does not take 4 frames of 48 pixels"),
     ],
 )
-def test_what_a_model_does_not_take(
+def test_unsupported_model_options_are_refused_in_one_line(
     folder_of: Callable[[str], Path], kind: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
@@ -286,7 +286,7 @@ def _no_config(folder: Path) -> None:
         (_no_config, r"config.json does not exist; expected the folder of a transformers model"),
     ],
 )
-def test_bad_folders_are_one_line(
+def test_invalid_model_folder_is_refused_in_one_line(
     folder_of: Callable[[str], Path], tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     folder = _copy(folder_of("dinov2"), tmp_path / "model")
@@ -321,7 +321,7 @@ def test_models_without_a_fixed_grid_are_refused_by_name(tmp_path: Path, kind: s
         ),
     ],
 )
-def test_a_model_of_another_build_is_one_line(
+def test_model_without_patch_tokens_is_refused_in_one_line(
     tmp_path: Path, kind: str, settings: dict[str, Any], message: str
 ) -> None:
     AutoModel.from_config(AutoConfig.for_model(kind, **settings)).save_pretrained(tmp_path)
@@ -330,7 +330,7 @@ def test_a_model_of_another_build_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_weights_in_several_files(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_sharded_weights_load(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = folder_of("dinov2")
     AutoModel.from_pretrained(folder).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -339,7 +339,7 @@ def test_weights_in_several_files(folder_of: Callable[[str], Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "bert", "distilbert", "t5"])
-def test_text_models(folder_of: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+def test_text_states_match_the_transformers_model(folder_of: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     folder = folder_of(kind) if kind in CONFIGS else tmp_path
     if kind not in CONFIGS:
         t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 99}
@@ -366,7 +366,7 @@ def test_text_models(folder_of: Callable[[str], Path], tmp_path: Path, kind: str
         load_text_encoder("hf", folder, 4)
 
 
-def test_a_model_of_pictures_or_sounds_is_no_text_model(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_image_and_audio_models_are_refused_as_text_models(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is a dinov2 model; text.model expects a text model"):
         load_text_encoder("hf", folder_of("dinov2"), 2)
     sizes = {

@@ -23,7 +23,7 @@ def picture(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(("resample", "pillow"), [(2, Image.Resampling.BILINEAR), (3, Image.Resampling.BICUBIC)])
 @pytest.mark.parametrize("shape", [(120, 200), (200, 120), (61, 61)])
 @pytest.mark.parametrize("squeezed", [False, True])
-def test_the_processors_resizing(
+def test_resizing_matches_the_image_processor(
     tmp_path: Path, resample: int, pillow: Image.Resampling, shape: tuple[int, int], squeezed: bool
 ) -> None:
     cropped = {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}, "do_center_crop": True}
@@ -53,7 +53,9 @@ def test_the_processors_resizing(
         ({"rescale_factor": 1 / 127.5, "offset": True}, [0.75, 0.7, 0.65], [0.1, 0.15, 0.2]),
     ],
 )
-def test_the_processors_numbers(tmp_path: Path, settings: dict[str, Any], mean: list[float], std: list[float]) -> None:
+def test_normalisation_follows_the_preprocessor_config(
+    tmp_path: Path, settings: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
     pixels = picture(32, 32)
     found = to_input(pixels[None], 32, input_transform("hf", tmp_path, 32))[0]
@@ -91,12 +93,12 @@ def test_the_processors_numbers(tmp_path: Path, settings: dict[str, Any], mean: 
         ({"size": {"height": 30, "width": 32}}, r"size is .*; expected a shortest_edge, or equal height and width"),
     ],
 )
-def test_preprocessing_that_is_not_done_here(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_unsupported_preprocessing_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **settings}))
     with pytest.raises(CheckpointError, match=message):
         input_transform("hf", tmp_path, 32)
 
 
-def test_a_folder_without_preprocessing(tmp_path: Path) -> None:
+def test_folder_without_preprocessor_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json, which says how frames are resized"):
         input_transform("hf", tmp_path, 32)

@@ -1,4 +1,4 @@
-"""Files that are damaged, that lie or that would run code: refused in one line that names the file."""
+"""Files that are damaged, make false claims or would run code are refused in one line that names the file."""
 
 import io
 import os
@@ -89,7 +89,7 @@ def test_damaged_files_are_refused(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "before zip", "safetensors"])
-def test_any_damage_loads_or_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_randomly_damaged_file_loads_or_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pth")
     content = {"a": torch.randn(7), "b": torch.arange(5)}
     if kind == "safetensors":
@@ -113,7 +113,7 @@ def test_any_damage_loads_or_is_refused_in_one_line(tmp_path: Path, kind: str) -
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in refusals)
 
 
-def test_stride_zero_tensor_that_claims_a_terabyte(tmp_path: Path) -> None:
+def test_stride_zero_tensor_claiming_a_terabyte_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "huge.pth"
     torch.save({"state_dict": {"a": torch.ones(1).expand(2**38)}}, path)
     assert path.stat().st_size < 5000
@@ -121,7 +121,7 @@ def test_stride_zero_tensor_that_claims_a_terabyte(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_storage_that_claims_a_terabyte(tmp_path: Path) -> None:
+def test_storage_claiming_terabytes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "huge.pth"
     torch.save({"a": torch.ones(4)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -137,7 +137,7 @@ def test_storage_that_claims_a_terabyte(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_safetensors_that_claims_a_terabyte(tmp_path: Path) -> None:
+def test_safetensors_file_claiming_a_terabyte_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     header = b'{"a":{"dtype":"F32","shape":[274877906944],"data_offsets":[0,1099511627776]}}'
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
@@ -146,7 +146,7 @@ def test_safetensors_that_claims_a_terabyte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("numel", [2**33, 2**40])
-def test_old_file_that_claims_more_than_it_has(tmp_path: Path, numel: int) -> None:
+def test_legacy_file_claiming_more_data_than_it_has_is_refused(tmp_path: Path, numel: int) -> None:
     path = tmp_path / "huge.pth"
     torch.save({"a": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
     honest = path.read_bytes()
@@ -173,7 +173,7 @@ def test_old_file_that_claims_more_than_it_has(tmp_path: Path, numel: int) -> No
         ),
     ],
 )
-def test_lying_safetensors_headers(tmp_path: Path, header: bytes, claimed: int | None) -> None:
+def test_invalid_safetensors_headers_are_refused(tmp_path: Path, header: bytes, claimed: int | None) -> None:
     path = tmp_path / "lie.safetensors"
     path.write_bytes(struct.pack("<Q", len(header) if claimed is None else claimed) + header + b"\0" * 16)
     with pytest.raises(CheckpointError, match=r"lie\.safetensors: not a readable safetensors file"):
@@ -190,7 +190,7 @@ def test_lying_safetensors_headers(tmp_path: Path, header: bytes, claimed: int |
     ],
     ids=["sparse", "a terabyte without data", "quantised", "nested"],
 )
-def test_tensors_of_other_kinds_are_refused(tmp_path: Path, tensor: Tensor | str) -> None:
+def test_sparse_meta_quantised_and_nested_tensors_are_refused(tmp_path: Path, tensor: Tensor | str) -> None:
     if tensor == "quantised":
         tensor = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     elif isinstance(tensor, str):
@@ -201,7 +201,7 @@ def test_tensors_of_other_kinds_are_refused(tmp_path: Path, tensor: Tensor | str
         load_checkpoint(path)
 
 
-def test_a_bomb_of_zeros_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pth"
     torch.save({"a": torch.zeros(4)}, path)
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive, zipfile.ZipFile(path, "w") as out:
@@ -230,14 +230,16 @@ def test_compressed_records_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.ones(3), {"state_dict": [1]}])
-def test_files_without_tensors_by_name_are_refused(tmp_path: Path, content: object) -> None:
+def test_files_without_named_tensors_are_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "other.pth"
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"other\.pth: holds (a|no) "):
         load_checkpoint(path)
 
 
-def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_commands_refuse_invalid_files_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hostile, target = tmp_path / "hostile.pth", tmp_path / "it_ran"
     torch.save({"state_dict": {"a": torch.ones(1)}, "config": Bomb(target)}, hostile)
     (tmp_path / "empty.pth").touch()
@@ -251,7 +253,7 @@ def test_commands_on_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2"])
-def test_tensors_with_other_dimensions_are_refused(arch: str, tmp_path: Path) -> None:
+def test_tensors_with_wrong_dimensions_are_refused(arch: str, tmp_path: Path) -> None:
     standin = write_standin(arch, tmp_path / "whole.pth", texts=["what is it?"], width=64, depth=2, fusion=1, size=32)
     tensors = torch.load(standin.checkpoint, weights_only=True)["state_dict"]
     video = ["pos_embed", "temporal_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"]

@@ -1,4 +1,4 @@
-"""Models by their name on a stand-in of the hub on loopback: revisions, the cache, and what is refused."""
+"""Models loaded by name from a stand-in hub on loopback: revisions, the cache, and what is refused."""
 
 import json
 import socket
@@ -87,7 +87,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, monkeypatch: p
     assert f"run `hf download {NAME} --revision v1` where" in refused(f"{NAME}@v1")
 
 
-def test_a_job_has_one_revision(hub: HubServer, files: Callable[[int], Files]) -> None:
+def test_workers_use_the_revision_that_their_job_resolved(hub: HubServer, files: Callable[[int], Files]) -> None:
     encoder = EncoderConfig(arch="hf", checkpoint=Path(NAME), depth=2, dtype="float32", device="cpu")
     job = resolve_job(Config(video=VideoConfig(frames=4, size=32), encoder=encoder))
     hub.models[NAME].push(files(2), "main")
@@ -98,7 +98,7 @@ def test_a_job_has_one_revision(hub: HubServer, files: Callable[[int], Files]) -
     assert resolve_job(Config(video=job.config.video, encoder=encoder)).checkpoint.sha256 != job.checkpoint.sha256
 
 
-def test_what_the_hub_does_not_give_is_one_line(hub: HubServer, files: Callable[[int], Files]) -> None:
+def test_hub_errors_are_reported_in_one_line(hub: HubServer, files: Callable[[int], Files]) -> None:
     assert "the hub has no model of this name; check the spelling, or run `hf auth login`" in refused("some/other")
     pickled = {name: content for name, content in files(0).items() if not name.endswith(".safetensors")}
     hub.models["some/pickled"] = Model()
@@ -111,7 +111,9 @@ def test_what_the_hub_does_not_give_is_one_line(hub: HubServer, files: Callable[
     assert not any("pytorch_model.bin" in path for path in hub.asked)
 
 
-def test_offline_without_the_model_is_one_line_at_once(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncached_model_without_a_hub_fails_quickly_in_one_line(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
     before = time.monotonic()
@@ -139,7 +141,7 @@ def test_a_download_that_was_interrupted_is_not_used_offline(hub: HubServer, mon
 
 
 @pytest.mark.parametrize("model", ["/some/folder", "three/levels/deep", "some/model@", "some/mo del", "-x"])
-def test_a_missing_folder_that_no_model_can_be_called(hub: HubServer, model: str) -> None:
+def test_missing_folder_with_an_invalid_hub_name_is_refused_locally(hub: HubServer, model: str) -> None:
     assert refused(model) == (
         f"{model} does not exist; expected a model's folder, or its name on the hub: NAME or NAME@REVISION"
     )

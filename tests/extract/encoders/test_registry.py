@@ -1,4 +1,4 @@
-"""A network is one file and one line of the registry: here is such a file, and every command takes it."""
+"""A network is one file and one registry entry: this file defines one and runs commands with it."""
 
 import traceback
 from collections.abc import Callable
@@ -56,7 +56,7 @@ WHOLE = Transform("whole", None, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.slow
-def test_a_new_network_goes_all_the_way(
+def test_registered_network_works_with_plan_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(NETWORKS, "colours", Network("colours", build, lite.build_text, WHOLE, None, lite.text_weights))
@@ -78,7 +78,7 @@ def test_a_new_network_goes_all_the_way(
     assert 0 <= tokens.patches.min() < 1 < tokens.patches.max() <= 2  # colours in [0, 1], twice
 
 
-def test_an_unknown_network_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_network_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "configs/demo/lite.yaml", "--encoder.arch", "lyte"]) == 2
     assert (
         "encoder.arch is 'lyte'; expected one of egovlp, egovlpv2, hf, imported, lite, mfas" in capsys.readouterr().err
@@ -96,7 +96,7 @@ def test_published_networks_need_a_checkpoint(arch: str) -> None:
         open_checkpoint(arch, None)
 
 
-def test_a_size_that_the_checkpoint_was_not_trained_on(tmp_path: Path) -> None:
+def test_size_that_the_checkpoint_was_not_trained_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"video\.size is 96; .* was trained on 64: set video\.size to 64"):
         load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, size=96)
 
@@ -130,12 +130,12 @@ def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
             r"patches .* of torch\.int64 on cpu; expected .* floating-point",
         ),
         (lambda t: t.to("meta"), "cls .* on meta; expected .* on cpu"),
-        # The second row would be dropped without a word.
+        # The second row would be dropped silently.
         (lambda t: PatchTokens(*(torch.cat([x, x]) for x in (t.cls, t.patches, t.saliency))), r"cls \(2, 3\) of"),
         (lambda t: PatchTokens(t.cls, t.patches[:, :1], t.saliency[:, :1]), r"patches \(1, 1, 4, 3\) of"),
     ],
 )
-def test_what_an_outside_encoder_returns_is_checked(change: Callable[[PatchTokens], object], why: str) -> None:
+def test_invalid_output_of_a_plugin_encoder_is_refused(change: Callable[[PatchTokens], object], why: str) -> None:
     encoder = returning(change)
     with pytest.raises(ConfigError, match=f"^the encoder mine returns {why}") as caught:
         encoder(torch.rand(1, 2, 3, 32, 32))
@@ -143,7 +143,7 @@ def test_what_an_outside_encoder_returns_is_checked(change: Callable[[PatchToken
     assert "\n" not in str(caught.value)
 
 
-def test_the_right_tokens_of_an_outside_encoder_pass() -> None:
+def test_valid_output_of_a_plugin_encoder_is_accepted() -> None:
     encoder, frames = returning(lambda tokens: tokens), torch.rand(1, 2, 3, 32, 32)
     assert encoder(frames).patches.shape == encoder(frames=frames).patches.shape == (1, 2, 4, 3)
 
@@ -183,20 +183,20 @@ NOTHING = Checkpoint(Path("mine.pth"), "bare", {})
         lambda: open_text_checkpoint(replace(OUTSIDE, text_weights=fails), None, "mine"),
     ],
 )
-def test_an_error_in_the_code_of_an_outside_encoder_names_it_and_keeps_its_line(call: Callable[[], object]) -> None:
-    # A ValueError would be one line of `train ask`, without the file.
+def test_error_in_a_plugin_encoder_names_it_and_keeps_the_traceback(call: Callable[[], object]) -> None:
+    # `train ask` prints a ValueError as one line, without the file.
     with pytest.raises(RuntimeError, match=r"the encoder mine raises ValueError: at my line$") as caught:
         call()
     assert "in fails" in "".join(traceback.format_exception(caught.value))
 
 
-def test_tokens_of_an_outside_encoder_that_disagree_with_themselves_name_it() -> None:
+def test_inconsistent_tokens_error_names_the_plugin_encoder() -> None:
     encoder = returning(lambda t: PatchTokens(t.cls, t.patches, t.saliency[:, :1]))
     with pytest.raises(RuntimeError, match=r"^the encoder mine raises ValueError: saliency has shape \(1, 1, 4\); exp"):
         encoder(torch.rand(1, 2, 3, 32, 32))
 
 
-def test_an_outside_encoder_without_a_forward() -> None:
+def test_plugin_encoder_without_forward_is_refused() -> None:
     class Silent(VideoEncoder):
         pass
 
@@ -204,7 +204,7 @@ def test_an_outside_encoder_without_a_forward() -> None:
         Silent((2, 2), 3, 1, 2, 32)  # type: ignore[abstract]
 
 
-def test_an_outside_encoder_without_its_attributes() -> None:
+def test_plugin_encoder_without_required_attributes_is_refused() -> None:
     class Bare(Colours):
         def __init__(self) -> None:
             nn.Module.__init__(self)
@@ -223,7 +223,7 @@ def test_an_outside_encoder_without_its_attributes() -> None:
         (torch.zeros(4, 7, 5), r"states \(4, 7, 5\) of"),
     ],
 )
-def test_what_an_outside_text_encoder_returns_is_checked(states: object, why: str) -> None:
+def test_invalid_output_of_a_plugin_text_encoder_is_refused(states: object, why: str) -> None:
     network = Network("mine", build, lambda checkpoint, depth: Words(states), WHOLE)
     encoder = load_text_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
     ids = torch.zeros(2, 7, dtype=torch.long)
@@ -231,7 +231,7 @@ def test_what_an_outside_text_encoder_returns_is_checked(states: object, why: st
         encoder(ids, torch.ones_like(ids))
 
 
-def test_a_network_whose_text_half_is_something_else() -> None:
+def test_build_text_that_returns_another_type_is_refused() -> None:
     network = Network("mine", build, lambda checkpoint, depth: nn.Identity(), WHOLE)  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigError, match="'mine', but its build_text returns a Identity; expected an extract"):
         load_text_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))

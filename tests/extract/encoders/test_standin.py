@@ -22,7 +22,7 @@ def test_same_arguments_give_equal_files(tmp_path: Path, arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["egovlp", "egovlpv2"])
-def test_texts_go_through(tmp_path: Path, arch: str) -> None:
+def test_tokenizer_and_text_network_encode_texts(tmp_path: Path, arch: str) -> None:
     standin = write_standin(arch, tmp_path / "network.pth", texts=TEXTS)
     ids, mask = load_tokenizer(str(standin.tokenizer), 12)([TEXTS[0].upper(), "A zebra, unseen: 42?" * 9])
     assert ids.shape == mask.shape == (2, 12)
@@ -39,7 +39,7 @@ def test_texts_go_through(tmp_path: Path, arch: str) -> None:
     assert states.isfinite().all()
 
 
-def test_tokens_tell_colours_and_places_apart(tmp_path: Path) -> None:
+def test_changed_patch_changes_its_own_token_most(tmp_path: Path) -> None:
     standin = write_standin("egovlpv2", tmp_path / "network.pth", texts=TEXTS)
     encoder = load_video_encoder("egovlpv2", standin.checkpoint, 4, 2)
     grey = torch.zeros(1, 4, 3, 112, 112)

@@ -1,4 +1,4 @@
-"""Tokenizers that cannot be loaded are one line, soon."""
+"""Tokenizers that cannot be loaded fail quickly with a one-line error."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ def refused(model: str) -> str:
     return line
 
 
-def test_a_tokenizer_imports_no_network(tmp_path: Path) -> None:
+def test_loading_a_tokenizer_does_not_import_transformers_models(tmp_path: Path) -> None:
     """`extract doctor` needs the tokenizer alone; transformers' models take seconds and 160 MB to import."""
     folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer
     program = "import sys; from egopatch.extract.encoders import load_tokenizer as load; load(sys.argv[1])"
@@ -36,7 +36,7 @@ def test_a_tokenizer_imports_no_network(tmp_path: Path) -> None:
     assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
-def test_files_of_a_newer_library(tmp_path: Path) -> None:
+def test_tokenizer_files_of_a_newer_library_are_refused(tmp_path: Path) -> None:
     folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["type"] = "BPE3"
@@ -44,17 +44,17 @@ def test_files_of_a_newer_library(tmp_path: Path) -> None:
     assert "whose tokenizer cannot be read (data did not match any variant" in refused(str(folder))
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert "whose tokenizer cannot be read (" in refused(str(tmp_path))
 
 
-def test_a_name_that_the_hub_cannot_have(tmp_path: Path) -> None:
+def test_missing_tokenizer_folder_is_refused(tmp_path: Path) -> None:
     line = refused(str(tmp_path / "nowhere"))
     assert line.endswith("which does not exist; expected a folder with a tokenizer or a name on the hub")
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_a_hub_that_cannot_be_reached(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_within_ten_seconds(silent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         if not silent:
@@ -67,12 +67,12 @@ def test_a_hub_that_cannot_be_reached(silent: bool, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - before < 10
 
 
-def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncached_tokenizer_is_refused_in_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "in the hub's cache, and HF_HUB_OFFLINE is set; copy the tokenizer" in refused(NAME)
 
 
-def test_a_tokenizer_in_the_hubs_cache_is_read_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_tokenizer_is_read_without_contacting_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the hub cannot be reached, asking it takes seconds."""
     calls: list[bool] = []
 

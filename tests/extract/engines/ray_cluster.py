@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Ray would take the node's own address in the place of loopback.
+# Ray would use the node's own address instead of loopback.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 from ray.cluster_utils import Cluster

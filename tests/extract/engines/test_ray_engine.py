@@ -43,7 +43,7 @@ class Cluster:
         orphan.kill()  # it would end by itself, but perhaps after the job
 
     def workers(self) -> list[psutil.Process]:
-        """Those of this cluster, of all that tests run at once, that have begun to work."""
+        """This cluster's workers that have started to work; other tests may run clusters at the same time."""
         family = {process.pid for process in psutil.Process(self.process.pid).children(recursive=True)}
         return [
             process
@@ -92,7 +92,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def single(made: Path) -> Path:
-    """The store of one quiet job with a shard a clip."""
+    """The store of one undisturbed job with one shard per clip."""
     if not (made / "single").exists():
         assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
     return made / "single"
@@ -110,7 +110,7 @@ def finish(job: "subprocess.Popen[str]") -> str:
 
 
 @pytest.mark.slow
-def test_two_nodes_make_the_store_of_one_process(cluster: Cluster, single: Path, bare: Path) -> None:
+def test_two_nodes_write_the_same_store_as_one_process(cluster: Cluster, single: Path, bare: Path) -> None:
     job = start_job(on(cluster, bare))
     wait_until(lambda: len(cluster.suspended()) == 2)
     cluster.resume()
@@ -163,7 +163,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_what_a_script_registers_reaches_the_cluster(cluster: Cluster, made: Path, bare: Path, tmp_path: Path) -> None:
+def test_network_registered_in_a_script_reaches_the_cluster(
+    cluster: Cluster, made: Path, bare: Path, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "helpers").mkdir()
     (tmp_path / "helpers" / "helper.py").write_text(HELPER)
@@ -184,9 +186,11 @@ def test_what_a_script_registers_reaches_the_cluster(cluster: Cluster, made: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["worker", "node"])
-def test_what_is_lost_is_done_by_the_others(lost: str, cluster: Cluster, single: Path, bare: Path) -> None:
+def test_work_of_a_lost_worker_or_node_is_done_by_the_others(
+    lost: str, cluster: Cluster, single: Path, bare: Path
+) -> None:
     job = start_job(on(cluster, bare))
-    # However fast one worker is, the other is there in time, and both are in the middle when one is lost.
+    # Both workers have started and are in the middle of their work when one is lost, however fast the other is.
     wait_until(lambda: len(cluster.suspended()) == 2)
     cluster.resume()
     wait_until(lambda: committed(bare / "store") >= 2)
@@ -203,7 +207,9 @@ def test_what_is_lost_is_done_by_the_others(lost: str, cluster: Cluster, single:
 
 
 @pytest.mark.slow
-def test_too_many_workers_for_the_cluster(cluster: Cluster, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_workers_than_cluster_cores_are_refused(
+    cluster: Cluster, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = start_job([*on(cluster, bare), "--engine.workers", "3"])
     _, error = job.communicate(timeout=120)
     assert job.returncode == 2
@@ -211,7 +217,7 @@ def test_too_many_workers_for_the_cluster(cluster: Cluster, bare: Path, capsys: 
     assert "Traceback" not in error
 
 
-def test_more_gpus_than_there_are_are_refused() -> None:
+def test_worker_count_fits_the_gpus_of_the_cluster() -> None:
     demo = Path("configs/demo/egovlpv2.yaml")
     nodes = [{"CPU": 16.0, "GPU": 2.0}] * 2
     assert _fit(load_config(demo), nodes, shards=100) == (4, {"num_gpus": 1.0, "num_cpus": 1.0})
@@ -237,7 +243,7 @@ def test_more_gpus_than_there_are_are_refused() -> None:
         ((4, 16), "3", (3, 5)),
     ],
 )
-def test_every_worker_has_a_place_on_one_node(cores: tuple[int, ...], workers: str, expected: tuple[int, int]) -> None:
+def test_every_worker_fits_on_a_single_node(cores: tuple[int, ...], workers: str, expected: tuple[int, int]) -> None:
     """Ray would wait forever for the cores of a worker that no node has free."""
     config = load_config(Path("configs/demo/egovlpv2.yaml"), ["--engine.workers", workers])
     nodes = [{"CPU": float(count)} if count else {"memory": 1e9} for count in cores]
@@ -280,7 +286,7 @@ def _free_port() -> int:
     ],
 )
 @pytest.mark.slow
-def test_a_wrong_address_is_one_line(
+def test_invalid_cluster_address_is_reported_in_one_line(
     address: Callable[[], str], message: str, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray")
@@ -291,7 +297,7 @@ def test_a_wrong_address_is_one_line(
 
 
 @pytest.mark.slow
-def test_ray_that_is_not_installed_is_one_line(
+def test_missing_ray_package_is_reported_in_one_line(
     bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)

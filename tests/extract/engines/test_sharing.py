@@ -1,4 +1,4 @@
-"""`auto` workers and decoders are as many as this process may use of the machine, for the device that is configured;
+"""`auto` workers and decoders follow the configured device and the GPUs and cores that this process may use;
 a worker's error reaches the job."""
 
 import dataclasses
@@ -43,19 +43,21 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("device", "workers"), [("auto", 4), ("cuda", 4), ("cuda:3", 1), ("cpu", 1)])
-def test_auto_workers(device: str, workers: int) -> None:
+def test_auto_starts_one_worker_per_selected_gpu(device: str, workers: int) -> None:
     assert worker_count(Config(encoder=EncoderConfig(device=device))) == workers
     assert worker_count(load_config(DEMO, ["--encoder.device", device, "--engine.workers", "3"])) == 3
 
 
-def test_auto_workers_without_a_gpu() -> None:
+def test_auto_starts_at_least_one_worker() -> None:
     assert worker_count(Config()) == max(torch.cuda.device_count(), 1)
 
 
 @pytest.mark.parametrize(
     ("cores", "workers", "decoders"), [(1, 1, 1), (6, 1, 6), (6, 2, 3), (6, 4, 1), (64, 2, 32), (2, 4, 1)]
 )
-def test_auto_decoders(cores: int, workers: int, decoders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_gives_each_worker_its_share_of_cores_as_decoders(
+    cores: int, workers: int, decoders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "usable_cores", lambda: cores)
     assert decoder_count(Config(), workers) == decoders
 
@@ -88,8 +90,8 @@ def test_children_of_a_worker_can_be_stopped() -> None:
 
 
 @pytest.mark.parametrize("to_all", [True, False])
-def test_workers_finish_what_they_have_begun(to_all: bool, tmp_path: Path) -> None:
-    """Whether a scheduler signals all processes or the job's first alone; one that has done its work is no obstacle."""
+def test_signalled_workers_finish_the_work_they_started(to_all: bool, tmp_path: Path) -> None:
+    """Whether a scheduler signals all processes or only the job's first; a worker that has finished does not matter."""
 
     def stop() -> None:
         limit = time.monotonic() + 60
@@ -109,7 +111,7 @@ def test_workers_finish_what_they_have_begun(to_all: bool, tmp_path: Path) -> No
     assert sorted(file.name for file in tmp_path.iterdir()) == ["begun 1", "ended 0", "ended 1"]
 
 
-def test_a_signal_that_comes_while_workers_start_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_startup_stops_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Signalled(ProcessPoolExecutor):
         def submit(self, *args: Any) -> Any:
             future = super().submit(*args)
@@ -125,7 +127,9 @@ def test_a_signal_that_comes_while_workers_start_ends_them(monkeypatch: pytest.M
     assert not left
 
 
-def test_what_dead_workers_committed_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_committed_by_dead_workers_are_counted_as_untimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS)
     stages = Stages(total_s=3.0)
     shards: list[list[int]] = []
@@ -147,7 +151,7 @@ def test_what_dead_workers_committed_has_no_time(tmp_path: Path, monkeypatch: py
     assert stats == JobStats(committed=10, stages=stages, untimed=4)
 
 
-def test_progress_outlasts_a_store_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_survives_an_unreachable_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = create_store(tmp_path, SPEC, FINGERPRINT, IDS)
     reports: list[int] = []
 
@@ -170,7 +174,7 @@ def test_progress_is_counted_without_going_through_all_rows(tmp_path: Path, monk
     assert sum(reports) == len(IDS) - 4
 
 
-def test_a_signal_that_comes_while_a_worker_looks_for_its_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_device_selection_stops_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding GPUs takes seconds; a worker that missed the signal would be killed in the midst of its work."""
 
     def device_of_worker(*_: object) -> str:
@@ -229,7 +233,7 @@ def network_with(build_video: Any) -> Network:
     return dataclasses.replace(find_network("lite"), name="mine", build_video=build_video)
 
 
-def test_a_network_reaches_workers_with_the_functions_of_a_script() -> None:
+def test_network_defined_in_a_script_reaches_workers() -> None:
     script = types.ModuleType("__main__")
     exec("TIMES = 2\ndef build_video(checkpoint, options): return TIMES * options", script.__dict__)
     packed = sharing.pack_network(network_with(script.build_video))
@@ -237,13 +241,13 @@ def test_a_network_reaches_workers_with_the_functions_of_a_script() -> None:
     assert unpacked.build_video(None, 3) == 6
 
 
-def test_a_network_that_cannot_be_sent_is_one_line() -> None:
+def test_network_that_cannot_be_pickled_is_refused_in_one_line() -> None:
     lock = threading.Lock()
     with pytest.raises(ConfigError, match=r"'mine', which cannot be sent to worker processes \(cannot pickle.*lock"):
         sharing.pack_network(network_with(lambda checkpoint, options: lock))
 
 
-def test_a_network_that_a_worker_cannot_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_a_worker_cannot_import_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("only_here")
     exec("def build_video(checkpoint, options): ...", module.__dict__)
     monkeypatch.setitem(sys.modules, "only_here", module)

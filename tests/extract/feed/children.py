@@ -1,4 +1,4 @@
-"""What children do in tests of the pool; run as a program, what a child that only decodes is like."""
+"""What children run in tests of the pool; run as a program, measurements of a child that only decodes."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargp
 
 def die_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
     if clip.clip_id == "killed":
-        time.sleep(0.5)  # before the parent has heard that this child took the task, it counts as one without work
+        time.sleep(0.5)  # until the parent knows that this child took the task, it counts as idle
         os.kill(os.getpid(), signal.SIGKILL)
     return cut_clip(clip, video, cache, transform=EGOVLP_TRANSFORM, most=1 << 20)
 
@@ -47,7 +47,7 @@ def about_this_child(clip: Clip, video: VideoConfig, cache: VideoCache) -> tuple
 
 
 def describe(video: Path) -> None:
-    """Print what a child that only decodes is like."""
+    """Print the start-up time, memory and unwanted imports of a child that only decodes."""
     from tests.extract.feed import children  # by its full name, which the child knows
 
     with DecodePool(VideoConfig(), 1, children.about_this_child) as pool:
@@ -58,7 +58,7 @@ def describe(video: Path) -> None:
 
 
 def decode_many(video: Path) -> None:
-    """A thousand clips with few open files; print how many files and how much memory that took after the first ones."""
+    """Decode a thousand clips with few open files; print the files and memory that all but the first ones add."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     config = VideoConfig(frames=2, size=32)
     prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)

@@ -1,4 +1,4 @@
-"""A function whose module takes as long to import in a child as the test wants: it says when it begins, and waits."""
+"""A module whose import in a child announces its start and then blocks for as long as the test needs."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the decoders of a job leave for their encoders, and how much shared memory they get."""
+"""What the decoders of a job pass to their encoders, and how much shared memory they get."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ VIDEO = VideoConfig(frames=4, size=32)
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Number and bytes of the slots that were made, without any child."""
+    """Number and size of the slots that were created, without starting children."""
     slots: list[tuple[int, int]] = []
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=FREE))
     monkeypatch.setattr(decoders, "SharedSlots", lambda count, size, *_: slots.append((count, size)))
@@ -37,12 +37,12 @@ def test_pixels_get_at_most_a_quarter_of_the_free_memory(made: list[tuple[int, i
         assert FREE / 5 < count * size < FREE / 4 + count * padding
 
 
-def test_finished_input_has_a_slot_of_its_size(made: list[tuple[int, int]]) -> None:
+def test_transformed_input_gets_slots_of_exactly_its_size(made: list[tuple[int, int]]) -> None:
     decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=False)
     assert made[0][1] == 4 * 4 * 3 * 32 * 32
 
 
-def test_plenty_of_memory_gives_each_frame_its_largest_size(
+def test_ample_memory_gives_slots_for_the_largest_frames(
     made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))

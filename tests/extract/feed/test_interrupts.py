@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [DECODERS, WORKERS], ids=["decoders", "workers"])
-def test_children_that_import_print_nothing(work: str, tmp_path: Path) -> None:
+def test_children_interrupted_while_importing_print_nothing(work: str, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(SCRIPT.format(work=work.strip().replace("\n", "\n        ")))
     pipes = {name: tmp_path / name for name in ("IMPORTING", "NEVER")}

@@ -1,4 +1,4 @@
-"""Decoding is measured as a job has it done: quick clips share tasks, and all children are busy."""
+"""Decoding is measured under the conditions of a job: quick clips share tasks, and all children are busy."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a device makes of cut pixels is what the CPU makes of whole frames."""
+"""A device computes from cut pixels the same input that the CPU computes from whole frames."""
 
 import itertools
 
@@ -37,18 +37,18 @@ def difference(transform: Transform, height: int, width: int, device: torch.devi
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_the_published_transform(height: int, width: int, device: torch.device) -> None:
+def test_device_matches_the_cpu_on_the_published_transform(height: int, width: int, device: torch.device) -> None:
     assert difference(EGOVLP_TRANSFORM, height, width, device) < 1e-5
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.name.split()[0])
-def test_other_filters_and_crops(transform: Transform, device: torch.device) -> None:
+def test_device_matches_the_cpu_on_other_filters_and_crops(transform: Transform, device: torch.device) -> None:
     for height, width in itertools.product((97, 256, 480), (131, 256, 720)):
         assert difference(transform, height, width, device) < 1e-5
 
 
 @pytest.mark.parametrize("size", [(240, 320), (720, 1280), (256, 456), (64, 96), (2, 2), (2, 8)])
-def test_planes_give_the_bits_that_their_pixels_give(size: tuple[int, int], device: torch.device) -> None:
+def test_yuv_planes_give_the_same_bits_as_rgb_pixels(size: tuple[int, int], device: torch.device) -> None:
     rng = np.random.default_rng(0)
     height, width = size
     colours = find_colours("yuv420p", 1, 1, width, height)
@@ -68,7 +68,7 @@ def test_planes_give_the_bits_that_their_pixels_give(size: tuple[int, int], devi
     assert float((found.cpu() - expected).abs().max()) < 1e-5
 
 
-def test_only_what_the_transform_looks_at_is_kept() -> None:
+def test_window_covers_only_pixels_that_the_transform_reads() -> None:
     assert EGOVLP_TRANSFORM.looks_at(240, 320).width < 246
     assert EGOVLP_TRANSFORM.looks_at(1280, 720).height < 740
     assert (SQUEEZED.looks_at(50, 70).height, SQUEEZED.looks_at(50, 70).width) == (50, 70)

@@ -27,7 +27,7 @@ def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(288, 384), (480, 270), (256, 256), (97, 131)])
-def test_matches_the_published_transform(height: int, width: int) -> None:
+def test_input_matches_the_published_transform(height: int, width: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     short = min(height, width)
     tall, wide = (256, int(256 * width / height)) if height == short else (int(256 * height / width), 256)
@@ -46,7 +46,7 @@ def test_crop_stays_in_the_unit_range() -> None:
     assert 0 <= pixels.min() < pixels.max() <= 1
 
 
-def test_frames_of_several_sizes_are_resized_each_on_its_own() -> None:
+def test_frames_of_several_sizes_are_resized_independently() -> None:
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((97, 131), (131, 97), (97, 131))]
     alone = torch.cat([to_input([frame], 64) for frame in frames])

@@ -105,7 +105,7 @@ def clips(tmp_path: Path) -> list[Clip]:
     return [Clip(name, video) for name in "abc"]
 
 
-def test_clips_come_back_in_order_and_equal_to_this_process(clips: list[Clip]) -> None:
+def test_clips_keep_their_order_and_match_in_process_decoding(clips: list[Clip]) -> None:
     with DecodePool(SMALL, 2, prepare_clip) as pool:
         results = list(pool.map(clips * 3))
     assert [one.clip for one in results] == clips * 3
@@ -123,7 +123,7 @@ def name_or_die(clip: Clip, *_: object) -> str:
     return clip.clip_id
 
 
-def test_quick_clips_share_tasks_and_a_killed_child_costs_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     schedule = ProcessPool.schedule
 
@@ -154,7 +154,7 @@ def sleep_or_name(clip: Clip, *_: object) -> str:
 
 
 @pytest.mark.slow
-def test_each_clip_of_a_task_has_its_own_time() -> None:
+def test_timeout_applies_to_each_clip_of_a_task() -> None:
     names = ["0"] * 60 + ["1"] * 8  # the last ones come four at a time, since the first ones were quick
     with DecodePool(replace(SMALL, timeout_s=2.5), 2, sleep_or_name) as pool:
         assert list(pool.map([Clip(name, Path("a.mp4")) for name in names], together=4)) == names
@@ -174,7 +174,7 @@ def use_up(clip: Clip, *_: object) -> str:
 
 
 @pytest.mark.slow
-def test_memory_is_watched_after_a_clip_that_left_nothing_to_look_with() -> None:
+def test_memory_limit_holds_after_a_clip_exhausts_file_descriptors() -> None:
     names = ["a", "files", "memory", "b"]
     with DecodePool(replace(SMALL, memory_gb=0.3), 1, use_up) as pool:
         results = list(pool.map([Clip(name, Path("a.mp4")) for name in names]))
@@ -184,8 +184,8 @@ def test_memory_is_watched_after_a_clip_that_left_nothing_to_look_with() -> None
 
 
 @pytest.mark.parametrize("reasons", [FAILED, pytest.param(KILLED, marks=pytest.mark.slow)], ids=["fails", "is killed"])
-def test_a_child_that(reasons: dict[Callable[[], None], str], tmp_path: Path) -> None:
-    """Costs only its clip, and the reason is that clip's own."""
+def test_failing_or_killed_child_fails_only_its_clip(reasons: dict[Callable[[], None], str], tmp_path: Path) -> None:
+    """And the recorded reason is that of its own clip."""
     path = write_video(tmp_path / "a.mp4")
     clips = [Clip(name, path) for action in reasons for name in (action.__name__, "good")]
     video = VideoConfig(frames=2, size=32, timeout_s=3, memory_gb=1)
@@ -205,8 +205,8 @@ def find_the_disk_full(clip: Clip, *_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{clip.clip_id}.mp4")
 
 
-def test_a_full_disk_is_no_fault_of_a_clip() -> None:
-    """The clips after it, which may take hours to decode, would have no room either."""
+def test_a_full_disk_does_not_quarantine_clips() -> None:
+    """Later clips, which may take hours to decode, would have no room either, so the error ends the job."""
     with (
         DecodePool(VideoConfig(), 1, prepare=find_the_disk_full) as pool,
         pytest.raises(OSError, match=r"No space left on device: 'a\.mp4'"),
@@ -228,10 +228,10 @@ def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.Monkey
     assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
 
 
-def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
+def test_starting_children_exit_silently_with_the_pool(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As a worker's do that has found no shard left, on a machine so busy that they start while the pool ends them."""
+    """As when a worker finds no shard left on a busy machine: its children are still starting when the pool ends."""
 
     def later(process: multiprocessing.process.BaseProcess) -> None:
         time.sleep(4)
@@ -247,7 +247,7 @@ def test_children_that_are_starting_end_with_the_pool_and_say_nothing(
     assert not any(file.exists() for file in files)
 
 
-def test_an_interrupt_while_a_clip_is_queued_is_raised_afterwards(tmp_path: Path) -> None:
+def test_interrupt_while_queueing_a_clip_is_deferred(tmp_path: Path) -> None:
     """Between the two steps of a wake-up, it would leave a waiter behind, and the pool's end would wait forever."""
     steps = []
     with DecodePool(SMALL, 1, prepare_clip) as pool:
@@ -274,12 +274,12 @@ def niceness(clip: Clip, *_: object) -> tuple[str, int]:
     return clip.clip_id, os.nice(0)
 
 
-def test_decoders_let_the_encoder_come_first() -> None:
+def test_decoders_run_at_lower_priority_than_the_encoder() -> None:
     with DecodePool(SMALL, 1, niceness) as pool:
         assert list(pool.map([Clip("a", Path("none"))])) == [("a", min(os.nice(0) + NICENESS, 19))]
 
 
-def test_children_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_to_start_children_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -288,7 +288,7 @@ def test_children_that_cannot_be_started_are_one_line(monkeypatch: pytest.Monkey
         DecodePool(SMALL, 2, prepare_clip)
 
 
-def test_a_bad_file_comes_back_with_reason_and_traceback(tmp_path: Path) -> None:
+def test_unreadable_file_is_returned_with_reason_and_traceback(tmp_path: Path) -> None:
     with DecodePool(SMALL, 1, prepare_clip) as pool:
         (result,) = pool.map([Clip("x", tmp_path / "none.mp4")])
     assert isinstance(result, UndecodedClip)
@@ -296,9 +296,7 @@ def test_a_bad_file_comes_back_with_reason_and_traceback(tmp_path: Path) -> None
     assert "VideoError" in result.traceback
 
 
-def test_a_file_that_goes_or_changes_meanwhile_is_that_clips_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_removed_or_changed_while_read_fails_its_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"))
     read = feed_clips.read_frames
 

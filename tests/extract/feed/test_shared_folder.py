@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_workers_share_it_until_the_last_one_ends(folder: Path) -> None:
+def test_workers_share_the_folder_until_the_last_one_ends(folder: Path) -> None:
     first, second = SharedFolder(VIDEO), SharedFolder(VIDEO)
     assert first.path == second.path
     assert first.path.stat().st_mode & 0o777 == 0o700
@@ -35,21 +35,21 @@ def test_workers_share_it_until_the_last_one_ends(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_the_children_of_two_workers_look_at_a_video_once(folder: Path) -> None:
+def test_children_of_two_workers_inspect_a_video_only_once(folder: Path) -> None:
     clips = [Clip(name, folder / "video", start_s=0.0) for name in "ab"]
     with DecodePool(VIDEO, 1, count_looks) as one, DecodePool(VIDEO, 1, count_looks) as other:
         assert [*one.map(clips), *other.map(clips)] == [1] * 4
     assert (folder / "video").read_bytes() == b"."
 
 
-def test_workers_with_other_limits_have_another_one() -> None:
+def test_workers_with_different_limits_use_different_folders() -> None:
     first, second = SharedFolder(VIDEO), SharedFolder(replace(VIDEO, memory_gb=VIDEO.memory_gb + 1))
     assert first.path != second.path
     first.remove()
     second.remove()
 
 
-def test_what_killed_workers_left_is_not_used(folder: Path) -> None:
+def test_files_left_by_killed_workers_are_not_used(folder: Path) -> None:
     def killed() -> None:
         (SharedFolder(VIDEO).path / "index").touch()
         os._exit(9)
@@ -80,7 +80,7 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "private"])
-def test_a_start_between_making_and_locking_it_does_no_harm(
+def test_cleanup_keeps_a_folder_that_is_not_locked_yet(
     folder: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
     (folder / "other").mkdir()
@@ -102,7 +102,7 @@ def test_a_start_between_making_and_locking_it_does_no_harm(
     assert list(folder.iterdir()) == [folder / "other"]
 
 
-def test_a_folder_that_was_made_anew_meanwhile_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleanup_keeps_a_folder_recreated_in_the_meantime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, replaced = SharedFolder(VIDEO), list[SharedFolder]()
     flock = fcntl.flock
 

@@ -1,4 +1,4 @@
-"""Archives that mean harm, or are damaged, leave the folder as it was."""
+"""Malicious or damaged archives leave the folder unchanged."""
 
 import io
 import os
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [tar, zipped])
-def test_members_with_pipes_are_unpacked_beside_what_is_there(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
+def test_members_with_pipes_are_unpacked_next_to_existing_files(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
     (folder / "Data").mkdir()
     (folder / "Data" / "a").write_bytes(b"old")
     archive = make(tmp_path / "archive", {CLIP: b"video", "Data/a": b"new", "./Data/b/c": b""})
@@ -84,7 +84,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("make", [tar, zipped])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_path_out_of_the_folder_is_refused(tmp_path: Path, folder: Path, name: str, make) -> None:  # type: ignore[no-untyped-def]
+def test_member_path_outside_the_folder_is_refused(tmp_path: Path, folder: Path, name: str, make) -> None:  # type: ignore[no-untyped-def]
     archive = make(tmp_path / "archive", {"good": b"1", name: b"2"})
     with pytest.raises(ArchiveError, match=HOSTILE[name]) as error:
         unpack(archive, folder)
@@ -121,7 +121,7 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [tar, zipped])
-def test_a_bomb_is_refused_against_the_free_disk(
+def test_archive_larger_than_the_free_disk_is_refused(
     tmp_path: Path,
     folder: Path,
     make,  # type: ignore[no-untyped-def]
@@ -137,7 +137,7 @@ def test_a_bomb_is_refused_against_the_free_disk(
 
 
 @pytest.mark.parametrize("make", [tar, zipped])
-def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_archive_is_refused_in_one_line(tmp_path: Path, folder: Path, make) -> None:  # type: ignore[no-untyped-def]
     archive = make(tmp_path / "archive", {"a": bytes(range(256)) * 4000, "b": b"b"})
     content = archive.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"not an archive" * 100, b"<html>"):
@@ -152,7 +152,9 @@ def test_a_damaged_archive_is_one_line(tmp_path: Path, folder: Path, make) -> No
 
 
 @pytest.mark.parametrize("headers", [{"mtime": "inf"}, {"GNU.sparse.map": "a,b"}])
-def test_a_header_with_impossible_numbers_is_one_line(tmp_path: Path, folder: Path, headers: dict[str, str]) -> None:
+def test_header_with_invalid_numbers_is_refused_in_one_line(
+    tmp_path: Path, folder: Path, headers: dict[str, str]
+) -> None:
     member = tarfile.TarInfo("a")
     member.pax_headers = headers
     archive = tar(tmp_path / "archive", {"a": member})

@@ -40,7 +40,7 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_a_whole_file(server: Server, file: Path) -> None:
+def test_file_is_downloaded_and_verified(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT)
     shown: list[tuple[int, int | None]] = []
     fetch(server.link("/a"), file, sha256(CONTENT), lambda *seen: shown.append(seen))
@@ -58,7 +58,7 @@ def test_a_dropped_connection_is_resumed_with_a_range(server: Server, file: Path
     assert [asked.if_range for asked in server.asked] == [None, '"one"', '"one"']
 
 
-def test_a_later_run_gets_the_rest(server: Server, file: Path) -> None:
+def test_later_run_resumes_an_interrupted_download(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
     with pytest.raises(DownloadError, match=r"interrupted after 600000 bytes; run the same command again to resume"):
         fetch(server.link("/a"), file, None)
@@ -70,7 +70,7 @@ def test_a_later_run_gets_the_rest(server: Server, file: Path) -> None:
     assert left_in(file.parent) == ["a.bin"]
 
 
-def test_a_server_that_ignores_range_starts_over(server: Server, file: Path) -> None:
+def test_download_restarts_if_the_server_ignores_ranges(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, drops=[500_000], ranges=False)
     fetch(server.link("/a"), file, None)
     assert file.read_bytes() == CONTENT
@@ -78,7 +78,7 @@ def test_a_server_that_ignores_range_starts_over(server: Server, file: Path) -> 
 
 
 @pytest.mark.parametrize("etag", ['"two"', None])
-def test_a_file_that_changed_meanwhile_is_begun_again(server: Server, file: Path, etag: str | None) -> None:
+def test_download_restarts_if_the_file_changed_on_the_server(server: Server, file: Path, etag: str | None) -> None:
     server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=etag and '"one"')
     with pytest.raises(DownloadError):
         fetch(server.link("/a"), file, None)
@@ -87,7 +87,7 @@ def test_a_file_that_changed_meanwhile_is_begun_again(server: Server, file: Path
     assert file.read_bytes() == CONTENT[::-1] + b"more"
 
 
-def test_the_part_of_another_link_is_not_continued(server: Server, file: Path) -> None:
+def test_partial_download_of_another_link_is_not_resumed(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=None)
     with pytest.raises(DownloadError):
         fetch(server.link("/a"), file, None)
@@ -96,7 +96,7 @@ def test_the_part_of_another_link_is_not_continued(server: Server, file: Path) -
     assert file.read_bytes() == CONTENT[::-1]
 
 
-def test_all_came_but_the_last_rename(server: Server, file: Path) -> None:
+def test_fully_received_partial_file_is_finished_without_restarting(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
     with pytest.raises(DownloadError):
         fetch(server.link("/a"), file, None)
@@ -127,7 +127,9 @@ def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path)
         (Served(CONTENT, announced=len(CONTENT) + 10), "announced 1000010 bytes but has none after 1000000"),
     ],
 )
-def test_what_is_no_file_is_one_line(server: Server, file: Path, served: Served | None, message: str) -> None:
+def test_failed_or_invalid_response_is_reported_in_one_line(
+    server: Server, file: Path, served: Served | None, message: str
+) -> None:
     if served is not None:
         server.files["/a"] = served
     with pytest.raises(DownloadError, match=message) as error:
@@ -137,21 +139,21 @@ def test_what_is_no_file_is_one_line(server: Server, file: Path, served: Served 
     assert not file.exists()
 
 
-def test_an_announced_length_that_is_too_short_is_caught_by_the_lock(server: Server, file: Path) -> None:
+def test_too_short_content_length_is_caught_by_the_locked_hash(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT, announced=10)
     with pytest.raises(DownloadError, match="does not serve the locked file"):
         fetch(server.link("/a"), file, sha256(CONTENT))
     assert not file.exists()
 
 
-def test_what_is_labelled_as_compressed_is_kept_as_it_is(server: Server, file: Path) -> None:
+def test_file_with_a_content_encoding_is_not_decompressed(server: Server, file: Path) -> None:
     packed = gzip.compress(CONTENT)
     server.files["/a.tgz"] = Served(packed, headers={"Content-Encoding": "x-gzip"}, drops=[300_000])
     fetch(server.link("/a.tgz"), file, None)
     assert file.read_bytes() == packed
 
 
-def test_nobody_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_reported_in_one_line(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "WAIT_S", 0.0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -165,7 +167,7 @@ def test_nobody_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remote_size(dead) is None
 
 
-def test_a_full_disk_is_refused_before_the_first_byte(
+def test_insufficient_disk_space_is_refused_before_downloading(
     server: Server, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files["/a"] = Served(CONTENT)
@@ -175,7 +177,7 @@ def test_a_full_disk_is_refused_before_the_first_byte(
     assert left_in(file.parent) == []
 
 
-def test_two_at_once_are_refused(server: Server, file: Path) -> None:
+def test_concurrent_download_of_the_same_file_is_refused(server: Server, file: Path) -> None:
     gate = threading.Event()
     server.files["/a"] = Served(CONTENT, gate=gate)
     first = threading.Thread(target=fetch, args=(server.link("/a"), file, None))

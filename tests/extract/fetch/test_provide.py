@@ -72,7 +72,7 @@ def test_the_archive_may_be_deleted_afterwards(published: Published, capsys: pyt
     assert (published.root / "data/qa_videos/k1|P1|10|95.mp4").is_file()
 
 
-def test_an_unpacking_that_was_cut_off_is_done_again(published: Published) -> None:
+def test_interrupted_unpacking_is_repeated(published: Published) -> None:
     assert main(published.args) == 0
     clip = published.root / "data/qa_videos/k1|P1|10|95.mp4"
     clip.unlink()
@@ -82,7 +82,7 @@ def test_an_unpacking_that_was_cut_off_is_done_again(published: Published) -> No
     assert clip.is_file()
 
 
-def test_a_dropped_connection_in_one_run(published: Published) -> None:
+def test_dropped_connection_is_resumed_within_one_run(published: Published) -> None:
     published.server.files["/Net.pth"].drops = [150_000]
     assert main(published.args) == 0
     assert (published.root / "weights/Net.pth").read_bytes() == published.contents["/Net.pth"]
@@ -114,7 +114,7 @@ def test_a_tampered_file_on_the_server_is_refused(published: Published, capsys: 
     assert not (published.root / "weights/Net.pth").exists()
 
 
-def test_one_that_fails_does_not_stop_the_others(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_file_does_not_stop_the_others(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     del published.server.files["/Net.pth"]
     code, found = states(published, capsys)
     assert code == 1
@@ -122,7 +122,7 @@ def test_one_that_fails_does_not_stop_the_others(published: Published, capsys: p
     assert set(found.values()) == {"fetched"}
 
 
-def test_an_archive_that_means_harm_is_not_unpacked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malicious_archive_is_not_unpacked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tar(published.root / "bad", {"qa_videos/../../out": b""}).read_bytes()
     published.server.files["/qa_videos.tgz"] = Served(bad)
     assert main(published.args) == 1
@@ -132,13 +132,15 @@ def test_an_archive_that_means_harm_is_not_unpacked(published: Published, capsys
     assert "egotaskqa/qa_videos.tgz" not in published.lock
 
 
-def test_an_archive_of_something_else(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archive_without_the_expected_folder_fails(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     published.server.files["/qa_videos.tgz"] = Served(tar(published.root / "x", {"videos/a.mp4": b""}).read_bytes())
     assert main(published.args) == 1
     assert "unpacked 1 file into" in capsys.readouterr().out
 
 
-def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_mode_lists_missing_files_and_locks_supplied_ones(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*published.args, "--offline"]) == 1
     out = capsys.readouterr().out
     path = published.root / "weights/Net.pth"
@@ -159,7 +161,7 @@ def test_offline_says_what_to_put_where_and_locks_it(published: Published, capsy
     assert states(published, capsys, "--offline")[1]["net/Net.pth"] == "failed"
 
 
-def test_a_pointer_of_lfs_is_not_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_git_lfs_pointer_is_not_locked(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     path = published.root / "weights/Net.pth"
     path.parent.mkdir()
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -168,7 +170,7 @@ def test_a_pointer_of_lfs_is_not_locked(published: Published, capsys: pytest.Cap
     assert not (published.root / "sources.lock.json").exists()
 
 
-def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
+def test_manually_supplied_file_must_have_the_published_size(
     published: Published, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = published.root / "weights/Net.pth"
@@ -179,7 +181,7 @@ def test_what_was_put_there_by_hand_must_be_as_long_as_the_link_says(
     assert "net/Net.pth" not in published.lock
 
 
-def test_folders_put_there_by_hand_need_no_archive(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_manually_supplied_folder_needs_no_archive(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     (published.root / "data/qa/direct").mkdir(parents=True)
     (published.root / "data/qa_videos").mkdir()  # empty: not there
     assert main(published.args) == 0
@@ -189,7 +191,9 @@ def test_folders_put_there_by_hand_need_no_archive(published: Published, capsys:
     assert "/qa_videos.tgz" in asked
 
 
-def test_no_direct_link(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_source_without_a_direct_link_requires_a_manual_download(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
     published.write_sources(url=None, by_hand="open the page and download it")
     assert main(published.args) == 1
     path = published.root / "weights/Net.pth"
@@ -202,7 +206,7 @@ def test_no_direct_link(published: Published, capsys: pytest.CaptureFixture[str]
     )
 
 
-def test_files_for_which_the_disk_is_too_small_do_not_stop_the_others(
+def test_file_too_large_for_the_disk_does_not_stop_the_others(
     published: Published, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archives, "RESERVE", 0)
@@ -221,7 +225,7 @@ def test_files_for_which_the_disk_is_too_small_do_not_stop_the_others(
 
 
 @pytest.mark.parametrize("folder", ["weights", "data"])
-def test_a_folder_that_cannot_be_does_not_stop_the_others(
+def test_folder_that_cannot_be_created_does_not_stop_the_others(
     folder: str, published: Published, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (published.root / folder).write_bytes(b"a file")
@@ -267,7 +271,7 @@ def test_a_file_system_without_locks_does_not_stop_the_others(
     assert found == {name: "fetched" if name.startswith("egotaskqa") else "failed" for name in found}
 
 
-def test_a_reader_of_the_output_that_has_exited_ends_the_downloads(published: Published) -> None:
+def test_broken_output_pipe_stops_the_downloads(published: Published) -> None:
     class Gone(io.StringIO):
         def write(self, _: str) -> int:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -278,7 +282,7 @@ def test_a_reader_of_the_output_that_has_exited_ends_the_downloads(published: Pu
         provide.provide((need,), Lockfile(published.root / "lock.json"), offline=False)
 
 
-def test_no_network_is_one_line_a_file_and_no_traceback(
+def test_missing_network_is_reported_in_one_line_per_file(
     published: Published, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published.write_sources(url="http://127.0.0.1:9")
@@ -289,7 +293,7 @@ def test_no_network_is_one_line_a_file_and_no_traceback(
     assert "Traceback" not in out + error
 
 
-def test_ctrl_c_half_way_and_again(published: Published) -> None:
+def test_download_interrupted_by_ctrl_c_is_resumed(published: Published) -> None:
     gate = threading.Event()
     published.server.files["/Net.pth"] = Served(published.contents["/Net.pth"], gate=gate)
     command = [sys.executable, "-m", "extract", *published.args]
@@ -324,7 +328,7 @@ def test_ctrl_c_half_way_and_again(published: Published) -> None:
         ),
     ],
 )
-def test_what_nobody_publishes(
+def test_files_without_a_published_source_are_refused(
     published: Published, capsys: pytest.CaptureFixture[str], change: list[str], message: str
 ) -> None:
     assert main([*published.args, *change]) == 2
@@ -350,7 +354,7 @@ def test_own_videos_need_only_their_own_files(published: Published, capsys: pyte
     assert states(published, capsys, "--data.name", "jsonl")[0] == 0
 
 
-def test_a_model_of_transformers_is_a_folder_or_on_the_hub(
+def test_transformers_model_may_be_a_folder_or_a_hub_name(
     published: Published, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, clips = published.root / "model", published.root / "data" / "clips.jsonl"
@@ -365,7 +369,9 @@ def test_a_model_of_transformers_is_a_folder_or_on_the_hub(
     assert (code, found[str(model / "absent")]) == (1, "missing")
 
 
-def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_set_files_that_are_not_archives_are_fetched(
+    published: Published, capsys: pytest.CaptureFixture[str]
+) -> None:
     published.server.files |= {"/train.csv": Served(b"a,b\n"), "/map.json": Served(b"{}")}
     tree = yaml.safe_load((published.root / "sources.yaml").read_text())
     tree["datasets"]["nextqa"] = published._source(["train.csv", "map.json"])
@@ -375,7 +381,7 @@ def test_files_of_a_data_set_that_are_no_archives(published: Published, capsys: 
     assert {"nextqa/train.csv", "nextqa/map.json"} <= published.lock.keys()
 
 
-def test_what_was_begun_of_a_file_of_unknown_size_makes_no_room(
+def test_partial_file_of_unknown_size_does_not_make_needed_space_negative(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = Source("a", "made up", "none", "page", {"b": ()}, url="http://nowhere")

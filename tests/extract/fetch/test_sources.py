@@ -1,4 +1,4 @@
-"""The list of published files, and where its lock lies."""
+"""The list of published files, and where its lock file is kept."""
 
 import shutil
 from pathlib import Path
@@ -35,14 +35,14 @@ def test_a_source_that_is_listed_twice_is_refused(published: Published, capsys: 
         ({"surprise": 1}, "has files, page, purpose, surprise, terms, url; expected files"),
     ],
 )
-def test_malformed_sources(published: Published, change: dict[str, Any], message: str) -> None:
+def test_malformed_sources_are_refused(published: Published, change: dict[str, Any], message: str) -> None:
     published.write_sources(**change)
     with pytest.raises(ConfigError, match=message):
         load_sources(published.root / "sources.yaml")
 
 
-def test_the_published_links_and_every_config() -> None:
-    """Every shipped config's needs are published, by https or with a step by hand."""
+def test_every_shipped_config_has_published_sources() -> None:
+    """Everything that a shipped config needs is published, over https or with a manual step."""
     sources = load_sources(DEFAULT_SOURCES)
     every = [*sources.datasets.values(), *sources.checkpoints.values(), *sources.tokenizers.values()]
     assert all(source.by_hand or str(source.url).startswith("https://") for source in every)
@@ -50,14 +50,16 @@ def test_the_published_links_and_every_config() -> None:
     assert len(configs) >= 4
     for path in configs:
         config = load_config(path)
-        # Two slashes make it no name on the hub, where anybody could publish under it.
+        # With two slashes it cannot be a name on the hub, where anybody could publish under it.
         assert config.text.model.count("/") == 2, path
         wanted = required_files(config, sources)
         assert all(need.source is not None for need in wanted), path
         assert {need.file.name for need in wanted} >= {"Data.tgz", "qa_videos.tgz", "tokenizer.json"}, path
 
 
-def test_the_packaged_links_lock_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_sources_keep_their_lock_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The package's own folder may be read-only."""
     monkeypatch.chdir(DEFAULT_SOURCES.parent)
     for path in (DEFAULT_SOURCES, Path("data_sources.yaml")):

@@ -1,4 +1,4 @@
-"""`egopatch extract doctor` on made-up files, sound ones and ones with each fault."""
+"""`egopatch extract doctor` on made-up files: a valid data set, and one with each fault."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def doctor(
     return code, diagnosis["counts"], {f["what"]: (f["severity"], f["found"]) for f in diagnosis["findings"]}
 
 
-def test_a_sound_set(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_valid_data_set_has_no_findings(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     code, counts, findings = doctor(write(tmp_path, records), capsys)
     assert (code, findings) == (0, {})
     assert (counts["clips"], counts["clips with a video"], counts["question texts"]) == (6, 6, 6)
@@ -88,7 +88,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+def test_each_fault_is_reported(
+    tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
     direct = {part: list(members) for part, members in records["direct"].items()}
     test = direct["test"][0]
     changed = {
@@ -126,7 +128,7 @@ def test_each_fault(tmp_path: Path, records: Records, capsys: pytest.CaptureFixt
     assert f"1 fault: {what}" in capsys.readouterr().out
 
 
-def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_do_not_count_as_faults(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     del records["indirect"]["test"]
     records["direct"] = {**records["direct"], "test": [record(10, "Cup"), record(11, "melon")]}
     write(tmp_path, records)
@@ -145,7 +147,7 @@ def test_notes_are_no_faults(tmp_path: Path, records: Records, capsys: pytest.Ca
     assert "no faults found" in capsys.readouterr().out
 
 
-def test_texts_that_are_cut_are_noted(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_texts_are_noted(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     for parts in records.values():
         parts["test"][0]["question"] = "What is number 4 of very many?"
     code, _, findings = doctor(write(tmp_path, records), capsys, "--text.max_length", "8")
@@ -154,13 +156,17 @@ def test_texts_that_are_cut_are_noted(tmp_path: Path, records: Records, capsys: 
     assert findings[cut] == ("note", ["What is number 4 of very many?"])
 
 
-def test_a_clip_of_the_other_split_only(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clip_used_only_by_the_other_split_is_noted(
+    tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
     records["indirect"]["test"] = [record(20)]
     code, _, findings = doctor(write(tmp_path, records), capsys)
     assert (code, findings) == (0, {"clips without a direct question": ("note", ["L20-F1|P1|10|95"])})
 
 
-def test_annotations_that_cannot_be_used(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_annotations_are_reported(
+    tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
     records["direct"]["val"] = [{"question_id": 1}, record(3, interval="a/b")]
     write(tmp_path, records)
     (tmp_path / "qa/direct/formatted_test_qas_encode.json").unlink()
@@ -175,13 +181,13 @@ def test_annotations_that_cannot_be_used(tmp_path: Path, records: Records, capsy
     ]
 
 
-def test_no_folder_is_a_wrong_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_data_root_is_a_config_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--data.root", str(tmp_path / "nowhere")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"data.root is '{tmp_path / 'nowhere'}', which does not exist; set --data.root" in line
 
 
-def test_questions_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_jsonl_data_set_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n{"clip_id": "b", "video": "b.mp4"}\n')
     asked = [
         {"question_id": 1, "clip_id": "a", "question": "What?", "answer": "cup", "part": "train"},
@@ -220,9 +226,7 @@ def test_a_missing_video_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFix
     ]
 
 
-def test_json_lists_all_faults_of_which_the_text_shows_a_few(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_lists_all_faults_and_text_only_the_first_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips.jsonl").write_text("{}\n" * 8)
     code, _, findings = doctor(tmp_path, capsys, "--data.name", "jsonl", "--data.questions", "null")
     (found,) = (lines for _, lines in findings.values())
@@ -232,7 +236,7 @@ def test_json_lists_all_faults_of_which_the_text_shows_a_few(
 
 
 @pytest.mark.parametrize("name", ["qaego4d", "qaego4d-close", "nextqa", "egoschema"])
-def test_released_sets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_released_data_sets_are_checked(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     {"qaego4d": qaego4d, "nextqa": nextqa, "egoschema": egoschema}[name.removesuffix("-close")](tmp_path)
     code, counts, findings = doctor(tmp_path, capsys, "--data.name", name)
     assert code == 1
@@ -252,7 +256,7 @@ def test_released_sets(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert doctor(tmp_path, capsys, "--data.name", name)[0] == 0
 
 
-def test_a_checkpoint_that_cannot_be_used(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_checkpoint_is_reported(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "weights.pth"
     file.write_bytes(b"no checkpoint")
     code, _, findings = doctor(write(tmp_path, records), capsys, "--encoder.checkpoint", str(file))

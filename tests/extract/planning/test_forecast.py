@@ -17,7 +17,7 @@ SPEC = StoreSpec.for_patches(16, (14, 14), 768, "float16", 64)
 COST = ClipCost(encode_s=0.01, decode_s=0.16, write_s=0.004, source="a test")
 
 
-def test_five_million_clips() -> None:
+def test_forecast_covers_five_million_clips() -> None:
     found = forecast(5_000_000, 64, 16, SPEC, "zarr", COST)
     assert found.shards == 78_125
     assert found.files == 4 * 78_125
@@ -37,7 +37,7 @@ def test_five_million_clips() -> None:
         (dataclasses.replace(COST, write_s=0.05), 8, "writing", 0.05),
     ],
 )
-def test_the_slowest_stage_decides(cost: ClipCost, cores: int, stage: str, seconds: float) -> None:
+def test_slowest_stage_determines_the_duration(cost: ClipCost, cores: int, stage: str, seconds: float) -> None:
     found = forecast(6400, 10, cores, SPEC, "zarr", cost)
     assert found.bound_by == stage
     assert found.hours == pytest.approx(640 * seconds / 3600)
@@ -51,14 +51,14 @@ def test_more_gpus_than_shards_are_no_faster() -> None:
 
 
 @pytest.mark.parametrize("option", ["clips", "gpus", "cores"])
-def test_nothing_is_refused(option: str) -> None:
+def test_zero_clips_gpus_or_cores_are_refused(option: str) -> None:
     numbers = {"clips": 10, "gpus": 1, "cores": 1, option: 0}
     with pytest.raises(ConfigError, match=f"--{option} is 0; expected at least 1"):
         forecast(**numbers, spec=SPEC, format_name="zarr", cost=COST)
 
 
 @pytest.mark.parametrize("rate", [float("inf"), 1e-320])
-def test_a_rate_that_no_gpu_has_is_refused(rate: float) -> None:
+def test_impossible_encoding_rate_is_refused(rate: float) -> None:
     with pytest.raises(ConfigError, match=f"--clips-per-second is {rate:g}; expected the clips that one GPU encodes"):
         given_cost(rate, None)
 
@@ -78,7 +78,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert "not counted" in given_cost(50, None).source
 
 
-def test_clips_of_dead_workers_do_not_make_a_job_faster(tmp_path: Path) -> None:
+def test_clips_of_dead_workers_do_not_lower_the_measured_cost(tmp_path: Path) -> None:
     store = tmp_path / "store"
     all_died = JobStats(committed=10, untimed=10)
     record_job(store, all_died, engine="joblib", workers=2, decoder="pyav")
@@ -91,7 +91,7 @@ def test_clips_of_dead_workers_do_not_make_a_job_faster(tmp_path: Path) -> None:
     assert found.source.startswith("30 clips in ")
 
 
-def test_a_line_that_a_full_disk_cut_short_is_skipped(tmp_path: Path) -> None:
+def test_truncated_line_of_the_job_log_is_skipped(tmp_path: Path) -> None:
     store = tmp_path / "store"
     record_job(store, JobStats(committed=30), engine="joblib", workers=2, decoder="pyav")
     with jobs_path(store).open("r+b") as file:
@@ -102,7 +102,7 @@ def test_a_line_that_a_full_disk_cut_short_is_skipped(tmp_path: Path) -> None:
     assert [job["committed"] for job in read_jobs(store)] == [30, 10]
 
 
-def test_the_command_needs_no_data(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_a_clip_count_needs_no_data_set(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = [*options(bare, "--data.root", str(bare / "nowhere")), "--clips", "1000", "--gpus", "4", "--json"]
     assert main(["plan", *job]) == 2
     assert "has been measured; encode a few hundred clips first" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`doctor`'s checks of the machine: each property's state, and the command that mends it."""
+"""`doctor`'s checks of the machine: each property's state, and the command that fixes it."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from egopatch.extract.planning.machine import Gpu, check_disk, check_torch, chec
         (Gpu("12.8", "12.10", ()), "warning", "torch sees no GPU; check nvidia-smi"),
     ],
 )  # fmt: skip
-def test_torch_against_the_driver(gpu: Gpu, state: str, expected: str) -> None:
+def test_torch_check_compares_the_cuda_build_with_the_driver(gpu: Gpu, state: str, expected: str) -> None:
     check = check_torch(gpu)
     assert check.state == state
     assert expected in str(check)
@@ -40,7 +40,7 @@ def test_torch_against_the_driver(gpu: Gpu, state: str, expected: str) -> None:
         ("3.10.0", True, "warning", "newer than 3.6 to 3.9, which were tried; smaller block sizes"),
     ],
 )  # fmt: skip
-def test_triton_against_the_versions_that_were_tried(
+def test_triton_check_compares_the_version_with_tested_ones(
     version: str | None, has_gpu: bool, state: str, expected: str
 ) -> None:
     check = check_triton(version, has_gpu)
@@ -48,7 +48,7 @@ def test_triton_against_the_versions_that_were_tried(
     assert expected in str(check)
 
 
-def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     assert check_disk(tmp_path).state != "error"
     assert list(tmp_path.iterdir()) == []
     check = check_disk(tmp_path / "none")
@@ -59,7 +59,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path) -> None:
     )
 
 
-def test_weights_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_package_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine._package(LITE0, "encoder.arch lite").state == "ok"
     check = machine._package(Package("no-such-weights", "file"), "encoder.arch lite")
     assert str(check) == (
@@ -68,7 +68,7 @@ def test_weights_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_command_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_without_a_config_checks_only_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["machine"]

@@ -16,7 +16,7 @@ def long_clip(to: Path) -> Clip:
     return Clip("a", video, 8.0, 9.4)
 
 
-def test_needed_frames_are_those_that_the_decoder_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_needed_frames_match_the_packets_sent_to_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = VideoConfig(frames=2)
     clip = long_clip(tmp_path)
     needed = needed_frames(clip, config)
@@ -30,7 +30,7 @@ def test_needed_frames_are_those_that_the_decoder_gets(tmp_path: Path, monkeypat
     assert needed.copied < needed.now / 4
 
 
-def test_long_groups_are_worth_a_hint(tmp_path: Path) -> None:
+def test_distant_key_frames_produce_a_hint(tmp_path: Path) -> None:
     hint = long_groups_hint([long_clip(tmp_path)], VideoConfig(frames=2))
     assert hint is not None
     assert "as key frames are 9.5 s apart" in hint
@@ -39,7 +39,7 @@ def test_long_groups_are_worth_a_hint(tmp_path: Path) -> None:
     assert long_groups_hint([short, Clip("gone", tmp_path / "gone.mp4")], VideoConfig(frames=8)) is None
 
 
-def test_no_gpu_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_decoder_hint_requires_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egopatch.extract.video.nvdec._settings", lambda primary: _NoGpu())
     assert gpu_decoder_hint([long_clip(tmp_path)], VideoConfig(), 1) is None
 

@@ -29,7 +29,7 @@ def copied(clip: Clip, folder: Path) -> Path:
     return folder / f"{clip.clip_id}.mp4"
 
 
-def test_a_copy_holds_the_frames_of_its_clip_at_their_times(tmp_path: Path) -> None:
+def test_copy_keeps_the_frames_and_times_of_its_clip(tmp_path: Path) -> None:
     video = write_video(tmp_path / "a.mp4", frames=38, options={**B_FRAMES, "g": "250"})
     for clip in (Clip("whole", video), Clip("P01/part", video, 0.5, 2.1)):
         path = copied(clip, tmp_path / "out")
@@ -43,7 +43,7 @@ def test_a_copy_holds_the_frames_of_its_clip_at_their_times(tmp_path: Path) -> N
         assert file.index.starts_s[file.index.keys[:, 2]].tolist() == [0.0, 1.0, 2.0]
 
 
-def test_long_sides_shrink_and_small_ones_stay(tmp_path: Path) -> None:
+def test_large_videos_are_scaled_down_and_small_ones_are_not(tmp_path: Path) -> None:
     sizes = {(640, 360): (512, 288), (96, 64): (96, 64), (360, 640): (288, 512), (97, 61): (96, 60)}
     for size, small in sizes.items():
         path = copied(Clip("a", write_video(tmp_path / "a.mp4", frames=3, size=size)), tmp_path / "out")
@@ -54,7 +54,7 @@ def test_long_sides_shrink_and_small_ones_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["turned", "edit list", "varying rate", "packed b-frames", "no first key frame", "one frame"]
 )
-def test_odd_videos(name: str, tmp_path: Path) -> None:
+def test_unusual_videos_are_copied_correctly(name: str, tmp_path: Path) -> None:
     make = {
         "turned": lambda: show_turned(write_video(tmp_path / "a.mp4", draw=moving), (0, 1, -1, 0)),
         "edit list": lambda: start_at(write_video(tmp_path / "a.mp4", options=B_FRAMES), 5),
@@ -73,8 +73,8 @@ def test_odd_videos(name: str, tmp_path: Path) -> None:
             assert np.abs(one.astype(int) - other).mean() < 16
 
 
-def test_a_copy_with_other_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It never takes its name."""
+def test_copy_with_wrong_frames_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never renamed to its final name."""
     video = write_video(tmp_path / "a.mp4")
     small = segment._small
     monkeypatch.setattr(segment, "_small", lambda file, rows: reversed(list(small(file, rows))))
@@ -157,13 +157,13 @@ def test_a_video_that_was_replaced_is_copied_again(tmp_path: Path, capsys: pytes
     assert "2 clips transcoded" in capsys.readouterr().out
 
 
-def test_the_folder_in_the_hint_is_one_that_a_shell_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_in_the_hint_is_shell_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Mia's copies"
     main(["transcode", *data_set(tmp_path / "data"), "--out", str(out)])
     assert f"use them with --data.root {shlex.quote(str(out))} and another --store.path" in capsys.readouterr().out
 
 
-def test_wrong_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwriting_the_source_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = data_set(tmp_path / "data")
     assert main(["transcode", *options, "--out", str(tmp_path / "data")]) == 2
     assert "which is data.root; give another folder" in capsys.readouterr().err
@@ -176,7 +176,7 @@ def test_wrong_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_egotaskqa_is_the_same_data_set(made: Path, tmp_path: Path) -> None:
+def test_transcoded_egotaskqa_keeps_its_clips_and_questions(made: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(made / "data", data)
     for path in sorted((data / "qa_videos").iterdir())[4:]:

@@ -1,4 +1,4 @@
-"""What one child has found out about a video, the others know; reading a long file does not use up a clip's time."""
+"""Children share what they find out about a video; reading a long file does not use up a clip's timeout."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_a_process_remembers_the_latest_videos(monkeypatch: pytest.MonkeyPatch) 
     assert computed == ["a", "b", "c", "b"]
 
 
-def test_the_others_wait_for_the_child_that_computes(tmp_path: Path) -> None:
+def test_concurrent_lookups_wait_for_the_first_to_compute(tmp_path: Path) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def compute() -> int:
@@ -53,7 +53,7 @@ def test_the_others_wait_for_the_child_that_computes(tmp_path: Path) -> None:
         assert [first.result(30), *(other.result(30) for other in others)] == [5] * 4
 
 
-def test_another_file_version_or_question_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_file_version_or_kind_of_value_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(tmp_path, 1) == 1
     assert find(tmp_path, 2) == 1
     assert find(tmp_path, 3, (Path("a.mp4"), 1000, 2)) == 3
@@ -63,13 +63,13 @@ def test_another_file_version_or_question_is_computed_anew(tmp_path: Path, monke
     assert find(tmp_path, 5, what="sha256") == 5
 
 
-def test_an_error_is_no_value(tmp_path: Path) -> None:
+def test_error_is_not_cached_as_a_value(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         VideoCache(tmp_path).find("index", VERSION, never)
     assert find(tmp_path, 2) == 2
 
 
-def test_what_a_killed_child_left_is_computed_again(tmp_path: Path) -> None:
+def test_truncated_cache_file_is_recomputed(tmp_path: Path) -> None:
     assert find(tmp_path, 1) == 1
     (file,) = tmp_path.iterdir()
     for length in range(file.stat().st_size):
@@ -77,7 +77,7 @@ def test_what_a_killed_child_left_is_computed_again(tmp_path: Path) -> None:
         assert find(tmp_path, length) == length
 
 
-def test_a_folder_that_is_gone_costs_only_time(tmp_path: Path) -> None:
+def test_missing_cache_folder_is_not_an_error(tmp_path: Path) -> None:
     assert find(tmp_path / "gone", 1) == 1
 
 
@@ -90,7 +90,7 @@ def test_old_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert find(tmp_path, 0, (Path("a.mp4"), 9, 1)) == 9
 
 
-def test_time_stands_still_while_a_file_is_read_through_or_another_child_works() -> None:
+def test_timeout_is_extended_while_reading_through_or_waiting() -> None:
     def left() -> float:
         return signal.getitimer(signal.ITIMER_REAL)[0]
 
@@ -121,7 +121,7 @@ def test_a_video_that_cannot_be_indexed_is_read_through_once(tmp_path: Path) -> 
     assert find(tmp_path, 7, (Path("a.mp4"), 1000, 2)) == 7  # the file was replaced
 
 
-def test_an_error_that_may_pass_is_not_remembered(tmp_path: Path) -> None:
+def test_transient_error_is_not_remembered(tmp_path: Path) -> None:
     def lost() -> int:
         raise OSError(5, "Input/output error")
 
@@ -131,7 +131,7 @@ def test_an_error_that_may_pass_is_not_remembered(tmp_path: Path) -> None:
     assert find(tmp_path, 7) == 7
 
 
-def test_a_video_that_kills_its_decoder_is_tried_twice_and_no_more(tmp_path: Path) -> None:
+def test_video_that_kills_its_decoder_is_tried_only_twice(tmp_path: Path) -> None:
     def die() -> int:
         os.kill(os.getpid(), signal.SIGKILL)
         return 0
@@ -145,13 +145,13 @@ def test_a_video_that_kills_its_decoder_is_tried_twice_and_no_more(tmp_path: Pat
         find(tmp_path, 7)
 
 
-def test_one_killed_decoder_condemns_no_video(tmp_path: Path) -> None:
+def test_single_killed_decoder_does_not_reject_the_video(tmp_path: Path) -> None:
     assert fork(lambda: find_and_die(tmp_path)).wait() == -signal.SIGKILL
     assert find(tmp_path, 7) == 7
     assert find(tmp_path, 8) == 7
 
 
-def test_a_child_that_is_killed_with_its_worker_condemns_no_video(tmp_path: Path) -> None:
+def test_child_killed_with_its_worker_does_not_reject_the_video(tmp_path: Path) -> None:
     def worker() -> None:
         fork(lambda: find_and_die(tmp_path)).wait()
 
@@ -160,7 +160,7 @@ def test_a_child_that_is_killed_with_its_worker_condemns_no_video(tmp_path: Path
     assert find(tmp_path, 7) == 7
 
 
-def test_nobody_waits_forever_for_a_child_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_does_not_wait_forever_for_a_stopped_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PATIENCE_S", 0.0)
 
     def compute() -> int:

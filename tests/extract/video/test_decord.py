@@ -27,12 +27,12 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "turned": lambda to: show_turned(write_video(to / "a.mp4", draw=quadrants), (0, 1, -1, 0)),
     "mirrored": lambda to: show_turned(write_video(to / "a.mp4", draw=quadrants), (-1, 0, 0, 1)),
 }
-# Files as data sets mostly have them, which decord must not refuse.
+# Ordinary files as most data sets contain them, which decord must not refuse.
 ORDINARY = ("h264", "h264 in mkv", "h264, no b-frames", "vp9", "av1", "turned", "claims 1 s", "starts at 2 s", "mjpeg")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_pixels_are_those_of_pyav_or_the_file_is_refused(name: str, tmp_path: Path) -> None:
+def test_decord_and_pyav_pixels_are_equal_or_the_file_is_refused(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path)
     for start_s, end_s, frames in ((None, None, 4), (0.3, 1.1, 3), (1.2, 1.4, 1), (0.9, 1.9, 5)):
         refusal = assert_equal_or_refused(Clip("a", path, start_s, end_s), frames, path)
@@ -93,7 +93,7 @@ def test_decord_is_imported_only_when_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_store_may_have_clips_of_either_decoder(fresh: Path) -> None:
-    """The choice is recorded with the job, and is no part of the fingerprint."""
+    """The choice is recorded with the job and is not part of the fingerprint."""
     assert main(["synth", "--out", str(fresh / "data"), "--clips", str(CLIPS + 3)]) == 0
     assert main(["run", *options(fresh, "--video.decoder", "decord")]) == 0
     jobs = read_jobs(fresh / "store")

@@ -19,7 +19,7 @@ def published_rule(count: int, frames: int) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [4, 5, 16, 31, 60, 1000])
-def test_uniform_indices_are_the_published_ones(count: int) -> None:
+def test_uniform_indices_match_the_published_rule(count: int) -> None:
     assert uniform_indices(count, 4).tolist() == published_rule(count, 4)
 
 
@@ -31,13 +31,13 @@ def test_a_short_clip_repeats_its_nearest_frames(count: int) -> None:
     assert (np.diff(chosen) >= 0).all()
 
 
-def test_varying_rate_is_cut_by_time_not_by_count() -> None:
+def test_variable_frame_rate_is_sampled_by_time_not_by_count() -> None:
     # Ten frames in the first second, one in the second: half of the spans lie in each.
     starts = np.array([*np.arange(10) * 0.1, 1.0])
     assert uniform_by_time(starts, 2.0, 4).tolist() == [2, 7, 10, 10]
 
 
-def test_reads_the_frames_it_says(tmp_path: Path) -> None:
+def test_read_frames_returns_the_sampled_frames_and_times(tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"))
     decoded = read_frames(clip, VideoConfig(frames=4))
     assert [frame.shape for frame in decoded.frames] == [(64, 96, 3)] * 4
@@ -45,14 +45,14 @@ def test_reads_the_frames_it_says(tmp_path: Path) -> None:
     np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(30, 4)) / 15, atol=1e-3)
 
 
-def test_a_stretch_takes_only_frames_within_it(tmp_path: Path) -> None:
+def test_clip_yields_only_frames_between_its_start_and_end(tmp_path: Path) -> None:
     video = write_video(tmp_path / "a.mp4")
     decoded = read_frames(Clip("a", video, 1.0, 2.0), VideoConfig(frames=3))
     assert frame_numbers(decoded.frames) == [15 + i for i in published_rule(15, 3)]
     np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(15, 3)) / 15, atol=1e-3)
 
 
-def test_varying_rate_file_is_read_by_timestamp(tmp_path: Path) -> None:
+def test_variable_frame_rate_file_is_sampled_by_timestamp(tmp_path: Path) -> None:
     pts = [*range(0, 1000, 100), *range(1000, 6000, 500)]
     clip = Clip("a", write_video(tmp_path / "vfr.mp4", frames=20, pts=pts))
     decoded = read_frames(clip, VideoConfig(frames=4))
@@ -62,7 +62,7 @@ def test_varying_rate_file_is_read_by_timestamp(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("end", "stretch"), [(70.0, "[60.0, 70.0) s"), (None, "all from 60.0 s on")])
-def test_a_stretch_past_the_end_is_refused(end: float | None, stretch: str, tmp_path: Path) -> None:
+def test_clip_past_the_end_of_the_video_is_refused(end: float | None, stretch: str, tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, end)
     said = f"clip a is {stretch} of {clip.video}, whose frames are from 0.000 to 2.000 s; none lies within"
     with pytest.raises(VideoError, match=re.escape(said)):
@@ -76,7 +76,7 @@ def test_a_stretch_before_the_first_frame_is_refused(tmp_path: Path) -> None:
         read_frames(Clip("a", video, 0.0, 1.0), VideoConfig(frames=4))
 
 
-def test_a_stretch_between_two_frames_shows_the_one_on_screen(tmp_path: Path) -> None:
+def test_clip_between_two_frames_yields_the_one_on_screen(tmp_path: Path) -> None:
     video = write_video(tmp_path / "a.mp4")
     decoded = read_frames(Clip("a", video, 1.001, 1.02), VideoConfig(frames=2))
     assert frame_numbers(decoded.frames) == [15, 15]
@@ -85,7 +85,7 @@ def test_a_stretch_between_two_frames_shows_the_one_on_screen(tmp_path: Path) ->
     assert frame_numbers(last.frames) == [29]
 
 
-def test_a_relative_path_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_with_a_colon_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_video(tmp_path / "a.mp4").rename(tmp_path / "12:30:00.mp4")
     monkeypatch.chdir(tmp_path)
     assert frame_numbers(read_frames(Clip("a", Path("12:30:00.mp4")), VideoConfig(frames=1)).frames) == [14]

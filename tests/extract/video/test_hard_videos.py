@@ -89,7 +89,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_a_readable_file_gives_the_frames_of_the_rule_at_their_times(name: str, tmp_path: Path) -> None:
+def test_readable_file_yields_the_sampled_frames_at_their_times(name: str, tmp_path: Path) -> None:
     case = READABLE[name]
     path = case.make(tmp_path)
     for frames in (1, 4, len(case.shown)):
@@ -104,7 +104,7 @@ def test_a_readable_file_gives_the_frames_of_the_rule_at_their_times(name: str, 
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_a_seek_gives_the_bits_of_reading_from_the_start(name: str, tmp_path: Path) -> None:
+def test_seeking_gives_the_same_pixels_as_reading_from_the_start(name: str, tmp_path: Path) -> None:
     path = READABLE[name].make(tmp_path)
     with open_video(path) as file:
         everything = file.pixels(np.arange(len(file.index.pts)))
@@ -113,7 +113,7 @@ def test_a_seek_gives_the_bits_of_reading_from_the_start(name: str, tmp_path: Pa
             assert np.array_equal(file.pixels(np.array([row]))[0], everything[row])
 
 
-def test_a_stretch_counts_from_where_players_start(tmp_path: Path) -> None:
+def test_clip_times_count_from_the_first_displayed_frame(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", first=30, options=B_FRAMES)
     decoded = read_frames(Clip("a", path, 1.0, 2.0), VideoConfig(frames=3))
     assert frame_numbers(decoded.frames) == [15 + i for i in uniform_indices(15, 3)]
@@ -152,7 +152,7 @@ def test_a_rotated_file_is_turned_upright(matrix: tuple[int, ...], shown: list[l
     np.testing.assert_allclose(corners, np.array(shown)[None, :, :, None].repeat(3, -1).repeat(2, 0), atol=4)
 
 
-def test_a_video_that_is_turned_from_some_frame_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_that_changes_mid_video_is_applied_per_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = quadrants(0, (96, 64))
     monkeypatch.setattr(orientation, "to_rgb", lambda *_: pixels)
 
@@ -175,7 +175,7 @@ def test_a_file_rotated_by_an_odd_angle_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_too_short_repeats_pads_or_is_refused(count: int, tmp_path: Path) -> None:
+def test_too_short_clip_is_repeated_padded_or_refused_as_configured(count: int, tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4", frames=count))
     repeated = read_frames(clip, VideoConfig(frames=5, short="repeat"))
     assert frame_numbers(repeated.frames) == uniform_indices(count, 5).tolist()
@@ -281,7 +281,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_file_says_what_is_wrong(name: str, tmp_path: Path) -> None:
+def test_unreadable_file_error_gives_the_cause(name: str, tmp_path: Path) -> None:
     make, reason = UNREADABLE[name]
     path = make(tmp_path)
     with pytest.raises(VideoError, match=reason) as caught:
@@ -291,7 +291,7 @@ def test_an_unreadable_file_says_what_is_wrong(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("read", [read_frames, read_planes])
-def test_colours_that_ffmpeg_does_not_turn_into_rgb_are_no_damage(
+def test_unsupported_colour_space_is_not_reported_as_damage(
     read: Callable[[Clip, VideoConfig], DecodedClip[Any]], tmp_path: Path
 ) -> None:
     path = write_video(tmp_path / "a.mp4", frames=8, options={"crf": "10", "x264-params": "colormatrix=YCgCo"})
@@ -299,7 +299,7 @@ def test_colours_that_ffmpeg_does_not_turn_into_rgb_are_no_damage(
         read(Clip("a", path), VideoConfig(frames=4))
 
 
-def test_a_clip_before_the_damage_is_whole(tmp_path: Path) -> None:
+def test_clip_before_the_damage_is_readable(tmp_path: Path) -> None:
     path = cut_off(write_video(tmp_path / "a.mkv", options={**B_FRAMES, "crf": "0"}, draw=grey_and_noise), 0.7)
     early = read_frames(Clip("early", path, 0.0, 0.5), VideoConfig(frames=4))
     np.testing.assert_allclose(early.timestamps, uniform_indices(8, 4) / FPS, atol=1e-3)
@@ -308,7 +308,7 @@ def test_a_clip_before_the_damage_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
-def test_a_file_that_ends_between_b_frames_never_shows_other_frames(container: str, tmp_path: Path) -> None:
+def test_file_truncated_between_b_frames_never_yields_wrong_frames(container: str, tmp_path: Path) -> None:
     """The frame that they are coded after is there, and shown later than they would be."""
     options = {"movflags": "faststart"} if container == "mp4" else {}
     path = write_video(tmp_path / f"a.{container}", 40, options=B_FRAMES, draw=moving, container=options)
@@ -326,7 +326,7 @@ def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
     return noise(index, size) // 8 + np.uint8(20 + 6 * index)
 
 
-def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
+def test_missing_read_permission_is_reported(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     path.chmod(0)
     code = (
@@ -344,7 +344,7 @@ def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_damage_is_an_error_or_frames_of_the_file(seed: int, tmp_path: Path) -> None:
+def test_randomly_damaged_file_is_refused_or_yields_frames_in_order(seed: int, tmp_path: Path) -> None:
     """Flipped bits that the codec cannot notice may change pixels; they must not change which frames these are."""
     rng = np.random.default_rng(seed)
     path = write_video(tmp_path / "a.mp4", options=B_FRAMES)
@@ -366,7 +366,7 @@ def test_random_damage_is_an_error_or_frames_of_the_file(seed: int, tmp_path: Pa
 
 
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the folder of real videos is not here")
-def test_real_egocentric_video() -> None:
+def test_real_egocentric_video_is_decoded() -> None:
     clip = Clip("a", MEDIA / "ego4d_sample.mp4")
     decoded = read_frames(clip, VideoConfig(frames=16))
     assert [frame.shape for frame in decoded.frames] == [(288, 384, 3)] * 16
@@ -375,6 +375,6 @@ def test_real_egocentric_video() -> None:
 
 
 @pytest.mark.skipif(not MEDIA.is_dir(), reason="the folder of real videos is not here")
-def test_real_damaged_video() -> None:
+def test_real_damaged_video_is_refused() -> None:
     with pytest.raises(VideoError, match=r"corrupted\.mp4 cannot be decoded at 2\.800 s: that frame is damaged"):
         read_frames(Clip("a", MEDIA / "corrupted.mp4"), VideoConfig(frames=16))

@@ -68,7 +68,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CODED)
-def test_pixels_are_those_of_a_full_decode(name: str, tmp_path: Path, decoded: list[int]) -> None:
+def test_selective_decode_matches_a_full_decode(name: str, tmp_path: Path, decoded: list[int]) -> None:
     case = CODED[name]
     path = case.make(tmp_path)
     _, shown = full_decode(path)
@@ -84,7 +84,7 @@ def test_pixels_are_those_of_a_full_decode(name: str, tmp_path: Path, decoded: l
     assert (spared > 0) == case.spared
 
 
-def test_fields_in_packets_of_their_own_are_not_halved(tmp_path: Path) -> None:
+def test_fields_in_separate_packets_yield_whole_frames(tmp_path: Path) -> None:
     path = rewrite(kept("field_pairs.ts")(tmp_path), one_by_one, ".mkv")
     _, shown = full_decode(path)
     for frames in (1, len(shown)):
@@ -94,7 +94,7 @@ def test_fields_in_packets_of_their_own_are_not_halved(tmp_path: Path) -> None:
 
 
 def packets_spared(file: VideoFile, rows: np.ndarray, decoded: list[int]) -> int:
-    """How many packets fewer the frames at `rows` cost than without knowing which ones are disposable."""
+    """How many fewer packets the frames at `rows` need because disposable packets are known."""
     decoded.clear()
     file.pixels(rows)
     lean = len([size for size in decoded if size])
@@ -105,7 +105,7 @@ def packets_spared(file: VideoFile, rows: np.ndarray, decoded: list[int]) -> int
 
 
 @pytest.mark.parametrize("leading", [1, 3])
-def test_frames_before_the_first_one_of_the_index_are_left_out(leading: int, tmp_path: Path) -> None:
+def test_frames_before_the_first_indexed_frame_are_skipped(leading: int, tmp_path: Path) -> None:
     """As some decoders return them of a file that was cut from another one."""
     with open_video(write_video(tmp_path / "a.mp4", frames=6)) as file:
         step = int(file.index.pts[1] - file.index.pts[0])

@@ -59,7 +59,7 @@ def gpu() -> None:
 @pytest.mark.cuda
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", FILES)
-def test_pixels_are_those_of_pyav(name: str, tmp_path: Path) -> None:
+def test_nvdec_and_pyav_pixels_are_equal(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path)
     for start_s, end_s, frames in ((None, None, 4), (None, None, 30), (0.3, 1.1, 3), (1.2, 1.4, 1)):
         clip = Clip("a", path, start_s, end_s)
@@ -80,7 +80,7 @@ def converted(clip: Clip, frames: int) -> list[np.ndarray]:
 @pytest.mark.cuda
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name", {**ODD, **CODED})
-def test_no_file_gives_other_pixels(name: str, tmp_path: Path) -> None:
+def test_unusual_file_matches_pyav_or_is_refused(name: str, tmp_path: Path) -> None:
     path = {**ODD, **CODED}[name].make(tmp_path)
     assert_pixels_or_refusal(path, codec_of(path) not in INEXACT)
 
@@ -114,7 +114,7 @@ def test_a_format_that_the_gpu_does_not_decode_is_named(tmp_path: Path) -> None:
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
-def test_without_a_driver_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_gpu_driver_is_reported_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if has_gpu():
         pytest.skip("this machine has a GPU that decodes")
     path = write_video(tmp_path / "a.mp4")
@@ -133,7 +133,7 @@ def test_a_codec_without_a_decoder_on_the_gpu_is_named(name: str, codec: str, tm
 
 
 @pytest.mark.parametrize("name", ["unknown codec", "text", "audio in mp4"])
-def test_a_file_that_no_decoder_reads_is_refused_as_by_pyav(name: str, tmp_path: Path) -> None:
+def test_file_that_no_decoder_reads_gets_the_same_error_as_with_pyav(name: str, tmp_path: Path) -> None:
     make, expected = REFUSED[name]
     path = make(tmp_path)
     with pytest.raises(VideoError, match=expected) as refused:
@@ -142,7 +142,7 @@ def test_a_file_that_no_decoder_reads_is_refused_as_by_pyav(name: str, tmp_path:
 
 
 def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where another process has taken the GPU's memory; a number that no GPU has stands for it."""
+    """As if another process had taken the GPU's memory, simulated with a GPU index that does not exist."""
     path = write_video(tmp_path / "a.mp4")
     monkeypatch.setattr(container, "accelerator", lambda: HWAccel("cuda", "99", allow_software_fallback=False))
     with pytest.raises(VideoError, match=r"by nvdec: the GPU cannot be used \(.+\); use video\.decoder pyav for it"):
@@ -151,20 +151,22 @@ def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkey
 
 @pytest.fixture
 def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where FFmpeg has a GPU, but no decoder that uses it: it opens the video with one on the CPU."""
+    """As if FFmpeg had a GPU but no decoder that uses it: it opens the video with a CPU decoder."""
     monkeypatch.setattr(container, "accelerator", lambda: None)
 
 
 @pytest.mark.usefixtures("unused_gpu")
 @pytest.mark.parametrize("name", {**ODD, **CODED})
-def test_the_way_of_a_file_is_that_of_pyav(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a GPU's frames pass but the GPU, with a decoder on the CPU in its place."""
+def test_gpu_code_path_on_the_cpu_matches_pyav_or_refuses_the_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code path of frames from a GPU, with a CPU decoder in its place."""
     monkeypatch.setattr(container, "uses_gpu", lambda stream: True)
     assert_pixels_or_refusal({**ODD, **CODED}[name].make(tmp_path))
 
 
 @pytest.mark.usefixtures("unused_gpu")
-def test_the_cpu_never_decodes_instead(tmp_path: Path) -> None:
+def test_decoding_never_falls_back_to_the_cpu(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     with pytest.raises(VideoError, match=r"by nvdec: FFmpeg has no decoder for h264 that uses it; use video\.decoder"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
@@ -181,10 +183,10 @@ def test_packets_that_are_not_frames_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unused_gpu")
 @pytest.mark.parametrize("kind", [av.error.InvalidDataError, av.error.MemoryError, av.error.ExternalError])
-def test_whatever_fails_on_the_gpu_names_nvdec(
+def test_every_gpu_error_names_nvdec(
     kind: type[av.FFmpegError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among them a lack of memory, which may be the GPU's: no larger `video.memory_gb` would help."""
+    """Including lack of memory, which may be the GPU's, so that a larger `video.memory_gb` would not help."""
 
     def fail(self: Upright, frame: av.VideoFrame) -> np.ndarray:
         raise kind(1, "no frame")
@@ -246,7 +248,7 @@ def test_side_data_without_a_name_is_read_from_the_copy(exif: Path, first: av.Vi
 
 
 @pytest.mark.parametrize(("kept_as", "named"), [("p016le", "p016le"), (None, "an unknown format")])
-def test_a_format_that_the_gpu_returns_and_pyav_does_not_is_named(
+def test_unexpected_gpu_frame_format_is_named(
     kept_as: str | None, named: str, exif: Path, first: av.VideoFrame
 ) -> None:
     with pytest.raises(
@@ -255,7 +257,7 @@ def test_a_format_that_the_gpu_returns_and_pyav_does_not_is_named(
         Upright(exif)(GpuFrame(first, kept_as))
 
 
-def test_it_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvdec_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egopatch.extract.worker.job.require_gpu_decoder", lambda: None)
     plain, other = (resolve_job(config_of(made, "--video.decoder", one)).fingerprint for one in ("decord", "nvdec"))
     assert plain == resolve_job(config_of(made)).fingerprint

@@ -28,7 +28,7 @@ def assert_shown(
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_frames_are_those_of_a_full_decode(name: str, tmp_path: Path) -> None:
+def test_unusual_video_matches_a_full_decode(name: str, tmp_path: Path) -> None:
     odd = ODD[name]
     path = odd.make(tmp_path)
     times_s, shown = full_decode(path)
@@ -56,7 +56,7 @@ def test_a_lost_packet_costs_only_the_frames_that_depend_on_it(tmp_path: Path) -
     ("pix_fmt", "line"),
     [("gray", 98), ("bgr24", 294), ("yuyv422", 196), ("yuv420p10le", 196), ("gray10le", 196), ("monow", 13)],
 )
-def test_a_checksum_is_that_of_whole_lines_without_their_padding(pix_fmt: str, line: int) -> None:
+def test_checksum_covers_whole_lines_without_padding(pix_fmt: str, line: int) -> None:
     def filled(column: int | None) -> av.VideoFrame:
         frame = av.VideoFrame(98, 64, pix_fmt)
         content = np.zeros((64, frame.planes[0].line_size), np.uint8)
@@ -70,7 +70,7 @@ def test_a_checksum_is_that_of_whole_lines_without_their_padding(pix_fmt: str, l
     assert checksum(filled(line)) == checksum(filled(None))
 
 
-def test_wrong_marks_cost_a_few_key_frames_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_key_frame_flags_make_decoding_start_earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every packet is marked, decoding starts 1, 3, 7 packets earlier until there is a true key frame."""
     path = ODD["every packet marked, mpeg4"].make(tmp_path)
     keys: list[int] = []
@@ -84,7 +84,7 @@ def test_wrong_marks_cost_a_few_key_frames_more(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_says_why(name: str, tmp_path: Path) -> None:
+def test_unreadable_video_error_gives_the_reason(name: str, tmp_path: Path) -> None:
     make, reason = REFUSED[name]
     with pytest.raises(VideoError, match=reason) as caught:
         read_frames(Clip("a", make(tmp_path)), VideoConfig(frames=4))

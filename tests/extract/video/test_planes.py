@@ -1,4 +1,4 @@
-"""Frames that stay as they were decoded have the pixels that FFmpeg makes of them."""
+"""Frames kept as decoded planes convert to the same pixels as in FFmpeg."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -43,8 +43,8 @@ def rgb_of(run: Pixels) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("color_range", list(ColorRange)[:3], ids=lambda color_range: color_range.name)
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("name", ["yuv420p", "yuvj420p"])
-def test_every_colour_is_ffmpegs(name: str, matrix: str, color_range: ColorRange) -> None:
-    """All 2^24 of two matrices; of the others, which differ in their numbers alone, one in sixteen."""
+def test_all_colours_match_ffmpeg(name: str, matrix: str, color_range: ColorRange) -> None:
+    """All 2^24 for two matrices; one in sixteen for the others, which differ only in their coefficients."""
     colours = find_colours(name, MATRICES[matrix], color_range, 512, 512)
     assert colours is not None
     u = np.arange(256, dtype=np.uint8)[:, None].repeat(256, axis=1)
@@ -81,7 +81,9 @@ def test_frames_of_any_even_size_keep_their_pixels(size: tuple[int, int], tmp_pa
         ((96, 64), "yuv420p", "interlaced"),
     ],
 )
-def test_other_frames_become_rgb(size: tuple[int, int], pix_fmt: str, codec: str, tmp_path: Path) -> None:
+def test_unsupported_pixel_formats_and_sizes_become_rgb(
+    size: tuple[int, int], pix_fmt: str, codec: str, tmp_path: Path
+) -> None:
     options = {} if codec == "ffv1" else {"crf": "10"}
     if codec == "interlaced":
         codec, options = "libx264", {"flags": "+ildct+ilme", "x264-params": "tff=1"}
@@ -95,7 +97,7 @@ def test_other_frames_become_rgb(size: tuple[int, int], pix_fmt: str, codec: str
         assert np.array_equal(frame, pixels)
 
 
-def test_lines_in_reverse_become_rgb() -> None:
+def test_frames_with_reversed_lines_are_not_kept_as_planes() -> None:
     graph = av.filter.Graph()
     source = graph.add_buffer(width=96, height=64, format="yuv420p", time_base=Fraction(1, 15))
     graph.link_nodes(source, graph.add("vflip"), graph.add("buffersink")).configure()
@@ -123,7 +125,7 @@ def test_missing_frames_are_black(tmp_path: Path) -> None:
         assert np.array_equal(frame, np.zeros((64, 96, 3), np.uint8))
 
 
-def test_colours_that_are_no_sums_are_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_conversions_that_are_not_additive_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     convert = planes._converted
 
     def mixed(frame: Planes, *form: object) -> NDArray[np.uint8]:
@@ -146,7 +148,7 @@ def test_colours_that_are_no_sums_are_not_described(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("window", [(0, 0, 4, 6), (1, 3, 3, 3), (1, 2, 5, 4), (2, 1, 2, 5)])
-def test_parts_of_planes_are_even(window: tuple[int, int, int, int]) -> None:
+def test_windows_cut_from_planes_are_widened_to_even_bounds(window: tuple[int, int, int, int]) -> None:
     rng = np.random.default_rng(0)
     y, u, v = (rng.integers(0, 256, shape, np.uint8) for shape in ((6, 8), (3, 4), (3, 4)))
     colours = find_colours("yuv420p", 1, 1, 8, 6)
@@ -172,7 +174,7 @@ def test_planes_of_different_sizes_are_refused() -> None:
 
 
 def test_planes_outlive_their_video(tmp_path: Path) -> None:
-    """They lie in the decoder's memory, which it must not use again."""
+    """They are in the decoder's memory, which it must not reuse while they exist."""
     path = write_video(tmp_path / "a.mp4", draw=noise)
     expected = read_frames(Clip("a", path), VideoConfig(frames=8)).frames
     found = read_planes(Clip("a", path), VideoConfig(frames=8)).frames

@@ -1,4 +1,4 @@
-"""Small real video files whose every frame says which one it is, and ways to make them odd."""
+"""Small real video files whose frames encode their own index, and ways to make them unusual."""
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Clips side by side on the cores of a CPU."""
+"""Clips encoded in parallel on the cores of a CPU."""
 
 import threading
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def encoded(batches: BatchEncoder, clips: Sequence[PreparedClip]) -> dict[str, R
     return batches.start()().rows
 
 
-def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_tokens_do_not_depend_on_the_batch(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # on any machine
     asked = clips(encoder, 2)
     with CoreEncoder(encoder, 2, "float32") as batches:
@@ -55,7 +55,9 @@ def test_a_clips_bits_do_not_depend_on_its_neighbours(encoder: VideoEncoder, mon
     torch.testing.assert_close(rows, whole.patches, rtol=1e-4, atol=1e-5)
 
 
-def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_encode_in_parallel_and_the_thread_count_is_restored(
+    encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cores = torch.get_num_threads()
     if cores < 2:
         pytest.skip("one core has no neighbours")
@@ -79,7 +81,7 @@ def test_cores_work_side_by_side_and_are_given_back(encoder: VideoEncoder, monke
     assert found == [cores]
 
 
-def test_an_error_in_a_core_is_raised(encoder: VideoEncoder) -> None:
+def test_error_in_an_encoding_thread_is_raised(encoder: VideoEncoder) -> None:
     (bad,) = clips(encoder, 1)
     small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, bad.size, 0.0)
     with CoreEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):

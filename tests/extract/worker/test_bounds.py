@@ -1,4 +1,4 @@
-"""What binds a job is named, with the most that each stage could do."""
+"""The bottleneck of a job is named, with the maximum throughput of each stage."""
 
 from egopatch.extract.worker.bounds import REMEDIES, bound_line, ceilings
 from egopatch.extract.worker.job_stats import JobStats, Stages, stats_of
@@ -17,7 +17,7 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     assert line.endswith(REMEDIES["decoding"])
 
 
-def test_a_cpu_is_not_advised_to_compute_in_bfloat16() -> None:
+def test_bfloat16_is_recommended_only_for_gpus() -> None:
     assert "on a GPU, encoder.dtype bfloat16" in REMEDIES["encoder"]
 
 
@@ -31,23 +31,23 @@ def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
     assert line.startswith("bound by decoding, at most 10.6 clips/s a worker (the others: disk 22); ")
 
 
-def test_waiting_is_not_computing() -> None:
-    """The encoder waits nine seconds, mostly for clips: it is not what binds."""
+def test_waiting_time_does_not_count_as_encoding_time() -> None:
+    """The encoder waits nine seconds, mostly for clips: it is not the bottleneck."""
     assert ceilings(JobStats(committed=400, stages=STAGES))["encoder"] == 100
 
 
-def test_clips_without_a_time_do_not_count() -> None:
+def test_untimed_clips_do_not_count_towards_the_rate() -> None:
     assert ceilings(JobStats(committed=500, stages=STAGES, untimed=100))["encoder"] == 100
     assert ceilings(JobStats(committed=500, untimed=500)) == {}
 
 
-def test_jobs_of_earlier_versions_tell_what_they_know() -> None:
+def test_jobs_of_earlier_versions_report_only_the_recorded_stages() -> None:
     stages = {"total_s": 10.0, "start_s": 1.0, "decode_s": 32.0, "wait_decode_s": 0.0, "encode_s": 8.0}
     stages |= {"write_s": 2.0, "wait_write_s": 0.0}
     line = {"committed": 400, "quarantined": 0, "skipped": [], "stages": stages}
     assert ceilings(stats_of(line)) == {"encoder": 50, "disk": 200}
 
 
-def test_nothing_is_said_of_a_job_without_clips() -> None:
+def test_job_without_clips_has_no_bound() -> None:
     assert ceilings(JobStats(stages=STAGES)) == {}
     assert bound_line({}) is None

@@ -1,4 +1,4 @@
-"""Devices that are not there are refused by name, before anything is loaded."""
+"""Unavailable devices are refused by name before anything is loaded."""
 
 import platform
 
@@ -9,14 +9,14 @@ from egopatch.configs.schema import ConfigError
 from egopatch.extract.worker.device import describe_machine, device_of, device_of_worker
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_and_auto_uses_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto") == device_of("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:1'; torch sees no CUDA device here"):
         device_of("cuda:1")
 
 
-def test_a_number_that_no_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_index_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_of("auto") == torch.device("cuda")
@@ -26,12 +26,12 @@ def test_a_number_that_no_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu0", "mps", "cuda:x", ""])
-def test_a_name_that_is_no_device(name: str) -> None:
+def test_unknown_device_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"encoder\.device is '{name}'; expected auto, cpu, cuda, or cuda:N"):
         device_of(name)
 
 
-def test_workers_take_the_gpus_in_turn_unless_the_config_names_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_rotate_over_gpus_unless_a_device_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("auto", "cuda"):
@@ -42,7 +42,7 @@ def test_workers_take_the_gpus_in_turn_unless_the_config_names_a_device(monkeypa
     assert device_of_worker("auto", 1) == "auto"
 
 
-def test_a_machine_is_described_by_what_decides_the_last_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_description_names_the_device_and_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
     cpu = describe_machine(torch.device("cpu"))

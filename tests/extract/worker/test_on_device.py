@@ -90,7 +90,7 @@ def run(batches: BatchEncoder, clips: list[PreparedClip]) -> EncodedBatch:
     return batches.start()()
 
 
-def test_rows_are_those_of_the_encoder_whatever_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
+def test_rows_match_the_encoder_in_any_batch(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
     encoder = encoder.to(device)
     groups = [
@@ -163,7 +163,7 @@ def test_the_device_finds_rows_that_are_not_finite(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, device: torch.device) -> None:
+def test_non_finite_value_is_detected_at_any_position(dtype: torch.dtype, device: torch.device) -> None:
     largest = torch.finfo(dtype).max
     rows = torch.tensor([[-largest, 0, largest]] * 9, dtype=dtype, device=device)
     for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
@@ -172,7 +172,9 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype,
     assert _rows_finite([torch.ones(9, 2, device=device), rows]).tolist() == [False, False, True] * 3
 
 
-def test_float32_keeps_its_bits(encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_encoding_disables_tf32(
+    encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's default is TF32 in convolutions; a container of NVIDIA's, or a notebook, may want it in all products."""
     seen = []
 
@@ -194,7 +196,7 @@ def test_float32_keeps_its_bits(encoder: VideoEncoder, device: torch.device, mon
 
 
 @pytest.mark.cuda
-def test_a_graph_gives_the_bits_of_its_encoder(
+def test_cuda_graph_gives_the_same_bits_as_the_eager_encoder(
     encoder: VideoEncoder, cuda: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found: list[dict[str, Row]] = []
@@ -218,7 +220,7 @@ def test_a_graph_gives_the_bits_of_its_encoder(
             assert torch.equal(replayed[name][key], tensor), (name, key)
 
 
-def test_a_clip_of_another_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:
+def test_clip_with_the_wrong_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
     with (
         DeviceEncoder(encoder.to(device), BATCH, "float32", EGOVLP_TRANSFORM, 8) as batches,
@@ -255,7 +257,9 @@ def whole(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch)
     return WholeJob(tmp_path, device)
 
 
-def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_job_stores_good_clips_and_quarantines_the_bad_one(
+    whole: WholeJob, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Children that cut and children that write, slots, copies, batches that end with shards, a store that verifies."""
     commits: list[ShardCommit] = []
 
@@ -280,7 +284,7 @@ def test_a_whole_job(whole: WholeJob, device: torch.device, monkeypatch: pytest.
         assert relative(tokens.patches[i].float(), expected.patches[0].float().cpu()) < 2e-3, name
 
 
-def test_a_plan_measures_no_batch_that_makes_a_graph(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_does_not_time_the_batch_that_captures_the_graph(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = 0
     launch = DeviceEncoder._launch
 
@@ -294,8 +298,8 @@ def test_a_plan_measures_no_batch_that_makes_a_graph(whole: WholeJob, monkeypatc
     assert _probe(whole.job, [whole.clips["a"]])["encoder"] > BATCH / 2.0
 
 
-def test_a_write_that_has_begun_is_finished(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are the encoder's, which may not let go of them before."""
+def test_interrupt_lets_a_started_write_finish(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows belong to the encoder, which must not release them before."""
     write, slowly = BackgroundShardWriter.write, BackgroundShardWriter._write
 
     def interrupted(self: BackgroundShardWriter, shard: EncodedShard) -> None:
@@ -315,7 +319,7 @@ def test_a_write_that_has_begun_is_finished(whole: WholeJob, monkeypatch: pytest
     monkeypatch.undo()
 
 
-def test_a_job_that_cannot_start_keeps_no_memory(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_that_cannot_start_releases_its_shared_memory(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -332,7 +336,7 @@ def test_a_job_that_cannot_start_keeps_no_memory(whole: WholeJob, monkeypatch: p
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, and of every module that it looks into
-def test_a_compiled_encoder_is_compiled_for_its_device(tmp_path: Path, cuda: torch.device) -> None:
+def test_compiled_encoder_on_a_gpu_matches_the_eager_one(tmp_path: Path, cuda: torch.device) -> None:
     checkpoint = tiny(tmp_path)
     plain = load_video_encoder("egovlpv2", checkpoint, num_frames=FRAMES, depth=2).to(cuda)
     fused = load_video_encoder("egovlpv2", checkpoint, num_frames=FRAMES, depth=2, compile=cuda).to(cuda)
@@ -341,7 +345,7 @@ def test_a_compiled_encoder_is_compiled_for_its_device(tmp_path: Path, cuda: tor
 
 
 @pytest.mark.cuda
-def test_lite_in_its_fast_layout(cuda: torch.device) -> None:
+def test_lite_on_a_gpu_matches_lite_on_the_cpu(cuda: torch.device) -> None:
     try:
         plain = load_video_encoder("lite", None, num_frames=FRAMES, size=64)
     except ConfigError as error:

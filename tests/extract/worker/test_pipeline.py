@@ -104,7 +104,7 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
     def run(
         encoder: Encoder, decoders: Decoders, on_progress: Callable[[int, int], None] = lambda *_: None
     ) -> JobStats:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: BATCH)  # a core a clip of a batch, on any machine
+        monkeypatch.setattr(torch, "get_num_threads", lambda: BATCH)  # one core per clip of a batch, on any machine
         config = Config(
             video=VideoConfig(frames=2, size=16),
             encoder=EncoderConfig(batch=BATCH),
@@ -137,15 +137,13 @@ def test_every_clip_becomes_its_own_row(store: Store, run: Callable[..., JobStat
 
 
 @pytest.mark.parametrize("store", [StoreSpec.for_patches(2, (1, 1), 2, "int8", 2)], indirect=True)
-def test_the_bytes_of_a_quantised_store_are_counted_as_it_keeps_them(
-    store: Store, run: Callable[..., JobStats]
-) -> None:
+def test_progress_counts_the_stored_bytes_of_a_quantised_store(store: Store, run: Callable[..., JobStats]) -> None:
     progress: list[int] = []
     run(Encoder(), Decoders(), lambda clips, nbytes: progress.append(nbytes))
     assert sum(progress) == len(IDS) * store.row_bytes
 
 
-def test_bad_clips_anywhere_in_a_shard(store: Store, run: Callable[..., JobStats]) -> None:
+def test_bad_clips_anywhere_in_a_shard_are_quarantined(store: Store, run: Callable[..., JobStats]) -> None:
     bad = frozenset({"clip0", "clip3", "clip6", "clip7"})  # first, last, and both
     encoder = Encoder()
     stats = run(encoder, Decoders(bad))
@@ -168,14 +166,14 @@ def test_one_bad_clip_too_many_stops_the_job(store: Store, run: Callable[..., Jo
     assert not list((store.path / "leases").glob("*.json"))
 
 
-def test_a_share_of_all_clips_is_known_without_listing_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_share_is_checked_without_listing_all_clips(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compared after each shard, and a store may have millions of clips."""
     monkeypatch.delattr(Store, "planned_ids")
     with BackgroundShardWriter(store, 0.5) as writer:
         assert [writer._too_many(count) for count in (6, 7)] == [False, True]
 
 
-def test_a_slow_disk_is_overlapped_and_then_waited_for(
+def test_encoding_overlaps_with_a_slow_disk_and_then_waits(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk, waits, write, wait = threading.Event(), threading.Event(), store.write_shard, BackgroundShardWriter._wait_for
@@ -205,7 +203,7 @@ def test_a_slow_disk_is_overlapped_and_then_waited_for(
 
 
 @pytest.mark.parametrize("array", ["cls", "patches", "saliency"])
-def test_a_clip_whose_tokens_are_not_finite_is_one_quarantined_clip(
+def test_only_the_clip_with_non_finite_tokens_is_quarantined(
     store: Store, run: Callable[..., JobStats], array: str
 ) -> None:
     stats = run(Encoder({"clip3": array}), Decoders(frozenset({"clip6"})))
@@ -217,9 +215,7 @@ def test_a_clip_whose_tokens_are_not_finite_is_one_quarantined_clip(
     assert (stats.committed, stats.quarantined) == (10, 2)
 
 
-def test_a_clip_that_fails_beside_one_that_is_not_finite_has_one_attempt(
-    store: Store, run: Callable[..., JobStats]
-) -> None:
+def test_decode_failure_beside_a_non_finite_clip_counts_one_attempt(store: Store, run: Callable[..., JobStats]) -> None:
     stats = run(Encoder({"clip3": "cls"}), Decoders(frozenset({"clip2"})))
     assert {name: record.attempts for name, record in store.quarantine.items()} == {"clip2": 1, "clip3": 1}
     assert (stats.committed, stats.quarantined) == (10, 2)
@@ -238,7 +234,7 @@ def test_a_clip_that_another_job_has_put_in_quarantine_is_not_tried_again(
         assert [to_encode for _, to_encode in writer.leases(retries)] == [("clip2",)]
 
 
-def test_where_a_text_is_not_finite_the_text_half_is_at_fault(tmp_path: Path) -> None:
+def test_non_finite_text_states_are_blamed_on_the_text_encoder(tmp_path: Path) -> None:
     spec = StoreSpec.for_text(length=2, width=3)
     store = create_store(tmp_path / "text", spec, Fingerprint({"arch": "mine"}), ["what?", "who?"])
     (work,) = store.missing_shards()
@@ -260,7 +256,7 @@ def test_where_a_text_is_not_finite_the_text_half_is_at_fault(tmp_path: Path) ->
     assert not store.clip_ids
 
 
-def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Callable[..., JobStats]) -> None:
+def test_shard_of_only_non_finite_clips_is_blamed_on_the_encoder(store: Store, run: Callable[..., JobStats]) -> None:
     with pytest.raises(
         StoreError, match=r"all 2 clips of shard 0 of .* so the encoder mine or its arithmetic is at fault"
     ):
@@ -270,13 +266,13 @@ def test_where_no_clip_is_finite_the_encoder_is_at_fault(store: Store, run: Call
     assert not store.quarantine
 
 
-def test_decoding_is_asked_to_be_a_batch_ahead(run: Callable[..., JobStats]) -> None:
+def test_decoding_runs_a_batch_ahead(run: Callable[..., JobStats]) -> None:
     decoders = Decoders()
     run(Encoder(), decoders)
     assert decoders.ahead == BATCH + 2
 
 
-def test_a_failing_disk_ends_the_job_and_the_leases(
+def test_failing_disk_stops_the_job_and_releases_its_leases(
     store: Store, run: Callable[..., JobStats], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Buffers for rows: used again when their rows are dropped, and never before."""
+"""Buffers for rows: reused when their rows are dropped, and never before."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_memory_is_pinned_before_it_is_used_and_unpinned_at_the_end() -> None:
     rows["patches"].fill_(1)  # still valid
 
 
-def test_memory_that_cannot_be_pinned_is_the_callers_error() -> None:
+def test_failure_to_pin_memory_is_raised_to_the_caller() -> None:
     def refuse(_: np.ndarray) -> None:
         raise JobFailed("CUDA cannot pin 1000 bytes of memory")
 

@@ -71,7 +71,7 @@ def write(store: Store, rows: dict[str, dict[str, Tensor]], committer: Callable[
     store.write_shard(0, rows, dict.fromkeys(rows, "hash"), committer=committer)
 
 
-def test_the_files_are_those_that_this_process_writes(
+def test_child_processes_write_the_same_files_as_this_process(
     tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file_format, committer = processes
@@ -94,7 +94,7 @@ def test_the_files_are_those_that_this_process_writes(
     assert verify(there.path).ok
 
 
-def test_rows_that_are_not_in_the_ring_are_written_by_this_process(
+def test_rows_outside_shared_memory_are_written_by_this_process(
     tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CommitProcesses, "schedule", lambda *_: pytest.fail("a child got rows that it cannot see"))
@@ -104,7 +104,7 @@ def test_rows_that_are_not_in_the_ring_are_written_by_this_process(
     assert store.clip_ids == ("a", "b")
 
 
-def test_a_row_that_is_not_finite_is_named(
+def test_non_finite_row_is_named_and_not_stored(
     tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses]
 ) -> None:
     file_format, committer = processes
@@ -116,7 +116,7 @@ def test_a_row_that_is_not_finite_is_named(
     assert store.clip_ids == ()
 
 
-def test_what_another_process_committed_meanwhile_is_kept(
+def test_concurrent_commit_by_another_process_is_kept(
     tmp_path: Path, slots: SharedSlots, processes: tuple[str, CommitProcesses]
 ) -> None:
     file_format, committer = processes
@@ -138,7 +138,9 @@ def test_what_another_process_committed_meanwhile_is_kept(
     assert verify(store.path).ok
 
 
-def test_a_killed_child_costs_one_attempt(tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_child_fails_one_write_and_the_next_succeeds(
+    tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make(tmp_path / "store")
     rows = {name: Rows(slots)(i) for i, name in enumerate(IDS)}
     with CommitProcesses(slots, 1, "zarr") as committer:
@@ -155,12 +157,12 @@ def test_a_killed_child_costs_one_attempt(tmp_path: Path, slots: SharedSlots, mo
 
 
 def die(*_: object) -> None:
-    time.sleep(1)  # before the parent has heard that this child took the task, it counts as one without work
+    time.sleep(1)  # until the parent knows that this child took the task, it counts as idle
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_commit_that_has_begun_is_finished_at_a_signal_to_all_processes(
+def test_started_commit_finishes_despite_a_signal_to_all_processes(
     tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path / "store")
@@ -183,7 +185,7 @@ def signalled(number: signal.Signals, task: Callable[..., None], *args: object) 
     task(*args)
 
 
-def test_the_end_of_the_pool_does_not_wait_for_its_children(slots: SharedSlots) -> None:
+def test_closing_the_pool_does_not_wait_for_its_children(slots: SharedSlots) -> None:
     with CommitProcesses(slots, 2, "zarr") as committer:
         committer.schedule(time.sleep, 60)
         started = time.monotonic()
@@ -197,7 +199,7 @@ def wait_until_broken(committer: CommitProcesses) -> None:
         time.sleep(0.05)
 
 
-def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, slots: SharedSlots) -> None:
+def test_death_of_an_idle_child_is_reported_in_one_line(tmp_path: Path, slots: SharedSlots) -> None:
     store, rows = make(tmp_path / "store"), {"a": Rows(slots)(0)}
     with CommitProcesses(slots, 2, "zarr") as committer:
         os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
@@ -211,7 +213,7 @@ def test_a_child_that_dies_without_work_is_one_line(tmp_path: Path, slots: Share
     assert store.clip_ids == ()
 
 
-def test_an_interrupted_end_leaves_neither_children_nor_leases(
+def test_interrupted_shutdown_leaves_no_children_or_leases(
     tmp_path: Path, slots: SharedSlots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path / "store")

@@ -18,7 +18,7 @@ from tests.train.ops.kernel_checks import DEVICE, INTERPRETED, check, gradients,
 
 
 @pytest.mark.slow
-def test_repeats_over_blocks_are_bit_equal_and_all_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_over_blocks_are_bit_equal_and_fully_written(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(2, 4, 1, 260, 16, 5, torch.float16, device=DEVICE)
     plain = [*(out := run(case, leaves := case.leaves(), 70)), *gradients(out.pooled, out.lse, leaves)]
     poison(monkeypatch)
@@ -27,7 +27,7 @@ def test_repeats_over_blocks_are_bit_equal_and_all_is_written(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("patches", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_tokens_kept_whole_are_read_in_place(patches: int) -> None:
+def test_tokens_selected_by_clip_rows_are_read_in_place(patches: int) -> None:
     """`clip_rows` gives what gathering the clips first gives, bit for bit."""
     whole = make_case(6, 5, 1, patches, 32, 2, torch.int8, scaled=True, device=DEVICE)
     rows = torch.tensor([5, 0, 3, 3], device=DEVICE)
@@ -44,7 +44,7 @@ def test_tokens_kept_whole_are_read_in_place(patches: int) -> None:
 @pytest.mark.parametrize(
     "name", ["tokens", "selector", *(pytest.param(n, marks=pytest.mark.slow) for n in ("scale", "queries", "bias"))]
 )
-def test_strided_inputs_read_as_their_copies(name: str) -> None:
+def test_strided_inputs_give_the_results_of_contiguous_ones(name: str) -> None:
     case = make_case(2, 3, 1, 17, 16, 1, torch.int8, scaled=True, device=DEVICE)
     values = dict(vars(case))
     values[name] = values[name].repeat_interleave(2, dim=1 if name == "selector" else 0)[
@@ -66,7 +66,7 @@ def test_repeats_are_bit_equal() -> None:
 
 
 @pytest.mark.slow
-def test_gradients_of_tiles_one_by_one_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_do_not_depend_on_the_scratch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward keeps only as many tiles' logits as fit in its scratch memory."""
     from egopatch.train.ops.select_attend import kernels
 
@@ -81,7 +81,7 @@ def test_gradients_of_tiles_one_by_one_are_those_of_all_at_once(monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_strided_tokens_read_as_their_copy() -> None:
+def test_strided_tokens_give_the_results_of_contiguous_ones() -> None:
     case = make_case(3, 6, 4, 17, 32, 2, torch.float16, device=DEVICE)
     view = torch.empty(6, 4, 19, 80, dtype=torch.float16, device=DEVICE)[::2, :, 1:18, 16:48]
     view.copy_(case.tokens)
@@ -95,7 +95,7 @@ def test_strided_tokens_read_as_their_copy() -> None:
     [(17, (2**31, 17 * 32, 32, 1)), (17, (32, 64, 2**27, 1)), (300, (32, 64, 2**23, 1))],
     ids=["clips", "patches", "blocks"],
 )
-def test_more_than_two_to_the_31_elements(patches: int, strides: tuple[int, ...]) -> None:
+def test_tokens_may_span_more_than_two_to_the_31_elements(patches: int, strides: tuple[int, ...]) -> None:
     """Tokens spread over more elements than 32 bits count; the pages between them are never touched."""
     case = make_case(2, 5, 2, patches, 32, 2, torch.int8, scaled=True, device=DEVICE)
     shape = case.tokens.shape
@@ -117,7 +117,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("patches", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
+def test_launch_code_does_not_read_device_memory_on_the_host(patches: int) -> None:
     """The kernels' own launch code, below the operators: what a CUDA graph captures."""
     from egopatch.train.ops.select_attend import kernels
 
@@ -133,13 +133,13 @@ def test_nothing_of_the_device_is_read_on_the_host(patches: int) -> None:
         kept.max().item()
 
 
-def test_nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_output_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
     check(make_case(3, 7, 2, 33, 96, 3, torch.float16, device=DEVICE), 9)
 
 
 @pytest.mark.parametrize("heads", [3, 5])
-def test_heads_beyond_the_last_read_what_was_written(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_heads_read_only_initialised_memory(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of four heads ends in the next tile, which has no questions here; NumPy warns of infinity times zero."""
     poison(monkeypatch, math.inf)
     case = make_case(3, 2, 1, 16, 16, heads, torch.float16, device=DEVICE)
@@ -152,7 +152,7 @@ def test_heads_beyond_the_last_read_what_was_written(heads: int, monkeypatch: py
     [(16, (16, 3), True), pytest.param(300, (40, 299), False, marks=pytest.mark.slow)],
     ids=["one block", "blocks"],
 )
-def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: tuple[int, ...], in_place: bool) -> None:
+def test_stacked_heads_in_one_launch_equal_separate_launches(patches: int, ks: tuple[int, ...], in_place: bool) -> None:
     """Bit for bit, each with its own k, also if the tokens are rows of more clips."""
     stored = make_case(3, 4, 2, patches, 16, 2, torch.int8, scaled=True, device=DEVICE)
     rows = torch.tensor([2, 0], device=DEVICE) if in_place else None
@@ -175,8 +175,8 @@ def test_stacked_heads_in_one_launch_are_what_they_are_alone(patches: int, ks: t
 
 
 @pytest.mark.parametrize("patches", [16, pytest.param(300, marks=pytest.mark.slow)])
-def test_autocast_rounds_what_is_pooled_and_its_gradients(patches: int) -> None:
-    """Once, to what float32 would be rounded to before the next product, so that nothing has to be converted."""
+def test_autocast_rounds_pooled_outputs_and_their_gradients(patches: int) -> None:
+    """Rounded once, as float32 would be before the next product, so that no conversion is needed."""
     low = torch.float16 if INTERPRETED else torch.bfloat16  # to which the interpreter does not round, but truncates
     case = make_case(2, 3, 2, patches, 16, 2, torch.float16, device=DEVICE)
     ks = torch.tensor([5], dtype=torch.int32, device=DEVICE)
@@ -212,7 +212,7 @@ def test_schedule_covers_every_question_once(clips: list[int]) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a failed assertion ends the GPU's context")
 @pytest.mark.parametrize(("clips", "rows"), [([0, 4], None), ([-1, 0], None), ([0, 3], [0, 5, 1, 1])])
-def test_a_clip_or_row_that_there_is_not_is_refused(clips: list[int], rows: list[int] | None) -> None:
+def test_out_of_range_clip_and_row_indices_are_refused(clips: list[int], rows: list[int] | None) -> None:
     from egopatch.train.ops.select_attend.schedule import schedule
 
     clip_rows = None if rows is None else torch.tensor(rows)
@@ -221,7 +221,7 @@ def test_a_clip_or_row_that_there_is_not_is_refused(clips: list[int], rows: list
 
 
 @pytest.mark.slow
-def test_operators_and_full_graphs() -> None:
+def test_operators_pass_opcheck_and_compile_to_full_graphs() -> None:
     from egopatch.train.ops.select_attend import library
 
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True, device=DEVICE)

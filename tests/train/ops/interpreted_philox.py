@@ -22,14 +22,14 @@ def draw(rows: torch.Tensor | None = None) -> Draw:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_uniform_numbers_are_those_of_the_reference(shape: tuple[int, ...]) -> None:
+def test_uniform_numbers_match_the_reference(shape: tuple[int, ...]) -> None:
     found = uniform(shape, draw(), torch.device(DEVICE))
     assert torch.equal(found.cpu(), reference.uniform(shape, draw()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dropout_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_dropout_matches_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(len(SEEDS), *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     leaf = x.to(DEVICE).requires_grad_()
     out = dropout(leaf, draw(), 0.3)
@@ -40,23 +40,23 @@ def test_dropout_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch.d
     assert torch.equal(leaf.grad.cpu(), expected)
 
 
-def test_rows_of_a_rank_are_those_of_the_whole() -> None:
+def test_rows_of_a_rank_match_those_of_the_whole_batch() -> None:
     rows = torch.tensor([1, 2, 5], device=DEVICE)
     x = torch.ones(len(SEEDS), 6, 40, device=DEVICE)
     assert torch.equal(dropout(x[:, rows], draw(rows), 0.5), dropout(x, draw(), 0.5)[:, rows])
 
 
-def test_a_strided_tensor_is_read_as_its_copy() -> None:
+def test_a_strided_tensor_gives_the_result_of_its_contiguous_copy() -> None:
     x = torch.randn(len(SEEDS), 20, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
     assert torch.equal(dropout(x, draw(), 0.5), dropout(x.contiguous(), draw(), 0.5))
 
 
-def test_one_head_has_no_dimension_of_heads() -> None:
+def test_a_single_head_has_no_head_dimension() -> None:
     one = Draw(SEEDS[:1], 5, torch.tensor([1, 2], device=DEVICE))
     x = torch.ones(7, 9)
     assert torch.equal(dropout(x.to(DEVICE), one, 0.5).cpu(), x * reference.dropout_factor((7, 9), one, 0.5))
     assert torch.equal(uniform((7, 9), one, torch.device(DEVICE)).cpu(), reference.uniform((7, 9), one))
 
 
-def test_nothing_is_drawn_for_no_rows() -> None:
+def test_dropout_of_zero_rows_is_empty() -> None:
     assert kernels.dropout(torch.ones(0, 4, device=DEVICE), Draw(), 0.5).shape == (0, 4)

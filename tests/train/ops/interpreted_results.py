@@ -19,44 +19,44 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, tor
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float16", "float32"]
 )
-def test_odd_patches_and_width(dtype: torch.dtype, k: int) -> None:
+def test_odd_patch_counts_and_widths_match_float64(dtype: torch.dtype, k: int) -> None:
     check(make_case(3, 7, 2, 33, 96, 3, dtype, device=DEVICE), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaled", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_every_token_dtype(dtype: torch.dtype, scaled: bool) -> None:
+def test_every_token_dtype_matches_float64(dtype: torch.dtype, scaled: bool) -> None:
     check(make_case(2, 5, 2, 17, 48, 2, dtype, scaled, device=DEVICE), 5)
 
 
 @pytest.mark.slow
-def test_egovlpv2_shape() -> None:
+def test_the_egovlpv2_shape_matches_float64() -> None:
     check(make_case(2, 3, 1, 196, 768, 4, torch.float16, device=DEVICE), 49)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patches", [1, 2, 3, 5])
-def test_few_patches(patches: int) -> None:
+def test_frames_of_few_patches_match_float64(patches: int) -> None:
     """Rows of scores and of the mask are longer than a frame of 1 to 3 patches, rounded up to a power of two."""
     for k in range(1, patches + 1):
         check(make_case(2, 3, 2, patches, 16, 2, torch.float16, device=DEVICE), k)
 
 
 @pytest.mark.parametrize("k", [pytest.param(13, marks=pytest.mark.slow), 48])
-def test_seven_by_seven(k: int) -> None:
+def test_a_seven_by_seven_grid_matches_float64(k: int) -> None:
     check(make_case(2, 3, 2, 49, 64, 4, torch.float16, device=DEVICE), k)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(1, 50))
-def test_every_k(k: int) -> None:
+def test_every_k_matches_float64(k: int) -> None:
     check(make_case(2, 3, 1, 49, 32, 2, torch.float16, seed=k, device=DEVICE), k)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("k", [1, 10, 98, 196])
-def test_egovlpv2_shape_every_ratio(dtype: torch.dtype, k: int) -> None:
+def test_the_egovlpv2_shape_matches_float64_at_every_ratio(dtype: torch.dtype, k: int) -> None:
     # A frame is selected by itself, so one k has a second frame; two clips, one of them with more questions.
     frames = 2 if k == 98 else 1
     check(make_case(2, 3, frames, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
@@ -64,7 +64,7 @@ def test_egovlpv2_shape_every_ratio(dtype: torch.dtype, k: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patches", [16, 65, 129, 256])
-def test_block_sizes(patches: int) -> None:
+def test_every_block_size_matches_float64(patches: int) -> None:
     check(make_case(2, 3, 1, patches, 80, 5, torch.float16, device=DEVICE), math.ceil(patches / 4))
 
 
@@ -84,13 +84,13 @@ def test_block_sizes(patches: int) -> None:
     ],
     ids=str,
 )
-def test_frames_of_several_blocks(patches: int, dtype: torch.dtype, k: int) -> None:
+def test_frames_of_several_blocks_match_float64(patches: int, dtype: torch.dtype, k: int) -> None:
     check(make_case(2, 5, 1, patches, 48, 5, dtype, scaled=True, device=DEVICE), k)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_largest_frame(dtype: torch.dtype) -> None:
+def test_the_largest_frame_matches_float64(dtype: torch.dtype) -> None:
     check(make_case(1, 3, 1, 1024, 1024, 2, dtype, device=DEVICE), 256)
 
 
@@ -110,7 +110,7 @@ def test_ties_across_blocks_go_to_the_lowest_patch(k: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [5, 290])
-def test_blocks_without_a_finite_score(k: int) -> None:
+def test_blocks_without_a_finite_score_give_zeros(k: int) -> None:
     """The kept patches lie in the first block, in the last, or nowhere."""
     case = make_case(3, 3, 1, 300, 16, 2, torch.float16, device=DEVICE)
     case.clip_index[:] = torch.tensor([0, 1, 2], device=DEVICE)
@@ -124,7 +124,7 @@ def test_blocks_without_a_finite_score(k: int) -> None:
 
 
 @pytest.mark.slow
-def test_more_questions_of_a_clip_than_a_program_takes_and_absent_clips() -> None:
+def test_clips_with_many_or_no_questions_match_float64() -> None:
     case = make_case(6, 3 * QUESTIONS + 7, 1, 20, 16, 2, torch.float16, device=DEVICE)
     case.clip_index[:] = torch.tensor([4] * (2 * QUESTIONS + 1) + [0, 2, 2, 5] * 5 + [4, 2], device=DEVICE)
     check(case, 5)
@@ -141,7 +141,7 @@ def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
     assert torch.equal(out.kept.cpu(), torch.arange(k).expand(5, 2, k))
 
 
-def test_ties_at_the_threshold_and_between_zeros() -> None:
+def test_ties_at_the_threshold_and_between_signed_zeros_keep_the_lowest() -> None:
     case = make_case(1, 1, 1, 6, 16, 1, device=DEVICE)
     bias = torch.tensor([[[0.0, 3.0, -0.0, 2.0, 0.0, -1.0]]], device=DEVICE)
     tied = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, bias, None)
@@ -150,7 +150,7 @@ def test_ties_at_the_threshold_and_between_zeros() -> None:
 
 
 @pytest.mark.parametrize("k", [3, pytest.param(18, marks=pytest.mark.slow)])
-def test_rows_without_a_finite_score(k: int) -> None:
+def test_rows_without_a_finite_score_give_zeros_and_no_gradient(k: int) -> None:
     case = make_case(3, 8, 2, 20, 16, 2, torch.float16, device=DEVICE)
     case.bias[1] = -torch.inf
     case.bias[2, 0, 2:] = -torch.inf
@@ -183,7 +183,7 @@ def test_selectors_of_any_size_select_as_in_float32(dtype: torch.dtype, size: fl
 @pytest.mark.parametrize(
     "width", [pytest.param(1152, marks=pytest.mark.slow), 1408, pytest.param(1536, marks=pytest.mark.slow)]
 )
-def test_widths_of_large_encoders(width: int) -> None:
+def test_widths_of_large_encoders_match_float64(width: int) -> None:
     check(make_case(2, 3, 1, 20, width, 2, torch.float16, device=DEVICE), 5)
 
 
@@ -199,7 +199,7 @@ def test_small_scales_do_not_underflow() -> None:
     torch.testing.assert_close(out.pooled.double(), exact[0], rtol=4e-3, atol=4e-7)
 
 
-def test_no_questions() -> None:
+def test_zero_questions_give_empty_outputs() -> None:
     case = make_case(2, 0, 3, 9, 16, 2, device=DEVICE)
     leaves = case.leaves()
     out = run(case, leaves, 4)

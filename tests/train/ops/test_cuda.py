@@ -27,7 +27,7 @@ def test_auto_takes_triton(cuda: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_waits_for_the_device(cuda: torch.device) -> None:
+def test_select_attend_does_not_synchronise_with_the_gpu(cuda: torch.device) -> None:
     case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
     leaves = case.leaves()
     select_attend(case.tokens, case.clip_index, *leaves, 49).pooled.sum().backward()
@@ -39,7 +39,7 @@ def test_nothing_waits_for_the_device(cuda: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_in_a_cuda_graph(cuda: torch.device) -> None:
+def test_a_cuda_graph_gives_the_eager_results(cuda: torch.device) -> None:
     case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
     arguments = (case.tokens, case.clip_index, case.queries, case.selector, case.bias, 49)
     eager = select_attend(*arguments)
@@ -51,9 +51,9 @@ def test_in_a_cuda_graph(cuda: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
 
 
-# Inductor imports parts of torch, and looks at modules, that warn of their own age.
+# Inductor imports parts of torch, and inspects modules, that raise deprecation warnings.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_by_inductor(cuda: torch.device) -> None:
+def test_inductor_gives_the_eager_gradients(cuda: torch.device) -> None:
     case = make_case(8, 60, 4, 196, 256, 4, torch.float16, device="cuda")
 
     def loss(*leaves: torch.Tensor) -> torch.Tensor:

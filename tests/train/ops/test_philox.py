@@ -37,11 +37,13 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_the_known_answers_of_philox(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
+def test_philox_gives_the_published_known_answers(
+    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
+) -> None:
     assert philox(counter, key) == list(expected)
 
 
-def test_numbers_are_blocks_of_philox() -> None:
+def test_uniform_numbers_come_from_philox_blocks() -> None:
     """Row r's block i has the counter (1 + 2 r + i, first, second, 0) and the key (seed, place)."""
     draw = Draw((7, ONES), 5, torch.tensor([-1, 2**40]))
     found = (uniform((3, 11), draw, CPU) * 2**24).long()
@@ -52,7 +54,7 @@ def test_numbers_are_blocks_of_philox() -> None:
             assert found[head, row].tolist() == numbers[:11]
 
 
-def test_dropout_takes_sixteen_numbers_of_a_block() -> None:
+def test_dropout_takes_sixteen_numbers_from_each_philox_block() -> None:
     factor = dropout_factor((2, 18), Draw((7,), 5, torch.tensor([3, 4])), 0.25)
     assert set(factor.flatten().tolist()) == {0.0, float(torch.tensor(4 / 3))}
     for row in range(2):
@@ -61,7 +63,7 @@ def test_dropout_takes_sixteen_numbers_of_a_block() -> None:
         assert (factor[row] > 0).tolist() == [number >= 2**14 for number in numbers[:18]]
 
 
-def test_rows_of_a_rank_are_those_of_the_whole() -> None:
+def test_rows_of_a_rank_match_those_of_the_whole_batch() -> None:
     rows = torch.tensor([1, 2, 5, 9])
     whole, part = Draw((3, 4, 3), 1, torch.tensor([2, 0])), Draw((3, 4, 3), 1, torch.tensor([2, 0]), rows)
     assert torch.equal(uniform((4, 3, 5), part, CPU), uniform((10, 3, 5), whole, CPU)[:, rows])
@@ -78,7 +80,7 @@ def test_rows_of_a_rank_are_those_of_the_whole() -> None:
         Draw((0,), 2, torch.tensor([3, 5])),
     ],
 )
-def test_all_that_a_draw_says_changes_every_number(other: Draw) -> None:
+def test_every_field_of_a_draw_changes_all_numbers(other: Draw) -> None:
     one, two = (uniform((50, 1000), draw, CPU).flatten() for draw in (Draw((0,), 2, torch.tensor([3, 4])), other))
     assert float((one == two).float().mean()) < 1e-3
     # The correlation of n independent pairs has a standard deviation of 1 / sqrt(n).
@@ -86,13 +88,13 @@ def test_all_that_a_draw_says_changes_every_number(other: Draw) -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_the_asked_share_and_keeps_the_mean(p: float) -> None:
+def test_dropout_drops_the_requested_share_and_keeps_the_mean(p: float) -> None:
     x = torch.ones(1000, 1000)
     out = dropout(x, Draw((5,)), p)
     spread = (p * (1 - p) / out.numel()) ** 0.5
     assert abs(float((out == 0).double().mean()) - p) < 4 * spread
     assert abs(float(out.double().mean()) - 1) < 4 * spread / (1 - p)
-    # Neither along a row nor down a column do neighbours know of each other.
+    # Neighbours along a row and down a column are uncorrelated.
     dropped = (out == 0).double() - p
     for one, other in ((dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1])):
         assert abs(float((one * other).mean()) / (p * (1 - p))) < 4e-3
@@ -107,14 +109,14 @@ def test_uniform_numbers_are_uniform() -> None:
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 148
 
 
-def test_the_gradient_of_dropout_is_that_of_its_mask() -> None:
+def test_the_dropout_gradient_uses_the_same_mask() -> None:
     x = torch.randn(2, 6, 9, dtype=torch.float64, requires_grad=True)
     draw = Draw((0, 1))
     assert torch.autograd.gradcheck(lambda x: dropout(x, draw, 0.4), x)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_operators_know_their_shapes() -> None:
+def test_operators_infer_shapes_of_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -122,6 +124,6 @@ def test_operators_know_their_shapes() -> None:
         assert uniform_kernel([3, 4], [0, 1], 0, torch.zeros(2), None, CPU).shape == (2, 3, 4)
 
 
-def test_a_cpu_needs_no_triton() -> None:
+def test_dropout_on_a_cpu_needs_no_triton() -> None:
     value = "dropout(torch.ones(2, 4), Draw((1,)), 0.5).shape"
     assert without_triton("from egopatch.train.ops.philox import Draw, dropout", value) == "torch.Size([2, 4])"

@@ -15,7 +15,7 @@ def tables(*lead: int) -> tuple[torch.Tensor, torch.Tensor]:
 INDEX = torch.tensor([2, 0, 2, 2, 3, 0])
 
 
-def test_rows_and_their_gradient_are_those_of_indexing() -> None:
+def test_picked_rows_and_gradients_match_indexing() -> None:
     table, weights = tables()
     picked = RowPicker(INDEX, 4).of(table)
     assert torch.equal(picked, table[INDEX])
@@ -35,7 +35,7 @@ def test_stacked_tables_share_the_index() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_gradient_in_lower_precision_stays_in_it() -> None:
+def test_a_bfloat16_gradient_stays_bfloat16() -> None:
     table = torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True)
     RowPicker(INDEX, 4).of(table).sum().backward()
     assert table.grad is not None

@@ -53,19 +53,19 @@ def check(case: Case, k: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
-def test_agrees_with_the_loops(shape: tuple[int, ...], share: float) -> None:
+def test_select_attend_agrees_with_the_loops(shape: tuple[int, ...], share: float) -> None:
     check(make_case(*shape), max(1, math.ceil(share * shape[3])))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [7, 30])
-def test_every_token_dtype(dtype: torch.dtype, scaled: bool, k: int) -> None:
+def test_every_token_dtype_agrees_with_the_loops(dtype: torch.dtype, scaled: bool, k: int) -> None:
     check(make_case(3, 8, 2, 33, 96, 2, dtype, scaled), k)
 
 
 @pytest.mark.parametrize("k", [3, 15])
-def test_gradients_by_finite_differences(k: int) -> None:
+def test_gradients_match_finite_differences(k: int) -> None:
     case = make_case(2, 3, 2, 17, 16, 2, scaled=True)
     leaves = case.leaves(torch.float64)
 
@@ -77,7 +77,7 @@ def test_gradients_by_finite_differences(k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_queries_give_their_dtype(dtype: torch.dtype) -> None:
+def test_low_precision_queries_give_outputs_in_their_dtype(dtype: torch.dtype) -> None:
     case = make_case(2, 5, 2, 33, 96, 2, torch.float16)
     rounded = Case(case.tokens, case.clip_index, case.queries.to(dtype), case.selector.to(dtype), case.bias, case.scale)
     leaves = [t.detach().requires_grad_() for t in (rounded.queries, rounded.selector, rounded.bias)]
@@ -111,7 +111,7 @@ def test_equal_scores_go_to_the_lowest_patch(k: int) -> None:
     check(flat, k)
 
 
-def test_a_tie_at_the_threshold_only() -> None:
+def test_a_tie_at_the_threshold_keeps_the_lowest_patch() -> None:
     case = make_case(1, 1, 1, 6, 16, 1)
     bias = torch.tensor([[[1.0, 3.0, 1.0, 2.0, 1.0, 0.0]]])
     tied = Case(case.tokens, case.clip_index, case.queries, case.selector * 0, bias, None)
@@ -120,7 +120,7 @@ def test_a_tie_at_the_threshold_only() -> None:
 
 
 @pytest.mark.parametrize("k", [3, 30])
-def test_rows_without_a_finite_score(k: int) -> None:
+def test_rows_without_a_finite_score_give_zeros_and_no_gradient(k: int) -> None:
     case = make_case(3, 8, 2, 33, 16, 2)
     case.bias[1] = -torch.inf
     case.bias[2, 0, 2:] = -torch.inf
@@ -136,7 +136,7 @@ def test_rows_without_a_finite_score(k: int) -> None:
     check(case, k)
 
 
-def test_questions_share_clips_unevenly_and_some_clips_are_absent() -> None:
+def test_unevenly_shared_and_absent_clips_agree_with_the_loops() -> None:
     case = make_case(6, 23, 2, 20, 32, 2)
     case.clip_index[:] = torch.tensor([4] * 15 + [0, 2, 2, 4, 0, 5, 2, 4])
     check(case, 5)
@@ -160,7 +160,7 @@ def test_gathered_and_dense_products_agree_with_the_loops(share: float, monkeypa
     check(make_case(3, 10, 2, 21, 32, 3, torch.float16, scaled=True), 6)
 
 
-def test_strided_tokens_read_as_their_copy() -> None:
+def test_strided_tokens_give_the_results_of_contiguous_ones() -> None:
     case = make_case(3, 6, 4, 33, 96, 2)
     wide = torch.randn(6, 4, 35, 160)
     view = wide[::2, :, 1:34, 16:112]
@@ -179,7 +179,7 @@ def test_repeats_are_bit_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_no_questions() -> None:
+def test_zero_questions_give_empty_outputs() -> None:
     case = make_case(2, 0, 3, 9, 16, 2)
     leaves = case.leaves()
     out = run(case, leaves, 4)
@@ -187,7 +187,7 @@ def test_no_questions() -> None:
     assert (gradients(out.pooled, out.lse, leaves)[2] == 0).all()
 
 
-def test_only_lse_or_only_pooled_is_used() -> None:
+def test_gradients_flow_from_lse_or_pooled_alone() -> None:
     case = make_case(2, 4, 2, 17, 16, 2)
     leaves = case.leaves()
     (grad,) = torch.autograd.grad(run(case, leaves, 5).lse.sum(), leaves[:1])
@@ -260,7 +260,7 @@ def test_auto_takes_the_reference_on_a_cpu() -> None:
 def test_auto_takes_triton_on_a_gpu_or_warns_with_the_reason(
     patches: int, width: int, dtype: torch.dtype, chosen: str, why: str
 ) -> None:
-    """On tensors that only claim to be on a GPU."""
+    """Uses fake tensors that only claim to be on a GPU."""
     with FakeTensorMode():
         gpu = torch.device("cuda", 0)
         tokens = torch.empty(1, 1, patches, width, device=gpu)
@@ -274,7 +274,7 @@ def test_auto_takes_triton_on_a_gpu_or_warns_with_the_reason(
 
 @pytest.mark.parametrize("share", [0.2, 0.7])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_tokens_kept_whole_are_read_in_place(share: float, scaled: bool) -> None:
+def test_tokens_selected_by_clip_rows_are_read_in_place(share: float, scaled: bool) -> None:
     """`clip_rows` gives what gathering the clips first gives, bit for bit, and gradients of the batch's bias alone."""
     whole = make_case(9, 12, 3, 33, 64, 2, torch.float16, scaled)
     rows = torch.tensor([7, 0, 3, 3])

@@ -40,7 +40,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
 
 
 def without_triton(imported: str, value: str) -> str:
-    """What a Python without Triton prints of `value`, an expression."""
+    """What Python without Triton prints for the expression `value`."""
     result = run(["-c", f"import sys, torch; sys.modules['triton'] = None\n{imported}\nprint({value})"])
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -58,13 +58,13 @@ def run_interpreted(*selection: str) -> int:
 
 
 @needs_triton
-def test_some_kernels_in_the_interpreter() -> None:
+def test_a_sample_of_kernel_tests_passes_in_the_interpreter() -> None:
     assert run_interpreted("-k", "seven_by_seven or ties_at_the_threshold or more_than_two_to_the_31 or philox") >= 21
 
 
 @needs_triton
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
+def test_all_kernel_tests_pass_in_the_interpreter() -> None:
     assert run_interpreted("-m", "slow or not slow") >= 170
 
 
@@ -76,7 +76,7 @@ def budget(*arguments: str) -> list[dict[str, object]]:
 
 @needs_triton
 @pytest.mark.slow
-def test_the_shipped_kernels_fit_quickly() -> None:
+def test_shipped_kernels_fit_the_hardware_limits() -> None:
     usages = budget("--quick")
     instructions = {"sm_80": "mma", "sm_90a": "wgmma", "sm_100a": "tcgen05"}
     kernels = ("forward", "logits", "queries")
@@ -105,9 +105,7 @@ def test_no_kernel_of_the_committed_budget_spills() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
-def test_dropout_compiles_without_spills_and_reads_rows_of_whole_blocks_at_once(
-    arch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_compiles_to_vector_accesses_without_spills(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     from triton import compile as compile_ahead
     from triton.backends.compiler import GPUTarget
@@ -163,14 +161,14 @@ def test_the_reference_needs_no_triton() -> None:
     assert without_triton(imported, f"select_attend({arguments}).kept.tolist()") == "[[[0, 1]], [[0, 1]]]"
 
 
-def test_the_reference_operator_is_registered_soundly() -> None:
+def test_the_reference_operator_passes_opcheck() -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
     torch.library.opcheck(
         library.reference_forward, (case.tokens, case.clip_index, *case.leaves(), 9, case.scale, None)
     )
 
 
-# Inductor imports parts of torch, and looks at modules, that warn of their own age.
+# Inductor imports parts of torch, and inspects modules, that raise deprecation warnings.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_reference_compiles_to_one_graph(backend: str) -> None:
@@ -189,7 +187,7 @@ def test_the_reference_compiles_to_one_graph(backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast() -> None:
+def test_select_attend_works_under_autocast() -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16)
     project = torch.nn.Linear(96, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
