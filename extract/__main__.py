@@ -34,15 +34,15 @@ COMMANDS = {
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }
-JOBS = ("run", "retry", "videos")  # that schedulers start, and start again
+JOBS = ("run", "retry", "videos")  # commands that schedulers start, and start again
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
 def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
-    """Run one command of `program`, as errors and help call it; returns its exit code.
+    """Run one command and return its exit code; `program` is the name that errors and help show.
 
     0: done. 1: the work failed. 2: wrong usage or configuration. 3: other processes still hold shards of the job. 75: a
-    scheduler's signal ended the job, which is to be started again. 130: interrupted by Ctrl-C.
+    scheduler's signal ended the job, which must be started again. 130: interrupted by Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command(
@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
     )
     if isinstance(name, int):
         return name
-    # Without semaphores, joblib warns when it is imported; what needs them says so in a line of its own.
+    # Without semaphores, joblib warns when it is imported; the code that needs them reports that in one line itself.
     warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])

@@ -1,4 +1,4 @@
-"""What stage one raises, for those who catch it without importing the networks and torch with them."""
+"""Errors that stage one raises, in a module that imports neither the networks nor torch."""
 
 
 class JobFailed(RuntimeError):

@@ -36,7 +36,7 @@ def configured(config: Config) -> dict[str, Scalar]:
     """The fields of a clip store's fingerprint that the config alone decides, on every machine."""
     encoder, video = config.encoder, config.video
     return {
-        # Fused arithmetic rounds differently. Without it, stores keep the fingerprint of before `compile` existed.
+        # Compiled code rounds differently. If false, it is left out, as in stores from before `compile` existed.
         **({"compile": True} if encoder.compile else {}),
         "arch": encoder.arch,
         **({"variant": encoder.variant} if encoder.arch == "mfas" else {}),

@@ -1,4 +1,4 @@
-"""Stage one: every clip and every question of a data set, encoded once and stored."""
+"""Stage one: encodes every clip and every question of a data set once, and stores the results."""
 
 import dataclasses
 import time
@@ -35,16 +35,16 @@ class ExtractionResult:
     """State of the store after a job.
 
     Attributes:
-        stats: What this job did.
+        stats: Statistics of this job.
         clips: Number of clips of the data set that are committed in the store.
         planned: Number of clips of the data set.
         others: Number of clips committed in the store that the data set does not have.
-        quarantine: Reason by id, of clips of the data set.
+        quarantine: Id -> reason, for the data set's clips in quarantine.
         texts: Number of question texts in the store.
         texts_planned: Number of question texts that have a row in the store.
-        reconstruction_error: Of the worst clip by quantised array, as `Store.reconstruction_error`.
-        check: The stored clips of this job's shards, compared with the annotations. Those that are still stale are
-            held by another job, or were encoded by one with other annotations.
+        reconstruction_error: Quantised array -> error of the worst clip, as `Store.reconstruction_error`.
+        check: The stored clips of this job's shards, compared with the annotations. Clips that are still stale are
+            held by another job, or were encoded by a job with other annotations.
         machines: As `Store.machines`.
         clips_left, texts_left: Number of clips and texts of this job in shards that other processes hold.
     """
@@ -84,11 +84,11 @@ def extract_together(
         retry: Whether to try the quarantined clips again.
         job_slice: The shards of this job, where several jobs divide them.
         refresh: Whether to encode stale clips again; without it, a store with stale clips is refused.
-        wait: Whether to wait for the shards that other processes hold, and to encode what these leave.
+        wait: Whether to wait for the shards that other processes hold, and to encode what those processes leave.
 
     Raises:
         DatasetError, CheckpointError, StoreError: The input is wrong or the disk is full; no clip was written.
-        ConfigError: The configs cannot share a decode, or several workers one GPU's decoder.
+        ConfigError: The configs cannot share a decode, or several workers would share one GPU's decoder.
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
         JobFailed: A GPU has too little memory for `encoder.batch` clips.
@@ -147,7 +147,7 @@ def require_one_decode(configs: Sequence[Config]) -> None:
     """Check that one decode of each clip serves all `configs`.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The configs cannot share a decode.
     """
     first = configs[0]
     for other in configs[1:]:
@@ -176,7 +176,7 @@ def require_one_decode(configs: Sequence[Config]) -> None:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The text substore, what is missing from it, and the network that encodes it."""
+    """The text substore, its missing shards, and the network that encodes them."""
 
     network: TextNetwork
     store: Store
@@ -203,7 +203,7 @@ class _Texts:
 
 @dataclass
 class _OpenedStore:
-    """A config's store, what was missing from it, and what has been done since; `texts` is None without questions."""
+    """A config's store, its missing shards, and the statistics so far; `texts` is None without questions."""
 
     job: ExtractionJob
     store: Store
@@ -212,7 +212,7 @@ class _OpenedStore:
     stats: JobStats = field(default_factory=JobStats)
 
     def finish(self, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
-        """Record the job in the store; returns the state that it leaves."""
+        """Record the job; returns the state of the store after it."""
         store, texts, config, stats = self.store, self.texts, self.job.config, self.stats
         store.catalog.refresh()
         if texts:
@@ -246,7 +246,7 @@ def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, r
     config = job.config
     root = config.data.root
     if not refresh:
-        # Before the store gets rows for the new clips of what may be another data set.
+        # Checked before the store gets rows for new clips, which may belong to another data set.
         check = compare_origins(dataset.clips, root, read_ledger(config.store.path).origins())
         if check.stale:
             raise StoreError(f"store.path is {config.store.path}: {check.stale_line()}")
@@ -280,7 +280,7 @@ def _count(works: Sequence[ShardWork]) -> int:
 
 
 def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str) -> list[ShardWork]:
-    """If requested, wait until one of `works` can be leased; returns those still missing then, none if all are done."""
+    """If `wait`, wait until one of `works` can be leased, and return those that are then still missing; else none."""
     announced = False
     while wait:
         store.catalog.refresh()

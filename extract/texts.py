@@ -1,4 +1,4 @@
-"""Question texts: their frozen network, and the rows of a store's text substore that it computes."""
+"""Question texts: their frozen network, and the rows that it computes for a store's text substore."""
 
 import hashlib
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class TextNetwork:
 
     @cached_property
     def spec(self) -> StoreSpec:
-        """The substore's arrays; tokenizer and encoder are loaded unless this network has already encoded some."""
+        """The substore's arrays; tokenizer and encoder are loaded unless this network has already created it."""
         config = self.config
         path = parse_location(config.store.path) / TEXT_FOLDER
         stored = open_store(path) if store_exists(path) else None
@@ -89,7 +89,7 @@ def create_text_store(network: TextNetwork, texts: Sequence[str]) -> Store:
 
 
 def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint, dict[str, dict[str, torch.Tensor]]]:
-    """The rows that a run would store of `texts`, up to 64, and the fingerprint of the store that they belong to.
+    """The fingerprint of the text substore, and the rows that a run would store there for `texts`, at most 64.
 
     Raises:
         CheckpointError, ConfigError: As for `extract_features`.
@@ -103,7 +103,7 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
 
 
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
-    """Those of `texts` that fill all tokens of `text.max_length`, so that the network does not read what follows."""
+    """The `texts` that fill all `text.max_length` tokens, so that the network may not read their ends."""
     cut: list[str] = []
     for start in range(0, len(texts), TEXT_BATCH):
         batch = texts[start : start + TEXT_BATCH]

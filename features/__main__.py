@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from egopatch.features.tools.verify import VerifyReport
 
 # The tools are imported by the commands that use them, to save start-up time: torch, Zarr and h5py take seconds, and
-# neither help, nor `info`, nor the error about a wrong option needs them. So the names of `WRITERS` stand here as well.
+# neither help, nor `info`, nor the error about a wrong option needs them. So the names of `WRITERS` are repeated here.
 EXPORTS = ("npy", "pt", "hdf5", "webdataset", "lmdb")
 
-# Commands whose first place need not be a store: its name and help.
+# Commands whose first argument need not be a store -> that argument's name and help.
 FILES = "store, or features in files: a folder or an HDF5 file"
 PLACES = {"compare": ("A", FILES), "import": ("SOURCE", "folder or HDF5 file of features")}
 
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser, and one for each command, whose errors are one line."""
+    """The parser of the program and of each command; its errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"features: {message}; `{self.prog} --help` describes it", file=sys.stderr)
@@ -122,7 +122,7 @@ def _parser() -> _Parser:
 
 
 def _missing(options: argparse.Namespace) -> str | None:
-    """What is wrong with the places that a command reads; None if nothing is."""
+    """The fault of an argument that names what a command reads; None if there is no fault."""
     metavar, _ = PLACES.get(options.command, ("STORE", ""))
     places = {metavar: options.store} | ({"B": options.other} if options.command == "compare" else {})
     for name, place in places.items():
@@ -185,7 +185,7 @@ def _info(options: argparse.Namespace) -> Outcome:
 
 
 def _catalog(location: Location) -> Catalog:
-    """What `open_store` reads of a store."""
+    """The catalog of a store, checked as `open_store` checks it."""
     storage = storage_at(location)
     header = parse_header(read_header(storage))
     return Catalog(storage, header)
@@ -321,7 +321,7 @@ def _unlock(options: argparse.Namespace) -> Outcome:
     storage = storage_at(options.store)
     folders = ("", TEXT_FOLDER) if options.shard is None else ("",)
     removed = [line for folder in folders for line in storage.subfolder(folder).unlock(options.shard)]
-    # The folder of a run has a lease as well, and is no store.
+    # The folder of a run has a lease as well, but is not a store.
     if options.shard is not None and not removed and storage.exists(HEADER):
         catalog = _catalog(options.store)
         shards = max(map(catalog.shard_of, catalog.rows.values()), default=-1) + 1
@@ -411,7 +411,7 @@ def _copied(store: "Store", source: Location) -> str:
 
 @contextmanager
 def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, moved by the yielded function of units done and in all; a log file gets nothing."""
+    """Show a progress bar, on a terminal only; yields the function that updates it with units done and in all."""
     from egopatch.features.common.progress import ProgressDisplay
 
     silent = options.json or not sys.stderr.isatty()

@@ -1,8 +1,8 @@
 """The time and the memory that a decoder child may use for one clip; a child that uses more ends itself.
 
-Both limits work while FFmpeg hangs: the alarm's signal ends the process without any help of Python, and a thread
-watches the memory. They hold only while the child works on a clip, because a child that ended while it receives or
-returns one would leave the other children's queue locked.
+Both limits work while FFmpeg hangs: the alarm's signal ends the process without Python's help, and a thread watches the
+memory. They apply only while the child works on a clip, because a child that ended while receiving or returning one
+would leave the other children's queue locked.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from egopatch.configs.schema import VideoConfig
 GIB = 1024**3
 MEMORY_POLL_S = 0.02
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT_BYTES, _LARGEST_KEPT = 1 << 26, 1 << 25  # free memory at the heap's end, and one piece: 32 MB is its own limit
+_KEPT_BYTES, _LARGEST_KEPT = 1 << 26, 1 << 25  # free bytes kept at the heap's end, largest kept piece (glibc's limit)
 OUT_OF_MEMORY = 117  # exit codes of a child that used too much memory,
 OUT_OF_TIME = -signal.SIGALRM  # and of one that took too long
 SLOWEST_BYTES_PER_S = 4e6  # reading a video through, on a network file system that many decoders share
@@ -30,7 +30,7 @@ SLOWEST_BYTES_PER_S = 4e6  # reading a video through, on a network file system t
 
 def prepare_child(memory_gb: float) -> None:
     """Prepare this process, once, for clips within `limits`."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it may have been ignored where the job was started
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the process that started the job may have ignored it
     _keep_freed_memory()
     _memory_at_start()
     # The system's own limit catches growth that is faster than the polling. FFmpeg fails there without naming the
@@ -42,7 +42,7 @@ def prepare_child(memory_gb: float) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of a frame for the next one, which saves a tenth of a short clip's time."""
+    """Make the C library reuse a frame's memory for the next frame, which saves a tenth of a short clip's time."""
     with suppress(AttributeError, OSError):  # it is not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -83,7 +83,7 @@ class _MemoryWatch:
     def _watch(self) -> None:
         while self._working.wait():
             time.sleep(MEMORY_POLL_S)
-            # The clip may have left no handle or memory to look with; the next look may succeed.
+            # The clip may leave no file handle or memory for this check; the next check may succeed.
             with suppress(OSError, MemoryError, psutil.Error), self._ending:
                 if self._most is not None and _memory_in_use() > self._most:
                     os._exit(OUT_OF_MEMORY)
@@ -91,7 +91,7 @@ class _MemoryWatch:
 
 @contextmanager
 def reading_through(nbytes: int) -> Iterator[None]:
-    """A block that reads a whole file: the clip's time stands still, and the time for the block grows with the file."""
+    """Stop the clip's clock while the block reads a whole file, and give the block more time for a larger file."""
     with clock_stopped() as left_s:
         if left_s:
             signal.setitimer(signal.ITIMER_REAL, left_s + nbytes / SLOWEST_BYTES_PER_S)
@@ -100,7 +100,7 @@ def reading_through(nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def clock_stopped() -> Iterator[float]:
-    """A block that does not count for the clip's time; yields the time that is left, 0 outside of `limits`."""
+    """Stop the clip's clock during the block; yields the seconds that are left, 0 outside of `limits`."""
     left_s, _ = signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield left_s
@@ -119,12 +119,12 @@ def _memory_at_start() -> int:
 
 
 def _memory_in_use() -> int:
-    """Bytes of this process alone: frames in memory that it shares with its parent, and libraries, are not its own."""
+    """Bytes that only this process uses: not libraries, and not the frames in memory shared with its parent."""
     memory = _process(os.getpid()).memory_info()
     return memory.rss - getattr(memory, "shared", 0)
 
 
 @functools.cache
 def _process(pid: int) -> psutil.Process:
-    """The process, which psutil takes longer to find than to ask for its memory."""
+    """The process, cached because finding it takes psutil longer than reading its memory use."""
     return psutil.Process(pid)

@@ -1,7 +1,7 @@
-"""Memory that a process shares with its children: what is large is written there once and never pickled.
+"""Memory that a process shares with its children: large arrays are written there once and never pickled.
 
-It has no name, so nothing is left behind, whoever is killed; and it takes nothing of /dev/shm, which is small in
-containers. It grows with what was written into it, up to its size, and is freed with its last process.
+It has no name, so nothing is left behind when a process is killed, and it takes no space in /dev/shm, which is small in
+containers. It grows as it is written, up to its size, and is freed when the last process that uses it ends.
 """
 
 import mmap
@@ -54,9 +54,9 @@ class SharedSlots:
         return _attach, (DupFd(self._file), self.count, self.slot_bytes)
 
     def take(self) -> int:
-        """A slot that is free now."""
+        """Take a free slot; there must be one."""
         assert self._free, f"all {self.count} slots are in use; give one back first"
-        return self._free.pop()  # the one that was used last: others may never be needed, and take no memory then
+        return self._free.pop()  # the slot that was freed last: slots that are never used take no memory
 
     def give_back(self, slot: int) -> None:
         """Declare a slot free; its content must not be used any more. Any thread may call this."""
@@ -67,7 +67,7 @@ class SharedSlots:
         return self._bytes[slot]
 
     def offset_of(self, content: NDArray[Any]) -> int | None:
-        """Where contiguous memory begins, in bytes from the start of the first slot; None if it is in no slot."""
+        """Offset of contiguous memory in bytes from the start of the first slot; None if it is not in the slots."""
         offset = content.ctypes.data - self._bytes.ctypes.data
         return offset if 0 <= offset < self._bytes.size else None
 
@@ -76,7 +76,7 @@ class SharedSlots:
         return self._bytes.reshape(-1)[offset : offset + nbytes]
 
     def close(self) -> None:
-        """End the use of the slots; the memory is freed with the last array in it."""
+        """Stop using the slots; the memory is freed when no array refers to it any more."""
         os.close(self._file)
         del self._bytes
 
@@ -91,7 +91,7 @@ _inherited: list[SharedSlots] = []  # in a child of one pool: set when it starts
 
 
 def inherit(slots: SharedSlots) -> None:
-    """Keep the slots that this process, a child that is starting, got from its parent."""
+    """Store the slots that this child process received from its parent when it started."""
     _inherited[:] = [slots]
 
 

@@ -1,7 +1,7 @@
-"""Child processes that are started afresh, do not outlive their parent, and finish what they do at signals to all.
+"""Spawned child processes, which do not outlive their parent and keep working when the whole job is signalled.
 
-A terminal and a scheduler signal every process of a job. What the signal means is up to the parent: it waits for what
-is to be finished, and then kills its children.
+A terminal and a scheduler signal every process of a job. Only the parent reacts: it waits for the work that must be
+finished, and then kills its children.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from egopatch.features.common.signals import children_without_interrupts, signal
 
 
 class _Child(SpawnProcess):
-    """A process that is killed where pebble ends it by SIGTERM, which it ignores."""
+    """A process that `terminate` kills: pebble ends children by SIGTERM, which these ignore."""
 
     def terminate(self) -> None:
         """As multiprocessing's `kill`."""
@@ -29,8 +29,8 @@ class _Child(SpawnProcess):
 class _KeepingContext(SpawnContext):
     """Spawns children, because forked ones would inherit torch's and CUDA's threads and locks in an unknown state.
 
-    It keeps the locks that it makes. pebble lets go of a pool's locks, which removes them, before it ends the children:
-    one that is just starting would find them gone, and say so in a traceback.
+    It keeps a reference to each lock that it makes. pebble drops a pool's locks, which deletes them, before it ends the
+    children: a child that is just starting would not find them, and would print a traceback.
     """
 
     Process = _Child
@@ -47,13 +47,13 @@ class _KeepingContext(SpawnContext):
 
 
 class SpawnedPool:
-    """Child processes for short tasks; a context manager, whose end kills them.
+    """Child processes for short tasks; a context manager that kills them at its end.
 
     Args:
         doing: What the children do, such as `decoding`, for messages.
         workers: Number of children.
-        initializer: Called in a child before its first task, with `initargs`; a child imports what it needs for them.
-        initargs: May hold what only a child that is being started can receive, such as `SharedSlots`.
+        initializer: Called with `initargs` in each child before its first task; the child imports what this needs.
+        initargs: May include objects that only a starting child can receive, such as `SharedSlots`.
 
     Raises:
         ChildProcessError: No child can be started.
@@ -66,8 +66,8 @@ class SpawnedPool:
         self._pool = ProcessPool(
             max_workers=workers, initializer=_start, initargs=(initializer, initargs), context=self._context
         )
-        # Starts the children, and the threads that replace those that end. The tracker of semaphores, whose start would
-        # let signals in again, runs since semaphores were required above.
+        # Starts the children, and the threads that replace children that end. The semaphore tracker, whose start would
+        # unblock signals, is already running since `require_semaphores` above.
         try:
             with children_without_interrupts():
                 if not self._pool.active:  # an assert would start nothing under `python -O`
@@ -98,13 +98,13 @@ class SpawnedPool:
             ChildProcessError: A child has died while it had nothing to do, which ends the pool.
         """
         try:
-            with signals_held():  # pebble's queue would not survive an exception in its midst
+            with signals_held():  # an exception in the middle of it would break pebble's queue
                 return self._pool.schedule(function, args=args)
         except RuntimeError as error:
             raise self.start_error() from error
 
     def start_error(self) -> ChildProcessError:
-        """The error to raise where the pool, or a future, is broken."""
+        """The error to raise when the pool or a future is broken."""
         return ChildProcessError(
             f"the child processes for {self.doing} cannot be started, or were killed while they had no work; check "
             "the machine's free memory and its limit of processes, and run the same command again to resume"
@@ -119,13 +119,13 @@ def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
 
 
 def require_semaphores(purpose: str) -> None:
-    """Check that processes can have semaphores, which the system keeps in /dev/shm.
+    """Check that semaphores can be created, which the system keeps in /dev/shm.
 
     Args:
         purpose: What needs them, for the message.
 
     Raises:
-        ChildProcessError: There can be none.
+        ChildProcessError: They cannot be created.
     """
     try:
         multiprocessing.get_context("spawn").Lock()

@@ -1,4 +1,4 @@
-"""What brings clips back from quarantine: the very command line, for the end of a command's output."""
+"""The command line that retries the clips in quarantine, for the end of a command's output."""
 
 import shlex
 from collections.abc import Sequence

@@ -61,12 +61,12 @@ def encode(
     refresh: bool = False,
     wait: bool = False,
 ) -> "tuple[int, list[ExtractionResult]]":
-    """Encode as `extract_together` does, and print what came of it.
+    """Encode as `extract_together` does, and print the results.
 
     Args:
         program: Name of the command, for errors.
-        configs: The experiments; as for `extract_together`, as are the arguments that are not described here.
-        lines: The command line of each, from `--config` on, for the commands that messages name.
+        configs: The experiments; as for `extract_together`, like the arguments that are not described here.
+        lines: The command line of each config, from `--config` on, for the commands that messages suggest.
 
     Returns:
         The exit code of `extract run`, and a result for each config, none if the work failed.
@@ -99,7 +99,7 @@ def encode(
 
 
 def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]") -> list[dict[str, Any]]:
-    """What `--json` has of each store."""
+    """The record of each store that `--json` prints."""
     return [
         {
             "path": config.store.path,
@@ -121,7 +121,7 @@ def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]")
 
 
 def split_configs(args: Sequence[str]) -> list[list[str]]:
-    """A command line for each of the files in `--config A.yaml B.yaml`; other options are in all of them."""
+    """One command line for each file in `--config A.yaml B.yaml`; each has all the other options."""
     args = list(args)
     if "--config" not in args:
         return [args]

@@ -14,12 +14,12 @@ from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.signals import start_trackers
 from egopatch.features.common.units import counted
 
-# What `--encoder NAME` stands for.
+# `--encoder NAME` -> name of the config that it stands for.
 ENCODERS = {"lite": "own_videos_lite", "dinov2": "own_videos_dinov2", "egovlpv2": "own_videos"}
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Write clips file and config, and encode; exit codes as those of `extract run`."""
+    """Write the clips file and the config, and encode; returns an exit code of `extract run`."""
     parser.usage = "FOLDER --out STORE [--encoder NAME] [--clip-seconds SECONDS] [options]"
     parser.epilog = (
         "Beside STORE the command writes STORE.clips.jsonl and STORE.yaml, a config for all other commands. Exit codes"
@@ -66,7 +66,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def _with_config(args: Sequence[str]) -> list[str]:
-    """The command line with a `--config` in front: the one that `--encoder` stands for, unless it has its own."""
+    """The command line, with the `--config` that `--encoder` stands for in front unless it has its own."""
     name, args = take_option(args, "--encoder")
     own = any(arg.partition("=")[0] in ("--config", "-h", "--help", "--help-all") for arg in args)
     if name is None and own:

@@ -1,7 +1,8 @@
 """EgoSchema as released: `questions.json`, `subset_answers.json`, and `videos/{q_uid}.mp4`.
 
-All questions are of the part test: a head that was trained elsewhere is evaluated. Answers to 500 questions are
-published; accuracies are over those, and the answers to all questions are written for the benchmark's server.
+All questions belong to the part test, on which a head that was trained elsewhere is evaluated. The answers to 500
+questions are published; accuracies are over those. A head's answers to all questions are written for the benchmark's
+server.
 
 Source: Mangalam et al., "EgoSchema: A diagnostic benchmark for very long-form video language understanding", NeurIPS
 2023.
@@ -30,7 +31,7 @@ def load(root: Path, split: str) -> Dataset:
     """Clips and questions below `root`.
 
     Raises:
-        DatasetError: A file is missing, or a record is malformed or repeats an id; one line a fault.
+        DatasetError: A file is missing, or a record is malformed or repeats an id; one line per fault.
     """
     problems: list[str] = []
     answers: dict[str, object] = {}

@@ -2,10 +2,10 @@
 
 As released: `ROOT/qa/{direct,indirect}/formatted_{train,val,test}_qas_encode.json`, `answer_set.txt` beside them, and
 videos `ROOT/qa_videos/INTERVAL.mp4`, where INTERVAL is like `vid|P1|start|end` (the pipes are part of the file name)
-and is the clip's id. `qa_ori/` is read in place of `qa/`, and both below `Data/`, as packed by EgoVLPv2's authors.
-The files of earlier steps of the released preprocessing are read too: `{part}_qas_encode.json` and `{part}_qas.json`;
-and `formatted_{part}_qas_encode4.json`, which adds a paraphrase (`text_pos`) and a counterfactual (`text_neg`) of each
-question and is preferred where `data.paraphrases` asks for these.
+and is the clip's id. `qa_ori/` may stand in for `qa/`, and either may be in `Data/`, as packed by EgoVLPv2's authors.
+The files of earlier steps of the released preprocessing are read too: `{part}_qas_encode.json` and `{part}_qas.json`.
+So is `formatted_{part}_qas_encode4.json`, which adds a paraphrase (`text_pos`) and a counterfactual (`text_neg`) of
+each question; it is preferred if `data.paraphrases` is set.
 Without `answer_set.txt` the answer set is built from the training answers by the released rule.
 
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
@@ -92,7 +92,7 @@ def annotation_file(root: Path, split: str, part: Part, paraphrases: bool = Fals
 
 
 def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
-    """The questions of one annotation file, in its order; with their `variants`, which the records must have then.
+    """The questions of one annotation file, in its order; with `variants` if set, which every record must then have.
 
     Raises:
         DatasetError: The file is missing or truncated, or records are malformed or repeat a question_id.
@@ -193,7 +193,7 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
     first: dict[str, int] = {}
     problems = []
     for number, line in enumerate(lines, start=1):
-        # In any other spelling no question's answer would be of its class.
+        # Questions' answers are in lower case, so none would match an entry in another spelling.
         answer = line.strip() if line.strip() in UNKNOWN_ANSWERS else line.strip().lower()
         if answer in first:
             problems.append(

@@ -16,13 +16,13 @@ ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 
 
 def find_videos(folder: Path) -> dict[str, Path]:
-    """The video files in `folder` and the folders below it: name, the path from `folder` on, -> file, sorted.
+    """The video files in `folder` and the folders below it, sorted: path relative to `folder` -> file.
 
-    Files and folders whose names begin with a dot are skipped; a video file in place of a folder is the only one.
+    Files and folders whose names begin with a dot are skipped. If `folder` is a video file, it is the only one.
 
     Raises:
-        DatasetError: There is none, or the name of one cannot be part of a clip_id; one line per file. Or it is an
-            archive.
+        DatasetError: There is no video, or a video's name cannot be part of a clip_id (one line per file), or `folder`
+            is an archive.
     """
     if folder.is_file() and folder.suffix.lower() in ARCHIVES:
         raise DatasetError([f"{folder}: is an archive; unpack it, and name the folder with the videos"])
@@ -42,7 +42,7 @@ def find_videos(folder: Path) -> dict[str, Path]:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file, or a link to one that is not there, as git-annex leaves it, which a user misses."""
+    """Whether it is a file, or a dangling link such as git-annex leaves, whose video a user would miss."""
     return path.is_file() or (path.is_symlink() and not path.exists())
 
 
@@ -82,11 +82,11 @@ def _problems_of(name: str, path: Path) -> list[str]:
 def cut(name: str, video: Path, duration_s: float | None, clip_s: float | None) -> list[Clip]:
     """The clips of one video.
 
-    The first clips are `clip_s` long. A rest of less than half of that belongs to the last clip, which ends with the
-    video, so that no clip is much shorter than the others.
+    All clips but the last are `clip_s` long. The last one ends with the video; a remainder of less than half of
+    `clip_s` is added to it, so that no clip is much shorter than the others.
 
     Args:
-        name: Beginning of the clip ids; a clip that is the whole video has no other id.
+        name: Beginning of the clip ids; the whole id of a clip that is the whole video.
         video: The file.
         duration_s: Its length in seconds; None if it cannot be decoded, which makes it one clip.
         clip_s: Length of a clip in seconds; None makes each video one clip.

@@ -16,7 +16,7 @@ cell. An empty cell counts as no value.
 Without questions (`data.questions: null`) the clips alone are encoded; `egopatch extract videos` writes such a file.
 
 Multiple choice: `{"options": ["fridge", "door", "jar"], "answer_index": 0}` in place of `answer`, in all questions or
-none. Options have the text of answers; two to 26 of them, all different.
+none. A question has two to 26 options, all different; each is the text of an answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping

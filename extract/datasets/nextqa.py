@@ -35,8 +35,8 @@ def load(root: Path, split: str) -> Dataset:
     """Clips and questions below `root`.
 
     Raises:
-        DatasetError: A file is missing, or a row is malformed, repeats an id or names an unknown video; one line a
-            fault.
+        DatasetError: A file is missing, or a row is malformed, repeats an id or names an unknown video; one line
+            per fault.
     """
     problems: list[str] = []
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
@@ -68,7 +68,7 @@ def load(root: Path, split: str) -> Dataset:
 
 
 def _videos(path: Path) -> Mapping[str, str]:
-    """File below the video folder, without its ending, by the name of a video."""
+    """Name of each video -> its file below the video folder, without the suffix."""
     found = parsing.read_json_object(path, "NExT-QA's file of each video", "names of files")
     if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
         raise ValueError(f"{path}: {wrong[0]!r} is a JSON {parsing.kind(found[wrong[0]])}; expected the name of a file")

@@ -1,8 +1,8 @@
-"""Whether the rows of a store were made of what the annotations say now.
+"""Checks whether the rows of a store were made from what the annotations say now.
 
-A clip is *stale* if its row was made of another stretch, of another file, or of a file that has another size now. Files
-that are gone prove nothing. Bytes are compared by `egopatch features verify STORE --sources FOLDER`, since reading
-every video takes long; the time of modification is not compared, since every copy of a file may have another one.
+A clip is *stale* if its row was made from another stretch, from another file, or from a file whose size has changed. A
+file that is gone does not make a clip stale. Bytes are compared by `egopatch features verify STORE --sources FOLDER`,
+since reading every video takes long; modification times are not compared, since copying may change them.
 """
 
 import functools
@@ -27,7 +27,7 @@ class OriginCheck:
 
     Attributes:
         stale: Id -> how the row differs from the annotations, for each stale clip.
-        unrecorded: Number of clips stored without what they were made of: imported, or by an earlier version.
+        unrecorded: Number of clips stored without an origin: imported, or stored by an earlier version.
     """
 
     stale: Mapping[str, str]
@@ -43,13 +43,13 @@ class OriginCheck:
         )
 
     def lines(self) -> list[str]:
-        """What a command prints about the check: no line where every row is known to match."""
+        """The lines that a command prints about the check; none if every row is known to match."""
         stale = [self.stale_line()] if self.stale else []
         return stale + ([f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else [])
 
 
 def unrecorded_line(clips: int) -> str:
-    """What is unknown about so many clips that were imported or that an earlier version stored."""
+    """One line about `clips` clips without an origin, which were imported or stored by an earlier version."""
     return (
         f"{counted(clips, 'clip')} came without stretch and video file, by `features import` or from an earlier "
         "version; whether the annotations still match cannot be checked"
@@ -57,13 +57,13 @@ def unrecorded_line(clips: int) -> str:
 
 
 def origin_of(clip: Clip, root: Path, size: int) -> Origin:
-    """What a row of `clip` is made of, if its video has `size` bytes; `root` is `data.root`."""
+    """The origin of a row of `clip`, whose video has `size` bytes; `root` is `data.root`."""
     start_s, end_s = (None if second is None else float(second) for second in (clip.start_s, clip.end_s))
     return Origin(_file_name(clip.video, root), size, start_s, end_s)
 
 
 def compare_origins(clips: Iterable[Clip], root: Path, origins: Mapping[str, Origin | None]) -> OriginCheck:
-    """Compare `clips` with what their rows were made of; `root` is `data.root`, and clips without a row are skipped."""
+    """Compare `clips` with the origins of their rows; `root` is `data.root`. Clips without a row are skipped."""
 
     @functools.cache  # many clips share a video
     def file_now(video: Path) -> tuple[str, int | None]:

@@ -24,8 +24,8 @@ MAX_CLIP_ID_BYTES = 240
 MAX_NAME_BYTES = 255
 # Text with these can be neither a path, nor an array's value, nor UTF-8 output.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
-_NO_NAMES = frozenset(("", ".", ".."))  # of a file
-# What spreadsheets write between cells, by language; the one that the header has most of is taken.
+_NO_NAMES = frozenset(("", ".", ".."))  # these cannot name a file
+# Spreadsheets separate cells by one of these, depending on the language; the header's most frequent one is used.
 _DELIMITERS = ",;\t"
 MAX_SHOWN = 200  # characters of a wrong header
 
@@ -57,7 +57,7 @@ def _readable(path: Path, purpose: str) -> Iterator[None]:
 
 
 def _read_json(path: Path, purpose: str) -> Any:
-    """The value in a JSON file, in which an object with a repeated key is a ValueError.
+    """The value in a JSON file, with a ValueError in place of each object that repeats a key.
 
     Raises:
         ValueError: As `read_text`; or the file is not JSON (with line and column).
@@ -78,7 +78,7 @@ def _read_json(path: Path, purpose: str) -> Any:
 def read_json_records(path: Path, purpose: str) -> list[tuple[str, Any]]:
     """Position (`FILE:record N`, from 1 on) and value of each record of the list in a JSON file.
 
-    A record with a repeated key is a ValueError, for `collect` to report.
+    A record with a repeated key is replaced by a ValueError, which `collect` reports.
 
     Raises:
         ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
@@ -98,7 +98,7 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
         expected: What the object maps, for an error, such as "indices by q_uid".
 
     Raises:
-        ValueError: As `read_text`; the file is not JSON, not an object, or has a key twice.
+        ValueError: As `read_text`; or the file is not JSON, not an object, or repeats a key.
     """
     found = _read_json(path, purpose)
     if isinstance(found, ValueError):
@@ -109,13 +109,13 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
 
 
 def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Position (`FILE:LINE`, where it begins) and cells by column of every row of a CSV file that is not empty.
+    """Position (`FILE:LINE` of its first line) and cells by column of every row of a CSV file that is not empty.
 
-    A row with more cells than the header is a ValueError. Commas, semicolons and tabs may separate cells.
+    A row with more cells than the header is a ValueError. Commas, semicolons or tabs may separate cells.
 
     Raises:
-        ValueError: As `read_text`; or the header, line 1, has not all `columns`, or one column twice; or a quotation
-            mark is not closed, or stands inside a quoted cell without another one before it.
+        ValueError: As `read_text`; or the header, line 1, lacks one of `columns` or repeats a column; or a quotation
+            mark is not closed, or is not doubled inside a quoted cell.
     """
     text = read_text(path, purpose)
     header = text.partition("\n")[0]
@@ -146,7 +146,7 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
 def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     """Position (`FILE:LINE`) and value of every line that is not blank; the value of a malformed line is a ValueError.
 
-    The file is read line by line, because it may have millions.
+    The file is read line by line, because it may have millions of lines.
 
     Raises:
         ValueError: The file is missing or unreadable; the message contains `purpose`.
@@ -177,8 +177,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | ValueError:
     return ValueError(f"key {twice!r} is used twice in one object; expected each key once")
 
 
-# Gives the value of a JSON text, in which an object with a repeated key is a ValueError, for `collect` to report.
-# `json.loads` would make a decoder for every line, which takes as long as decoding it.
+# Parses a JSON text; an object with a repeated key becomes a ValueError, which `collect` reports. `json.loads` would
+# make a decoder for every line, which takes as long as decoding it.
 _loads: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
@@ -258,7 +258,7 @@ def text_field(record: Mapping[str, Any], key: str) -> str:
 def answer_field(record: Mapping[str, Any], key: str) -> str:
     """Text that is not blank, or a number as text: `3` is an answer like `"3"`.
 
-    The text is in Unicode's form NFC, so that an answer is one class, whatever form the editors of a file wrote.
+    The text is normalised to Unicode's form NFC, so that an answer is one class whichever form an editor wrote.
     """
     value = record.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -337,7 +337,7 @@ def texts_field(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def compared(name: str) -> str:
-    """The same for names that differ in case, surrounding spaces or the Unicode form of a letter only."""
+    """A key that is equal for names that differ only in case, surrounding spaces or the Unicode form of a letter."""
     return unicodedata.normalize("NFC", name.strip().casefold())
 
 

@@ -1,7 +1,7 @@
 """QAEgo4D as released: `annotations.{train,val,test}.json`, and Ego4D's clips as `clips/{video_id}.mp4`.
 
 `qaego4d` is the open set: answers are classes of the training answers. `qaego4d-close` is the 4-way choice, whose
-records have three `wrong_answers`. `video_id` is the uid of an Ego4D clip, which a question is asked of as a whole.
+records have three `wrong_answers`. `video_id` is the uid of an Ego4D clip; a question is about the whole clip.
 
 Source: Barmann and Waibel, "Where did I leave my keys?", CVPR workshops 2022; QAEgo4D-Close: Di and Xie, "Grounded
 question-answering in long egocentric videos", CVPR 2024.
@@ -37,10 +37,10 @@ def load(root: Path, split: str, close: bool) -> Dataset:
     Args:
         root: Folder with the annotation files and `clips`.
         split: Copied into the result.
-        close: Whether to read the 4-way choice. The place of the right answer follows from the question's id.
+        close: Whether to read the 4-way choice. The question's id decides the position of the right answer.
 
     Raises:
-        DatasetError: A file is missing, or a record is malformed or repeats an id; one line a fault.
+        DatasetError: A file is missing, or a record is malformed or repeats an id; one line per fault.
     """
     problems: list[str] = []
     questions: dict[Part, tuple[Question, ...]] = {}

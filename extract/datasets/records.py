@@ -24,8 +24,8 @@ class DatasetError(ValueError):
     """Annotations that cannot be used.
 
     Attributes:
-        problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message consists
-            of ten, of every kind if there are no more kinds, and the number of the others.
+        problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message lists
+            ten of them, of as many kinds as possible, and counts the others.
     """
 
     def __init__(self, problems: Iterable[str] | str):
@@ -80,11 +80,11 @@ class Question:
         written: The answer in the file's own spelling, without surrounding spaces; None if that equals `answer`.
         options: Answers to choose from, if it is a multiple-choice question; `answer` is one of them, or empty where
             the right one is not published.
-        variants: Of a training question, if `data.paraphrases` asks for it: the question in other words (paraphrase),
-            and a question like it about something else (counterfactual).
+        variants: The training question in other words (paraphrase), and a similar question about something else
+            (counterfactual); None for other questions, or if `data.paraphrases` does not ask for them.
 
     Raises:
-        ValueError: There are too few or too many options, or none is the answer.
+        ValueError: There are too few or too many options, or none of them is the answer.
     """
 
     question_id: str
@@ -111,7 +111,7 @@ class Question:
 
     @property
     def counts(self) -> bool:
-        """Whether metrics count it: benchmarks keep the answers to some multiple-choice questions for their server."""
+        """Whether metrics count the question: benchmarks publish no answer to some multiple-choice questions."""
         return bool(self.answer or not self.options)
 
     @property
@@ -141,8 +141,8 @@ class Dataset:
             annotated ones, by BLEU-4, METEOR and ROUGE-L.
 
     Raises:
-        DatasetError: `questions` holds no sequence of `Question` by part; only some of them have options; or only some
-            of the training questions have variants.
+        DatasetError: `questions` does not map each part to a sequence of `Question`; only some questions have options;
+            or only some training questions have variants.
     """
 
     clips: tuple[Clip, ...]

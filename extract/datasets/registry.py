@@ -1,7 +1,7 @@
 """The adapters of data sets by name, one file each.
 
-Others come from the entry points `egopatch.datasets` of installed packages, each a function as `register_dataset` takes
-it, and from `register_dataset`.
+Other adapters come from `register_dataset`, and from the entry points `egopatch.datasets` of installed packages, each
+of which is a function that `register_dataset` would take.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ _PLUGINS: Plugins[Loader] = Plugins("data.name", "egopatch.datasets", LOADERS.ke
 
 
 def register_dataset(name: str, load: Loader, replace: bool = False) -> None:
-    """Let `data.name` name a data set in this process.
+    """Make a data set available under a `data.name` in this process.
 
     Args:
         name: Value of the option.
@@ -62,7 +62,7 @@ def load_dataset(data: DataConfig) -> Dataset:
     Raises:
         DatasetError: `data.root` does not exist, or annotation files are missing or malformed; one line per fault, with
             file and position. Or the parts of a data set from outside this package do not fit together.
-        ConfigError: `data.name` is unknown, or what registers it is broken.
+        ConfigError: `data.name` is unknown, or its registration is broken.
         RuntimeError: The function of a data set from outside this package raises another ValueError or OSError.
     """
     plugin = _PLUGINS.find(data.name)
@@ -98,9 +98,9 @@ def load_clips(data: DataConfig) -> tuple[Clip, ...]:
 
 
 def _misfits(dataset: Dataset) -> Iterator[str]:
-    """What is wrong with a data set from outside this package, whose adapters check their own where they know the line.
+    """Faults of a data set from outside this package; the adapters here check their own where they know the line.
 
-    Without this, training fails after the job has encoded every clip, or counts right answers as wrong.
+    Without this, training would fail after the job has encoded every clip, or would count right answers as wrong.
     """
     if set(dataset.questions) != set(PARTS):
         yield f"questions has the parts {list(dataset.questions)}; expected {list(PARTS)}, empty tuples included"
@@ -109,7 +109,7 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
     if wrong := [name for name, value in fields.items() if isinstance(value, str) or not isinstance(value, Sequence)]:
         yield from (f"{name} is of type {type(fields[name]).__name__}; expected a tuple" for name in wrong)
         return
-    # What is of a wrong type cannot be compared, so the others are looked for only where there is none.
+    # Values of a wrong type cannot be compared, so other faults are looked for only if there are none.
     if wrong := [*_wrong_fields(dataset)]:
         yield from wrong
         return
@@ -138,7 +138,7 @@ def _repeated(values: Sequence[str]) -> list[str]:
 
 
 def _wrong_fields(dataset: Dataset) -> Iterator[str]:
-    """One line for each field of a clip or a question, and each answer or text, that cannot be what it is."""
+    """One line for each field of a clip or a question, and each answer or text, that has an invalid value."""
     if strange := [clip for clip in dataset.clips if not isinstance(clip, Clip)]:
         yield f"clips contains {strange[0]!r:.200}; expected a Clip"
         return
@@ -161,7 +161,7 @@ def _wrong_fields(dataset: Dataset) -> Iterator[str]:
 
 
 def _distinct(values: list[Any]) -> Collection[Any]:
-    """Each of the values once, since most fields of a million questions have few; all, if some cannot be compared."""
+    """The distinct values, since most fields of a million questions have few; all values if some cannot be hashed."""
     try:
         return set(values)
     except TypeError:

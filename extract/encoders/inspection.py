@@ -164,7 +164,7 @@ def inspect_checkpoint(path: Path | str) -> CheckpointReport:
 
 
 def convert_checkpoint(path: Path | str, out: Path | str) -> CheckpointReport:
-    """Write the tensors of a checkpoint that are used here as safetensors, and report on the new file.
+    """Write those tensors of a checkpoint that are used here to a safetensors file, and report on that file.
 
     Converting a converted file again gives the same bytes.
 

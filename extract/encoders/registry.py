@@ -1,7 +1,7 @@
 """Finds a network by its name, `encoder.arch`, and loads its encoders.
 
-`NETWORKS` lists the networks of this package. Others come from the entry points `egopatch.encoders` of installed
-packages, each a `Network`, and from `register_encoder`.
+`NETWORKS` lists the networks of this package. Others come from `register_encoder`, and from the entry points
+`egopatch.encoders` of installed packages, each of which is a `Network`.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ _PLUGINS: Plugins[Network] = Plugins("encoder.arch", "egopatch.encoders", NETWOR
 
 
 def register_encoder(network: Network, replace: bool = False) -> None:
-    """Let `encoder.arch` name `network` in this process and in the workers that it starts.
+    """Make `network` available by its name as `encoder.arch`, in this process and in the workers that it starts.
 
     Args:
-        network: The network; its functions reach worker processes, also if a notebook defines them.
+        network: The network; its functions reach worker processes even if they are defined in a notebook.
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken, or `network` is no `Network`.
+        ConfigError: The name is taken, or `network` is not a `Network`.
     """
     if not isinstance(network, Network):
         raise ConfigError(f"register_encoder was given {network!r}, which {_fault('', network)}")
@@ -69,10 +69,10 @@ def find_network(arch: str) -> Network:
 
 
 def weights_path(arch: str | Network, path: Path | None) -> Path:
-    """File or folder with the weights of `arch`: what `path` names, or the file in the installed package.
+    """File or folder with the weights of `arch`: the one that `path` names, or the file in the installed package.
 
     Raises:
-        CheckpointError: `path` is the name of a model on the hub, which does not give it.
+        CheckpointError: `path` is the name of a model on the hub, and the hub does not provide it.
         ConfigError: `arch` is unknown; or `path` is None and no package with the weights exists or is installed.
     """
     network = _network_of(arch)
@@ -125,7 +125,7 @@ def open_text_checkpoint(arch: str | Network, video: Checkpoint | None, model: s
 
 
 def input_transform(arch: str | Network, path: Path | None, size: int) -> Transform:
-    """How decoded frames become the input of the video network `arch`.
+    """The transform from decoded frames to the input of the video network `arch`.
 
     Args:
         arch: Name of the network, or what `find_network` returned for it.
@@ -161,7 +161,7 @@ def load_video_encoder(
         arch: Name of the network, or what `find_network` returned for it.
         checkpoint: Path of the file, or a checkpoint already read; None reads the installed package (lite).
         num_frames: T, frames of a clip.
-        depth: Number of blocks to run; tokens of the last depth carry the final norm.
+        depth: Number of blocks to run; after the last block, tokens include the final norm.
         path: EgoVLPv2 only: `fused` is the question-answering half-network, `dual` the video-only network.
         dtype: Data type of weights and arithmetic.
         variant: MFAS only: `paper`, or `released` with the quirks of the released code; see
@@ -174,8 +174,8 @@ def load_video_encoder(
     Raises:
         CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
         ConfigError: `arch` is unknown or builds no complete `VideoEncoder`, a package is not installed, or
-            `torch.compile` does not work here. Of an encoder from outside this package, `forward` raises it too, where
-            it returns something else than `PatchTokens` of the shapes that the encoder promises.
+            `torch.compile` does not work here. The `forward` of an encoder from outside this package raises it too, if
+            its own code does not return `PatchTokens` of the shapes that the encoder promises.
         RuntimeError: Code of an encoder from outside this package, `forward` included, raises another ValueError or
             OSError.
         ValueError: `path` or `variant` is unknown, or `num_frames` is below 1.

@@ -1,4 +1,4 @@
-"""Who runs the workers: this process, joblib or Ray. Ledger and leases ensure correctness, whatever the engine does."""
+"""Runs the workers: in this process, by joblib or by Ray. Ledger and leases ensure correctness whichever runs them."""
 
 import dataclasses
 import threading
@@ -51,7 +51,7 @@ def encode_with_engine(
     else:
         from egopatch.extract.engines.ray_engine import run_workers
     packed_network = pack_network(job.network)
-    job.encoder.to("meta")  # the workers load their own; this process keeps none
+    job.encoder.to("meta")  # the workers load their own encoders, and this process needs none
     stats = JobStats()
     for _ in range(1 + RESTARTS):
         try:
@@ -60,7 +60,7 @@ def encode_with_engine(
             store.catalog.refresh()
             # A shard that one worker skipped may have been finished by its holder, or by a third worker.
             return stats if still_missing(works, store) else dataclasses.replace(stats, skipped=())
-        except WorkersDied:  # the ledger lists what they committed; their leases have expired
+        except WorkersDied:  # the ledger lists what the workers committed; their leases have expired
             store.catalog.refresh()
             left = still_missing(works, store)
             missing = {clip_id for work in left for clip_id in work.ids}
@@ -98,11 +98,11 @@ class _LedgerProgress:
         stopping = False
         while not stopping:
             stopping = self._stop.wait(POLL_S)
-            with suppress(StoreError, OSError):  # the workers meet what lasts, and say so
+            with suppress(StoreError, OSError):  # the workers report an error that lasts
                 self._store.catalog.refresh()
             committed = self._committed()
             self._report(committed - self._seen, 0)
             self._seen = committed
 
     def _committed(self) -> int:
-        return len(self._store.catalog.ledger.clips)  # `clip_ids` goes through all rows
+        return len(self._store.catalog.ledger.clips)  # `clip_ids` would go through all rows

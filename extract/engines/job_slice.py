@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # see `features`
 
 @dataclass(frozen=True)
 class Slice:
-    """Every `count`-th shard from `index` on; which ones never depends on what is done. The default is all of them."""
+    """Every `count`-th shard from `index` on, whether or not it is already done. The default is all shards."""
 
     index: int = 0
     count: int = 1

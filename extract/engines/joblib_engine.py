@@ -29,7 +29,7 @@ def run_workers(shared: SharedJob) -> JobStats:
 
     Raises:
         ConfigError: As `sharing.run_worker`.
-        WorkersDied: One of them was killed, which makes loky end the others.
+        WorkersDied: A worker was killed, which makes loky end the others.
         TooManyErrors, StoreError: As `extract.worker.pipeline.encode_shards`.
     """
     workers = min(worker_count(shared.config), len(shared.works))
@@ -41,15 +41,15 @@ def run_workers(shared: SharedJob) -> JobStats:
 
 
 def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]) -> list[Result]:
-    """Results of `function` for each of `arguments`, each in a process of its own; the first error ends all of them.
+    """Results of `function` for each of `arguments`, each in its own process; the first error ends all processes.
 
-    They get SIGTERM, and are killed if they have not ended `ENDING_S` later.
+    They get SIGTERM, and are killed if they have not ended after `ENDING_S` seconds.
     """
     start_trackers()
     executor = ProcessPoolExecutor(max_workers=len(arguments))
     futures: list[Future[Result]] = []
     try:
-        # A signal that came in between would leave workers that this process waits for when it ends.
+        # A signal in between would leave workers behind, and this process would wait for them when it ends.
         with signals_held(), children_without_interrupts():
             futures = [executor.submit(function, *args) for args in arguments]
         for future in as_completed(futures):
@@ -66,7 +66,7 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
 
 
 def _run_worker(shared: SharedJob, rank: int, workers: int) -> JobStats:
-    # Before and after its work, SIGTERM ends no worker either: loky would kill the others, in the middle of a commit.
+    # SIGTERM must not end an idle worker either: loky would then kill the others in the middle of a commit.
     for number in (signal.SIGINT, *SCHEDULER_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     exit_with_parent()

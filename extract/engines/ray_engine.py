@@ -52,7 +52,7 @@ def run_workers(shared: SharedJob) -> JobStats:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker receives; `folder` and `path` are the job's working folder and `sys.path`."""
+    """The data that every worker receives; `folder` and `path` are the job's working folder and `sys.path`."""
 
     shared: SharedJob
     neighbours: int
@@ -62,7 +62,7 @@ class _Job:
 
 class _Worker:
     def work(self, rank: int, workers: int, job: _Job) -> JobStats:
-        """Work where the job was started, so that relative paths and the modules beside a script are the same."""
+        """Work in the folder where the job was started, so that relative paths and a script's own modules are found."""
         os.chdir(job.folder)
         sys.path += [place for place in job.path if place not in sys.path]
         return run_worker(job.shared, rank, workers, job.shared.config.encoder.device, job.neighbours)
@@ -86,7 +86,7 @@ def _gather(ray: Any, waiting: list[Any]) -> JobStats:
                     ) from error
                 died = error
             except ray.exceptions.RayTaskError as error:
-                # The worker's own error; Ray's report, with the worker's traceback, is shown where an error is no line.
+                # The worker's own error. Ray's report, with the worker's traceback, is shown if a traceback is printed.
                 raise error.cause from ChildTraceback(COLOUR.sub("", str(error)))
     if died is not None:
         raise WorkersDied from died
@@ -116,7 +116,7 @@ def _fit(config: Config, nodes: Sequence[Mapping[str, float]], shards: int) -> t
     workers = min(workers, shards)
     if kind == "GPU":
         return workers, {"num_gpus": 1.0, "num_cpus": 1.0}
-    # As many cores for each as leave a place for all: a worker is on one node, and nodes differ.
+    # As many cores per worker as leave room for all workers: each runs on one node, and nodes differ.
     shares = (share for share in range(max(cores), 0, -1) if sum(count // share for count in cores) >= workers)
     return workers, {"num_cpus": float(next(shares))}
 

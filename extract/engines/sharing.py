@@ -22,7 +22,7 @@ from egopatch.features.common.signals import start_trackers
 
 @dataclass(frozen=True)
 class SharedJob:
-    """What all workers of one job receive.
+    """The data that all workers of one job receive.
 
     Attributes:
         config: Configuration of the job.
@@ -42,18 +42,18 @@ class WorkersDied(RuntimeError):
 
 
 def pack_network(network: Network) -> bytes:
-    """`network` for worker processes, which `run_worker` unpacks.
+    """Pack `network` for worker processes; `run_worker` unpacks it.
 
-    Functions of a script or a notebook are in it themselves, because no other process can import them.
+    It includes the code of functions from a script or a notebook, because no other process can import them.
 
     Raises:
-        ConfigError: It holds something that cannot be sent to another process.
+        ConfigError: The network holds something that cannot be sent to another process.
     """
     import cloudpickle  # imported here to save start-up time
 
     try:
         return bytes(cloudpickle.dumps(network))
-    except Exception as error:  # whatever the objects that its functions hold raise
+    except Exception as error:  # objects that its functions hold may raise anything
         raise ConfigError(
             f"encoder.arch is {network.name!r}, which cannot be sent to worker processes ({error}); its functions"
             " must not hold open files, locks or the like: change them, or use engine.name joblib with engine.workers 1"
@@ -63,7 +63,7 @@ def pack_network(network: Network) -> bytes:
 def _unpack_network(packed: bytes, arch: str) -> Network:
     try:
         network = pickle.loads(packed)
-    except Exception as error:  # whatever the modules that it needs raise while they are imported
+    except Exception as error:  # the modules that it imports may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(
             f"encoder.arch is {arch!r}, which a worker on {socket.gethostname()} cannot load ({reason}); install the"
@@ -78,14 +78,14 @@ def run_worker(shared: SharedJob, rank: int, workers: int, device: str, neighbou
     """Run worker `rank` of `workers` in its own process: every `workers`-th shard, then those that the others left.
 
     The load balances itself: a slow or dead worker leaves shards without a lease, and the first worker to finish its
-    own takes them, in reverse order, because their first holder reaches the last ones last.
+    own takes them, in reverse order, because the worker they belong to reaches the last ones last.
 
     Args:
         shared: The job.
         rank: Number of this worker, from 0 on.
         workers: Number of the job's workers on all machines.
         device: Device of this worker, which replaces `encoder.device`.
-        neighbours: Number of the job's workers on this machine, this one among them.
+        neighbours: Number of the job's workers on this machine, including this one.
 
     Raises:
         ConfigError: This process cannot load the network.
@@ -109,11 +109,11 @@ def run_worker(shared: SharedJob, rank: int, workers: int, device: str, neighbou
 
 
 def still_missing(works: Sequence[ShardWork], store: Store) -> list[ShardWork]:
-    """Those of `works`, and of their clips, that `store`, which has just been refreshed, still needs."""
+    """The `works`, with the clips in each, that `store` still needs; the store must have just been refreshed."""
     missing, quarantine, left = set(store.missing()), store.quarantine, []
     for work in works:
         replaces = {name: work.replaces[name] for name in store.catalog.unchanged(work.replaces)}
-        # One that has failed again since has one attempt more.
+        # A clip that has failed again since then has one more attempt.
         untried = {
             name: attempts
             for name, attempts in work.retries.items()

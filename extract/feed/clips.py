@@ -21,7 +21,7 @@ from egopatch.extract.video.planes import Colours, Planes
 from egopatch.extract.video.transforms import Window
 
 ALIGNMENT = 64  # bytes; copies from other addresses are slower
-_HASHED_AT_ONCE = 1 << 20  # bytes of a file that is hashed in less time than another child's hash is looked up
+_HASHED_AT_ONCE = 1 << 20  # bytes; hashing a smaller file takes less time than looking up another child's hash
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Cut:
     """How frames were cut.
 
     Attributes:
-        whole: (H, W) of the frames before.
+        whole: (H, W) of the uncut frames.
         window: The part that is left, [h, w].
-        colours: What converts their planes; None if they are RGB.
+        colours: Conversion of their planes to RGB; None if they are RGB.
     """
 
     whole: tuple[int, int]
@@ -44,8 +44,8 @@ class Pixels:
     """Frames of one size and kind, cut to the part that the transform looks at.
 
     Attributes:
-        frames: uint8 [h, w, 3] each, or planes; in the parent one array, [F, h, w, 3] or [F, 3 / 2 h w], in which the
-            planes of a frame lie one behind the other.
+        frames: uint8 [h, w, 3] each, or planes; in the parent one array, [F, h, w, 3] or [F, 3 / 2 h w], in which a
+            frame's planes follow each other.
         cut: How they were cut.
     """
 
@@ -71,8 +71,8 @@ class PreparedClip:
         source: SHA-256 of the video file.
         size: Size of the video file in bytes.
         seconds: Time that the child spent on the clip.
-        release: To be called once `frames` are not needed any more: their memory is used for another clip then.
-        memory: The slot of shared memory that `frames` lie in, from its start; None if they have memory of their own.
+        release: Must be called when `frames` are no longer needed; another clip then uses their memory.
+        memory: The slot of shared memory that holds `frames` from its start on; None if they have their own memory.
         memory_used: Bytes of the slot up to the end of the frames.
     """
 
@@ -94,7 +94,7 @@ def read_clip(
     finish: Callable[[DecodedClip[Any]], Frames],
     as_planes: bool = False,
 ) -> PreparedClip:
-    """Decode one clip, and let `finish` make of it what the encoder gets; see `on_host.prepare_clip`."""
+    """Decode one clip, and let `finish` turn it into the encoder's frames; see `on_host.prepare_clip`."""
     started = time.perf_counter()
     before = version_of(clip.video) if clip.video.exists() else None
     decoded = (read_planes if as_planes else read_frames)(clip, video, cache)
@@ -114,7 +114,7 @@ def _file_sha256(version: FileVersion) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in a slot an array lies: its first byte, shape and dtype."""
+    """Position of an array in a slot: its first byte, shape and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -137,7 +137,7 @@ class SharedClip:
 
     @classmethod
     def write(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "SharedClip":
-        """Copy the frames of `prepared` into `memory`, which is large enough; the only copy on their way."""
+        """Copy the frames of `prepared` into `memory`, which is large enough; they are copied only here."""
         frames = prepared.frames
         runs: list[Sequence[NDArray | Planes]] = (
             [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
@@ -188,14 +188,14 @@ class PreparedTogether:
         return self.parts[0].seconds
 
     def shared(self, encoders: Sequence[int]) -> list[PreparedClip]:
-        """What each of the `encoders` gets; the memory is released with the last of them."""
+        """The clip for each of the `encoders`; its memory is released when the last of them releases it."""
         release = _AfterAll(len(encoders), self.parts[0].release)
-        # Each device would register the shared memory for itself, which CUDA refuses; so it is no longer named.
+        # Without `memory`, because each device would register the shared memory for itself, which CUDA refuses.
         return [replace(self.parts[self.part_of[n]], release=release, memory=None) for n in encoders]
 
 
 class _AfterAll:
-    """Calls `action` at its last call of `count`, from whatever thread."""
+    """Calls `action` at the last of `count` calls, from any thread."""
 
     def __init__(self, count: int, action: Callable[[], None]) -> None:
         self._left = count
@@ -212,7 +212,7 @@ class _AfterAll:
 
 @dataclass(frozen=True)
 class SharedTogether:
-    """As `SharedClip`, one part behind another: each with its first byte in the memory."""
+    """As `SharedClip`, for several parts one after another, each with the offset of its first byte in the memory."""
 
     parts: tuple[tuple[int, SharedClip], ...]
     part_of: tuple[int, ...]

@@ -1,6 +1,6 @@
-"""Decoded frames cut to what the transform looks at, for a device that transforms them.
+"""Cuts decoded frames to the part that the transform looks at, for a device that transforms them.
 
-Children that do this need no torch, which would take each of them a second and 200 MB.
+Children that do this need no torch, whose import would cost each of them a second and 200 MB.
 """
 
 from dataclasses import replace
@@ -23,18 +23,18 @@ from egopatch.extract.video.transforms import Transform
 def cut_clip(clip: Clip, video: VideoConfig, cache: VideoCache, *, transform: Transform, most: int) -> PreparedClip:
     """Decode one clip in this process and cut its frames to what `transform` looks at; see `on_host.prepare_clip`.
 
-    Frames of more than `most` bytes are transformed here, which makes them small.
+    If the frames have more than `most` bytes, they are transformed here, which makes them small.
     """
     finish = partial(finish_cut, size=video.size, transform=transform, most=most)
     return read_clip(clip, video, cache, finish, as_planes=True)
 
 
 def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:
-    """Frames cut to what `transform` looks at, or the network's input where that has more than `most` bytes."""
+    """The frames cut to what `transform` looks at, or the network's input if these exceed `most` bytes."""
     runs = _cut(decoded, transform)
     if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
         return runs
-    with clock_stopped():  # torch is no part of the clip
+    with clock_stopped():  # importing torch is no part of the clip's work
         from egopatch.extract.feed.on_host import finish_on_host
     pixels = tuple(frame.rgb() if isinstance(frame, Planes) else frame for frame in decoded.frames)
     return finish_on_host(replace(decoded, frames=pixels), size, transform)

@@ -1,4 +1,4 @@
-"""The children of a job: what they leave in shared memory, and how much of it they get."""
+"""Starts a job's decoder children, and decides what they leave in shared memory and how much of it they get."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for
 from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
 
-LARGEST_SIDE = 1080  # of a square of pixels that fits a slot
+LARGEST_SIDE = 1080  # a slot holds a square of pixels of up to this side
 
 
 def open_decoders(
@@ -27,11 +27,10 @@ def open_decoders(
         video: Number and size of frames, and limits.
         transform: Transform of the network.
         workers: Number of child processes.
-        clips: Number of clips that are decoded ahead, or whose frames are in use while the next one is awaited, and one
-            for that, if they come one by one.
-        cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
-            that are too many for a slot, which may have at most a quarter of the free memory together, are transformed
-            nevertheless.
+        clips: Number of clips in memory if they come one by one: those decoded ahead, those whose frames are in use
+            while the next one is awaited, and that one.
+        cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Slots
+            take at most a quarter of the free memory together; pixels that exceed a slot are transformed by the child.
     """
     slots = slots_for(clips, workers, TOGETHER)
     most, slot_bytes = _sizes(video, slots, cut)
@@ -42,7 +41,7 @@ def open_decoders(
 def open_decoders_of_several(
     encoders: Sequence[tuple[VideoConfig, Transform, bool]], workers: int, clips: int
 ) -> DecodePool[PreparedTogether]:
-    """As `open_decoders`, for several encoders with the same frames but for their size: each with its `cut`."""
+    """As `open_decoders`, for several encoders whose frames differ only in size, each with its own `cut`."""
     finishes: list[Finish] = []
     slots, slot_bytes = slots_for(clips, workers, TOGETHER), 0
     distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
@@ -53,7 +52,7 @@ def open_decoders_of_several(
         finish = partial(finish_cut, most=most) if cut else finish_on_host
         finishes.append(partial(finish, size=size, transform=transform))
     part_of = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
-    as_planes = all(cut for _, _, cut in distinct)  # converted once, if one of the encoders needs RGB
+    as_planes = all(cut for _, _, cut in distinct)  # if one encoder needs RGB, frames are converted once for all
     prepare = partial(prepare_together, finishes=finishes, part_of=part_of, as_planes=as_planes)
     return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
 
@@ -63,7 +62,7 @@ def _frame_slots(count: int, slot_bytes: int) -> SharedSlots:
 
 
 def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:
-    """Bytes of pixels that a clip may have before they are transformed, and bytes of its slot."""
+    """Largest number of bytes of pixels that a clip leaves untransformed, and number of bytes of its slot."""
     finished = 4 * video.frames * 3 * video.size**2
     if not cut:
         return 0, finished

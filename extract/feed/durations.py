@@ -1,4 +1,4 @@
-"""How long videos are, read in child processes, because a damaged file may hang its reader."""
+"""Durations of videos, read in child processes, because a damaged file may hang its reader."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How fast children decode, measured as a job has them do it."""
+"""Measures how fast children decode, under the conditions of a job."""
 
 import itertools
 import time
@@ -15,12 +15,12 @@ MEASURED_S = 1.0  # at least; meanwhile the pool finds out how many clips share 
 
 @dataclass(frozen=True)
 class MeasuredDecoding(Generic[Prepared]):
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
-        first: What became of each clip at first; frames in it are not released.
-        decoded, failed: Number of clips that were decoded, or could not be, in the time measured.
-        seconds: That time.
+        first: The first result of each clip; its frames are not released.
+        decoded, failed: Numbers of clips that could and could not be decoded in the time measured.
+        seconds: The time measured.
     """
 
     first: list[Prepared | UndecodedClip]
@@ -30,9 +30,9 @@ class MeasuredDecoding(Generic[Prepared]):
 
 
 def measure_decoding(pool: DecodePool[Prepared], clips: Sequence[Clip], decoders: int) -> MeasuredDecoding[Prepared]:
-    """Decode `clips` in turn with all `decoders` children of `pool`, which is to be closed afterwards.
+    """Decode `clips` in turn with all `decoders` children of `pool`, which must be closed afterwards.
 
-    The children's start and the first of their clips do not count; then each has two clips at least.
+    The children's start and first clips do not count; the measurement lasts for at least two clips per child.
     """
     results = pool.map(itertools.cycle(clips), together=TOGETHER)
     first = list(itertools.islice(results, len(clips)))

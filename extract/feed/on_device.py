@@ -1,8 +1,8 @@
-"""The transform of `on_host` where a device encodes: the same resampling weights, applied as matrix products.
+"""The transform of `on_host` for a device that encodes: the same resampling weights, applied as matrix products.
 
-A device's own interpolation rounds the positions of pixels in another way than the CPU's, which on noise makes
-differences of 1e-4. So the weights are taken from the CPU: resampling is linear in the pixels and works on rows and
-columns independently, and what it makes of a unit matrix are its weights.
+A device's own interpolation rounds pixel positions differently from the CPU's, which makes differences of 1e-4 on
+noise. So the weights are taken from the CPU: resampling is linear in the pixels and works on rows and columns
+independently, and resampling a unit matrix gives its weights.
 
 Shape legend: F frames of one size, H x W pixels of a whole frame, h x w of the part that was cut out, S the input.
 """
@@ -18,11 +18,11 @@ from egopatch.extract.feed.clips import Cut
 from egopatch.extract.video.planes import Colours
 from egopatch.extract.video.transforms import Transform, Window
 
-_SIZES = 64  # of frames whose weights are kept: 2 MB each at 1920x1080
+_SIZES = 64  # number of frame sizes whose weights are kept: 2 MB each at 1920x1080
 
 
 class DeviceTransform:
-    """Turns pixels on `device` into a network's input, within 1e-5 of what `on_host.to_input` gives.
+    """Turns pixels on `device` into a network's input, within 1e-5 of the result of `on_host.to_input`.
 
     Args:
         transform: Transform of the network.
@@ -43,8 +43,8 @@ class DeviceTransform:
     def __call__(self, pixels: Tensor, cut: Cut) -> Tensor:
         """Transform frames of one size.
 
-        How many there are decides how a device rounds, so that clips which must not depend on each other come in the
-        same number each time.
+        A device's rounding depends on the number of frames, so callers pass the same number each time where a clip's
+        result must not depend on other clips.
 
         Args:
             pixels: uint8 [F, h, w, 3], or planes as `Planes.copy_to` leaves them, [F, 3 / 2 h w].
@@ -64,7 +64,7 @@ class DeviceTransform:
     def _rgb(self, planes: Tensor, window: Window, colours: Colours) -> Tensor:
         """`Planes.rgb` of each frame, float32 [F, 3, h, w]: float32 holds the whole numbers exactly."""
         rows, columns = window.height // 2, window.width // 2
-        # As numbers, since indexing by bytes would make 64 bits of each; the parts of all frames lie together then.
+        # As int32, since indexing by bytes would convert each to 64 bits; this also makes the parts contiguous.
         y, u, v = (part.int().view(-1) for part in planes.split([4 * rows * columns, *[rows * columns] * 2], dim=1))
         of_y, of_u, of_v = self._tables(colours)
         luma = of_y.index_select(1, y).view(-1, 1, rows, 2, columns, 2)
@@ -74,16 +74,16 @@ class DeviceTransform:
         return pixels.clamp_(0, 255).view(-1, 3, window.height, window.width)
 
     def _find_tables(self, colours: Colours) -> tuple[Tensor, Tensor, Tensor]:
-        """What Y contributes to each of R, G and B, [1, 256], and what U and V do, [3, 256] each."""
+        """Contributions to R, G and B: of Y, the same for all three, [1, 256]; of U and of V, [3, 256] each."""
         of_y, v_to_r, u_to_g, v_to_g, u_to_b = torch.from_numpy(colours.array().astype(np.float32))
         none = torch.zeros(256)
         of_u, of_v = torch.stack([none, u_to_g, u_to_b]), torch.stack([v_to_r, v_to_g, none])
         return of_y[None].to(self._device), of_u.to(self._device), of_v.to(self._device)
 
     def _find_stages(self, whole: tuple[int, int], window: Window) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(weights of rows, weights of columns) of each resizing; cubic ones are clamped in between, others merged.
+        """(row weights, column weights) of each resizing; cubic ones are clamped in between, others merged into one.
 
-        The first take levels of 0 to 255 to [0, 1]: dividing all pixels would be another pass over them.
+        The first row weights also scale levels of 0 to 255 to [0, 1]: dividing all pixels would need another pass.
         """
         resized = self._transform.resized(*whole)
         crop = self._transform.crop(*resized)
@@ -105,7 +105,7 @@ class DeviceTransform:
         return [whole[:, start : start + seen], self._resampling(count, self._size)]
 
     def _resampling(self, extent: int, target: int) -> Tensor:
-        """[target, extent] float64: what each resampled pixel takes of every pixel."""
+        """[target, extent] float64: the weight of every pixel in each resampled pixel."""
         unit = torch.eye(extent)
         if target == extent:
             return unit.double()

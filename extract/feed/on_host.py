@@ -20,11 +20,11 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 def prepare_clip(
     clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform = EGOVLP_TRANSFORM
 ) -> PreparedClip:
-    """Decode and transform one clip in this process; `cache` keeps what serves other clips of its video.
+    """Decode and transform one clip in this process; `cache` keeps what other clips of its video can use.
 
     Raises:
         VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
-        OSError: The file cannot be read any more.
+        OSError: The file can no longer be read.
     """
     return read_clip(clip, video, cache, partial(finish_on_host, size=video.size, transform=transform))
 
@@ -46,7 +46,7 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
         float32 [T, 3, size, size] in [0, 1].
     """
     resized = torch.empty(len(frames), 3, size, size)
-    # Frame by frame: the next one uses the same few megabytes again, where all at once would need new memory.
+    # Frame by frame, because each frame reuses the same few megabytes; all at once would need new memory.
     for frame, target in zip(frames, resized, strict=True):
         # Copied to channel-first order first, because interpolation is several times slower on a strided view.
         pixels_chw = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))

@@ -1,8 +1,8 @@
 """Decoding in child processes that can be killed, because a damaged video may hang its decoder or exhaust memory.
 
 Each child works on one clip at a time, under a time limit and a memory limit, and leaves its frames in a slot of shared
-memory. Whatever goes wrong with a clip comes back as text in an `UndecodedClip`: an error itself might not survive the
-way through the pipe.
+memory. Any fault of a clip comes back as text in an `UndecodedClip`, because an exception itself might not survive the
+pipe.
 """
 
 import errno
@@ -35,11 +35,11 @@ from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import NO_SPACE
 
 NICENESS = 5
-# Each task costs this process about a millisecond on a node with a GPU, as long as the GPU takes to encode a clip. So
-# quick clips share tasks of about this many seconds, at most so many of them.
+# On a node with a GPU, each task costs this process about a millisecond, as long as the GPU takes to encode a clip. So
+# quick clips share a task of about `TASK_S` seconds and at most `TOGETHER` clips.
 TASK_S = 0.1
 TOGETHER = 4
-# Tasks over which the mean time of a clip is averaged, so that a single slow one hardly changes it.
+# Number of tasks over which a clip's mean time is averaged, so that a single slow one hardly changes it.
 AVERAGED_TASKS = 8
 Prepared = TypeVar("Prepared")
 Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
@@ -60,10 +60,10 @@ class DecodePool(Generic[Prepared]):
     Args:
         video: Number and size of frames, and limits.
         workers: Number of child processes.
-        prepare: Function that a child calls for each clip, and with what the children know about videos.
+        prepare: Function that a child calls for each clip, with `video` and the children's cache of videos.
         slots: Memory for the frames of every `PreparedClip`: a slot for each clip that is decoded ahead (see `map`),
             for the one that is taken next, and for each that the caller has not released by then. None sends results
-            through a pipe, slow for frames.
+            through a pipe, which is slow for frames.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class DecodePool(Generic[Prepared]):
     def map(
         self, clips: Iterable[Clip], ahead: int | None = None, together: int = 1
     ) -> Iterator[Prepared | UndecodedClip]:
-        """Decode `clips` in order, a bounded number of them before the caller needs them, so that memory stays flat.
+        """Decode `clips` in order, a bounded number of them ahead of the caller, so that memory stays flat.
 
         Args:
             clips: The clips.
-            ahead: Number of clips; by default two for each child, one in progress, and one finished or waiting.
-            together: Largest number of clips that a child gets at a time, if they are quick; see `slots_for`. One that
-                is killed may hold up the clips after it twice as long, since it is tried again by itself.
+            ahead: That number; by default two for each child, one in progress, and one finished or waiting.
+            together: Largest number of quick clips that a child gets at a time; see `slots_for`. A clip whose child is
+                killed may hold up the clips after it twice as long, since it is tried again alone.
 
-        The slots of clips that were decoded and not taken are lost: take all results, or close the pool.
+        The slots of clips that were decoded but not taken are lost: take all results, or close the pool.
         """
         ahead = ahead or 2 * self._workers
         upcoming, tasks = iter(clips), deque[_Task]()
@@ -123,7 +123,7 @@ class DecodePool(Generic[Prepared]):
             try:
                 finished = self._result_of(task)
             except _Killed as killed:
-                if len(task.clips) > 1:  # by which of them? each alone will tell
+                if len(task.clips) > 1:  # trying each clip alone shows which one it was
                     tasks.extendleft(
                         self._schedule([clip], [slot])
                         for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
@@ -149,15 +149,15 @@ class DecodePool(Generic[Prepared]):
         if slots is not None and slot is not None:
             if isinstance(result, SharedClip | SharedTogether):
                 return result.read(slots.memory(slot), partial(slots.give_back, slot))  # type: ignore[return-value]
-            slots.give_back(slot)  # the child has ended or has reported its error: it does not write any more
+            slots.give_back(slot)  # the child has ended or reported its error, so it no longer writes
         return result  # type: ignore[return-value]
 
     def _result_of(self, task: "_Task") -> "_TaskResult":
-        """What a child made of a task.
+        """The result of a task.
 
         Raises:
-            _Killed: The child ended meanwhile.
-            ChildProcessError: None can be started.
+            _Killed: The child ended while it worked on the task.
+            ChildProcessError: No child can be started.
         """
         try:
             return task.future.result()
@@ -176,17 +176,17 @@ class DecodePool(Generic[Prepared]):
 
 
 def decoder_count(config: Config, workers: int) -> int:
-    """Number of decoders for each worker; `auto` divides the usable cores between `workers` here."""
+    """Number of decoders for each worker; `auto` divides this machine's usable cores between its `workers`."""
     if config.engine.decoders == "auto":
         return max(usable_cores() // workers, 1)
     return config.engine.decoders
 
 
 def slots_for(clips: int, workers: int, together: int) -> int:
-    """Number of slots for `clips` that come one by one, or up to `together` at a time; see `DecodePool.map`.
+    """Number of slots for `clips` clips that come up to `together` at a time; see `DecodePool.map`.
 
-    Then `2 * workers * (together - 1)` more are decoded ahead, and those of the last task wait with the one that is
-    taken next.
+    If `together` is above 1, `2 * workers * (together - 1)` more clips are decoded ahead, and the others of the last
+    task wait with the clip that is taken next.
     """
     return clips + (2 * workers + 1) * (together - 1)
 
@@ -206,7 +206,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _TaskResult:
-    """What has become of a task's clips, and the seconds that it took."""
+    """Results of a task's clips, and the seconds that the task took."""
 
     results: Sequence[object]
     seconds: float
@@ -266,9 +266,9 @@ def _cache(shared: Path) -> VideoCache:
 
 
 def _start_child(memory_gb: float, slots: SharedSlots | None, _: object) -> None:
-    # All children together use all cores: what the parent does for the encoder, mostly short, comes first.
+    # All children together use all cores; the parent's work for the encoder, which is mostly short, comes first.
     os.nice(NICENESS)
-    # One thread a child, whether torch is imported already or later.
+    # One thread per child, whether torch is already imported or is imported later.
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

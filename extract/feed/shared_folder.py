@@ -20,8 +20,8 @@ _TRY_S = 0.01
 class SharedFolder:
     """A folder for the children of one user's workers on this machine, whichever job they belong to.
 
-    Its last worker removes it; one whose workers were all killed is removed by the next. Workers with other limits have
-    another one: what kills a decoder depends on them.
+    Its last worker removes it; if all its workers were killed, the next worker on the machine does. Workers with other
+    settings have another folder, because the limits decide which videos kill a decoder.
     """
 
     def __init__(self, video: VideoConfig) -> None:
@@ -39,7 +39,7 @@ class SharedFolder:
 
 
 def _join(path: Path) -> tuple[Path, int] | None:
-    """Make the folder unless it exists, and hold it; None where that fails, as where another user has made it."""
+    """Make the folder unless it exists, and lock it; None if that fails, for instance if another user made it."""
     for _ in range(_TRIES):
         try:
             with suppress(FileExistsError):
@@ -68,7 +68,7 @@ def _private_folder() -> tuple[Path, int]:
     unnamed = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX))
     lock = os.open(unnamed, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)
-    # It is locked before it gets the name by which others look for folders without a lock.
+    # It is locked before it gets the name by which other workers look for abandoned folders.
     return unnamed.rename(unnamed.with_name(_PREFIX + unnamed.name.removeprefix(_NEW_PREFIX))), lock
 
 
@@ -78,7 +78,7 @@ def _remove_abandoned() -> None:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(handle), folder.stat()):  # else others have it anew
+                if os.path.samestat(os.fstat(handle), folder.stat()):  # else another worker has made it anew
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)

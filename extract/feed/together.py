@@ -1,4 +1,4 @@
-"""Decoding once for several encoders: a clip is left in shared memory in each way that one of them needs."""
+"""Decodes a clip once for several encoders, and leaves it in shared memory in each form that one of them needs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ def prepare_together(
     part_of: Sequence[int],
     as_planes: bool,
 ) -> PreparedTogether:
-    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes the one `part_of[n]`."""
+    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes result `part_of[n]`."""
     others: list[Frames] = []
 
     def finish(decoded: DecodedClip[Any]) -> Frames:

@@ -56,7 +56,7 @@ def _unzip(archive: Path, folder: Path) -> tuple[int, int]:
     with zipfile.ZipFile(archive) as opened:
         members = opened.infolist()
         budget = _Budget(archive, folder)
-        for member in members:  # all sizes are known before the first byte is written, and reading stops at them
+        for member in members:  # sizes are known before the first byte is written, and no more than that is read
             if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise ArchiveError(_refused(archive, member.filename, "is neither a file nor a folder"))
             _check_name(archive, member.filename)

@@ -102,7 +102,7 @@ def required_files(config: Config, sources: Sources) -> tuple[RequiredFile, ...]
 
 
 def _model(folder: Path) -> Iterator[RequiredFile]:
-    """The folder of a model. The hub's own client downloads and caches a model that the hub can have, on first use."""
+    """The folder of a model; nothing for a name on the hub, whose own client downloads and caches it on first use."""
     from egopatch.extract.encoders.networks.hub import parse_hub_model  # imported here to save start-up time
 
     if folder.exists() or parse_hub_model(str(folder)) is None:
@@ -173,7 +173,7 @@ def provide(required: tuple[RequiredFile, ...], lockfile: Lockfile, *, offline: 
             if need.name in too_large:
                 raise DownloadError(too_large[need.name])
             status = _provide_file(need, lockfile, offline, sizes.get(need.name))
-        except BrokenPipeError:  # nobody reads what is printed any more; a server's comes as a DownloadError
+        except BrokenPipeError:  # nobody reads the output any more; a server's broken pipe is a DownloadError
             raise
         except (DownloadError, ArchiveError, StoreError, OSError) as error:  # a StoreError where files cannot be locked
             status = FileStatus(need, "failed", with_remedy(error))
@@ -208,12 +208,12 @@ def format_files(statuses: Sequence[FileStatus]) -> str:
 def _is_absent(need: RequiredFile) -> bool:
     try:
         return not need.file.exists() and not need.unpacked()
-    except OSError:  # such as in a folder of another user; providing the file says so
+    except OSError:  # such as another user's folder; providing the file reports it
         return False
 
 
 def _announce(todo: list[RequiredFile], sizes: dict[str, int | None]) -> dict[str, str]:
-    """Print sizes and free space before anything is downloaded; returns why there is no room, for each such file."""
+    """Print sizes and free space before downloading; returns the reason for each file that there is no room for."""
     disks = {_disk(need.file): need.file.parent for need in todo}
     free = {disk: free_bytes(folder) for disk, folder in disks.items()}
     needed, room = dict.fromkeys(disks, 0), dict(free)

@@ -1,4 +1,4 @@
-"""Where data sets, checkpoints and tokenizers are published: `data_sources.yaml`, read and checked."""
+"""Reads and checks `data_sources.yaml`, which lists where data sets, checkpoints and tokenizers are published."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

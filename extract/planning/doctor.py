@@ -67,8 +67,8 @@ class Diagnosis:
 def examine(config: Config) -> Diagnosis:
     """Read the annotations of every split that is present, and check videos, store, networks and machine.
 
-    A checkpoint that is not there yet is no fault: `extract data` may download it.
-    Annotations that cannot be read are a fault, one item per line or record; then nothing else is checked.
+    A missing checkpoint is not a fault: `extract data` may download it. Annotations that cannot be read are a fault,
+    with one item per line or record; then the rest of the data set is not checked.
 
     Raises:
         DatasetError: The folder `data.root` does not exist.
@@ -247,7 +247,7 @@ def _across_splits(splits: Mapping[str, Dataset]) -> Iterator[Finding]:
 
 
 def _checkpoint(config: Config) -> tuple[str | None, list[str]]:
-    """What to know about the checkpoint and `video.frames`, and what is wrong with it; nothing if it is not there."""
+    """Advice about the checkpoint and `video.frames`, and the checkpoint's faults; neither if it does not exist."""
     if config.encoder.checkpoint is None or not Path(config.encoder.checkpoint).exists():
         return None, []
     try:

@@ -1,4 +1,4 @@
-"""What a job of any size would take, from what a smaller one was measured to cost."""
+"""Forecasts the time and space that a job of any size takes, from the measured cost of a smaller one."""
 
 import math
 from dataclasses import dataclass

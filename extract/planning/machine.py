@@ -1,4 +1,4 @@
-"""What this machine has for both stages, and the command that mends what is missing.
+"""Checks what this machine has for both stages, and names the command that repairs what is missing.
 
 An error keeps a stage from running; a warning makes it slower, or rules out an option.
 """
@@ -55,11 +55,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What torch and the driver say of GPUs.
+    """What torch and the driver report about GPUs.
 
     Attributes:
         torch_cuda: CUDA version that torch was built for, such as `12.8`; None for a CPU build.
-        driver_cuda: Newest CUDA version of the driver, likewise; None where there is no driver.
+        driver_cuda: Newest CUDA version that the driver supports, such as `12.8`; None if there is no driver.
         names: GPUs that torch can use, each with its memory.
     """
 
@@ -85,7 +85,7 @@ def check_machine(folder: Path) -> tuple[Check, ...]:
 
 
 def check_torch(gpu: Gpu) -> Check:
-    """Torch's build against the driver's CUDA."""
+    """Compare torch's build with the driver's CUDA version."""
     build = "CPU build" if gpu.torch_cuda is None else f"built for CUDA {gpu.torch_cuda}"
     found = f"{_version('torch')}, {build}"
     if gpu.names:
@@ -104,7 +104,7 @@ def check_torch(gpu: Gpu) -> Check:
 
 
 def check_triton(found: str | None, has_gpu: bool) -> Check:
-    """Triton's version against those with which the kernels were tried."""
+    """Compare Triton's version with those that the kernels were tried with."""
     tried = f"{OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} to {NEWEST_TRITON[0]}.{NEWEST_TRITON[1]}"
     if found is None:
         without = "not installed, so heads use the slower reference"
@@ -124,7 +124,7 @@ def check_triton(found: str | None, has_gpu: bool) -> Check:
 
 
 def check_disk(folder: Path) -> Check:
-    """Free space and speed of writing, of the disk that `folder` is on."""
+    """Check the free space and the writing speed of the disk that `folder` is on."""
     mend = "work in another folder, or set store.path to another disk"
     try:
         free = shutil.disk_usage(folder).free

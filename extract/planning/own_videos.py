@@ -33,7 +33,7 @@ class OwnVideos:
         clips_file: The clips, one JSON object per line.
         videos: Number of videos.
         clips: Number of clips.
-        new_files: The files, of those two, that did not exist before.
+        new_files: Those of the two files that did not exist before.
     """
 
     config: Config
@@ -53,18 +53,18 @@ class OwnVideos:
 def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | None) -> OwnVideos:
     """Cut the videos of `folder` into clips, and write the clips file and the config beside the store `out`.
 
-    A config that is there already stays as it is, so that it may be edited, for instance to name questions.
+    An existing config is not changed, so that it may be edited, for instance to name questions.
 
     Args:
         folder: Folder with videos, or one video.
         out: Folder of the store.
-        base: Experiment whose frames, encoder, text network, store, head and training the config takes over.
+        base: Experiment from which the config takes frames, encoder, text network, store, head and training.
         clip_s: Length of a clip in seconds; None makes each video one clip.
 
     Raises:
         DatasetError: As `find_videos`.
-        ConfigError: `clip_s` is too small, `out` is a file, or the config that is there encodes otherwise than `base`,
-            or the store has clips of another length.
+        ConfigError: `clip_s` is too small, `out` is a file, the existing config encodes differently from `base`, or the
+            store has clips of another length.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(
@@ -94,7 +94,7 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
 
 
 def config_beside(out: Path, base: Config) -> Config:
-    """`base` for the clips file beside the store `out`, without questions; paths hold from any folder."""
+    """`base` for the clips file beside the store `out`, without questions; its paths are valid from any folder."""
     out = out.absolute()
     return dataclasses.replace(
         base,
@@ -116,7 +116,7 @@ def _anchored(path: Path | None) -> Path | None:
 
 
 def _require_same(existing: Config, config: Config, file: Path) -> None:
-    """Refuse a config file that encodes otherwise than `config`."""
+    """Refuse a config file that encodes differently from `config`."""
     pairs: dict[str, tuple[object, object]] = {
         name: (value, configured(config).get(name))
         for name, value in {**dict.fromkeys(configured(config)), **configured(existing)}.items()
@@ -136,7 +136,7 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
 
 
 def _require_same_length(config: Config, clips: Sequence[Clip], clip_s: float | None) -> None:
-    """Refuse to cut videos otherwise than those in the store, which would have clips of both lengths then."""
+    """Refuse to cut videos into another length than those in the store, which would then have clips of both lengths."""
     origins = read_ledger(config.store.path).origins()
     if not origins or not (config.data.root / config.data.clips).exists():
         return
@@ -154,7 +154,7 @@ def _require_same_length(config: Config, clips: Sequence[Clip], clip_s: float | 
 
 
 def _yaml(config: Config, out: Path) -> str:
-    """The options that differ from the defaults, a line for each section, as in the files of `configs/`."""
+    """The options that differ from the defaults, one line per section, as in the files of `configs/`."""
     lines = [
         f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write questions, a JSON object a",
         f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and name that in place",

@@ -47,7 +47,7 @@ class Plan:
         probed: Number of clips that were decoded and encoded to measure the time.
         seconds_per_clip: Time of one worker for one clip in its slowest stage; None if no clip was probed.
         hours: Duration of the job with the configured workers; None if no clip was probed.
-        ceilings: Clips a second that each stage of a worker could do, as probed; the disk as measured by earlier jobs.
+        ceilings: Clips a second that each stage of a worker could do, as probed; the disk's is from earlier jobs.
         advice: Changes that would make the job faster or its tokens better, one line each.
         refusals: Reasons why the job would not start, one line each.
     """
@@ -185,7 +185,7 @@ def _duration(hours: float) -> str:
 
 @dataclass(frozen=True)
 class _StoredRows:
-    """What a plan needs to know about the store; an open store holds far more for every clip.
+    """The data about the store that a plan needs; an open store holds far more for every clip.
 
     Attributes:
         origins: Origin of each committed clip, as in `Store.origins`.
@@ -234,11 +234,11 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     """Clips a second of decoding (by all children together), of the encoder, and of the disk where it was measured."""
     config = job.config
     decoders = decoder_count(config, worker_count(config))
-    # Those that are decoded ahead, those that are kept, and the one that is looked at.
+    # The clips that are decoded ahead, those that are kept, and the current one.
     with job.open_decoders(decoders, 2 * decoders + len(sample) + 1) as pool:
         measured = measure_decoding(pool, sample, decoders)
     rates = {"decoding": (measured.decoded + measured.failed) / measured.seconds}
-    # Each is encoded several times.
+    # Each clip is encoded several times, so none is released.
     kept = [replace(clip, release=lambda: None) for clip in measured.first if isinstance(clip, PreparedClip)]
     if not kept:
         return rates

@@ -1,7 +1,7 @@
-"""A copy of a data set whose clips are small files of their own; an interrupted job resumes where it stopped.
+"""Copies a data set so that each clip is a small file of its own; an interrupted job resumes where it stopped.
 
-The journal `transcoded.jsonl` names each copy that was verified, with the video, size and stretch that it was made of.
-A copy is made again where one of these has changed, or where its own file is gone or has another size.
+The journal `transcoded.jsonl` names each verified copy, with the video, size and stretch that it was made from. A copy
+is made again if one of these has changed, or if its own file is gone or has another size.
 """
 
 import json
@@ -22,17 +22,17 @@ from egopatch.features.io.files import append_synced, locked, make_folder, write
 
 JOURNAL = "transcoded.jsonl"
 JSONL_VIDEOS = "videos"
-SLOWER = 30  # times `video.timeout_s` for a clip, all of whose frames are decoded and encoded
+SLOWER = 30  # times `video.timeout_s`, because all frames of a clip are decoded and encoded
 
 
 @dataclass(frozen=True)
 class Transcoded:
-    """What a job did.
+    """The result of a job.
 
     Attributes:
-        made: Copies of this job.
-        kept: Number of copies that were there.
-        failed: Reason by id of each clip that has no copy.
+        made: Copies that this job made.
+        kept: Number of copies that already existed.
+        failed: Id of each clip that has no copy -> reason.
     """
 
     made: tuple[Segment, ...]
@@ -41,12 +41,12 @@ class Transcoded:
 
 
 def transcode(config: Config, out: Path) -> Transcoded:
-    """Write a copy of each clip, and the annotations, to `out`: then `--data.root OUT` is the same data set.
+    """Write a copy of each clip, and the annotations, to `out`, so that `--data.root OUT` is the same data set.
 
     Raises:
         DatasetError: As `extract.datasets.load_dataset`.
-        ConfigError: The data set is of a registered kind, whose layout is not known; `out` is the data set itself; or
-            its files are not within its folder.
+        ConfigError: The layout of the data set is not known here; `out` is the data set itself; or its files are not
+            within its folder.
     """
     data = config.data
     if data.name not in ("egotaskqa", "jsonl"):
@@ -62,7 +62,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
     with locked(out / JOURNAL) as journal:
         known = _read(journal)
         todo = [clip for clip in clips if not _is_copied(clip, known.get(clip.clip_id), folder)]
-        # Killed jobs leave what they had begun; names of clips do not begin with a dot and end so.
+        # Killed jobs leave unfinished copies; a finished one does not have such a name.
         for unfinished in folder.rglob(".*.mp4.*"):
             unfinished.unlink()
         video = replace(config.video, decoder="pyav", timeout_s=SLOWER * config.video.timeout_s)
@@ -82,7 +82,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
 
 
 def _require_within(data: DataConfig, out: Path) -> None:
-    """Check that the annotations have a place below `out`: one outside of the data set's folder is their own."""
+    """Check that the copied annotations stay within `out`: a path that leads out of it may be the original's."""
     files = {"data.clips": data.clips, "data.questions": data.questions} if data.name == "jsonl" else {}
     for option, name in files.items():
         if name is not None and not (out / name).resolve().is_relative_to(out.resolve()):
@@ -105,13 +105,13 @@ def _is_copied(clip: Clip, record: dict[str, object] | None, folder: Path) -> bo
     if record is None or not copy.is_file() or copy.stat().st_size != record.get("size"):
         return False
     now = _made_of(clip)
-    if now["video_size"] is None:  # a video that is gone is no fault of its copy
+    if now["video_size"] is None:  # a copy stays valid when its video is gone
         now["video_size"] = record.get("video_size")
     return all(record.get(name) == value for name, value in now.items())
 
 
 def _read(journal: int) -> dict[str, dict[str, object]]:
-    """The last record of each clip; a line that a crash cut short is ended, and counts as none."""
+    """The last record of each clip; a line that a crash cut short is terminated and ignored."""
     content = os.pread(journal, os.fstat(journal).st_size, 0)
     if content and not content.endswith(b"\n"):
         append_synced(journal, b"\n")

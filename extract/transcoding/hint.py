@@ -1,4 +1,4 @@
-"""What would make decoding faster, measured on a few clips: copies with short groups, or another decoder."""
+"""Advice that makes decoding faster, measured on a few clips: copies with short groups, or another decoder."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -15,8 +15,8 @@ from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import positions, read_frames, rows_within
 from egopatch.extract.video.nvdec import require_gpu_decoder
 
-DECODED = 0.6  # of a copy's frames before a wanted one; the others are B-frames that nothing refers to
-WORTH = 2.0  # times fewer pixels to decode
+DECODED = 0.6  # decoded share of a copy's frames before a wanted one; the others are B-frames that nothing refers to
+WORTH = 2.0  # copies pay off from this many times fewer pixels to decode
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Needed:
 
 
 def needed_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = None) -> Needed:
-    """Count what one clip needs, without decoding it. Errors as in `extract.video.frames.read_frames`."""
+    """Count the frames that one clip needs, without decoding. Errors as in `extract.video.frames.read_frames`."""
     with open_video(clip.video, cache) as file:
         index, (width, height) = file.index, file.size
     rows = rows_within(clip, index)
@@ -57,7 +57,7 @@ def needed_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
 
 
 def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
-    """A line that advises to transcode, if far fewer pixels of copies of `clips` would be decoded."""
+    """One line that advises transcoding, if copies of `clips` would need far fewer pixels decoded; else None."""
     with DecodePool(video, 1, needed_frames) as pool:
         needed = [found for found in pool.map(clips) if not isinstance(found, UndecodedClip)]
     if not needed:

@@ -23,12 +23,12 @@ from egopatch.features.io.files import make_folder, replacing
 SHORT_SIDE = 288
 KEY_FRAME_S = 1.0
 UNITS_PER_S = 90_000
-# One encoder a process, because every core runs a process of its own; key frames come only where they are asked for.
+# One thread per encoder, because every core runs its own process; key frames come only where they are requested.
 X264 = {"crf": "18", "preset": "veryfast", "forced-idr": "1", "g": "100000", "sc_threshold": "0", "threads": "1"}
 SETTINGS = f"short side {SHORT_SIDE}, a key frame every {KEY_FRAME_S:g} s, x264 {X264['preset']} crf {X264['crf']}"
 MOST_ROWS = 512  # small frames in memory at a time: 230 MB
 SAME_TIME_S = 1e-3
-SAME_MEAN = 4.0  # of the levels of a frame, 0 to 255; another frame of a moving picture differs by more, as a rule
+SAME_MEAN = 4.0  # difference in mean level, 0 to 255; another frame of a moving picture usually differs by more
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Segment:
 
 
 def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = None, *, folder: Path) -> Segment:
-    """Write `folder/CLIP_ID.mp4`, verify it, and only then let it take its name.
+    """Write the copy, verify it, and only then give it its name, `folder/CLIP_ID.mp4`.
 
     Raises:
         VideoError: As `extract.video.frames.read_frames`; or the copy does not hold the clip's frames.
@@ -81,7 +81,7 @@ def _write(clip: Clip, file: VideoFile, path: Path) -> tuple[NDArray[np.float64]
     means = np.empty((len(rows), 3))
     rate = Fraction(1 / max(float(np.median(np.diff(times_s))), 1e-3)).limit_denominator(1000) if len(rows) > 1 else 1
     with av.open(str(path), "w", format="mp4") as out:
-        # With B-frames, mp4 does not keep the end of the last frame, which counts where the rate varies.
+        # With B-frames, mp4 does not keep the end of the last frame, which matters if the rate varies.
         options = X264 | {"bf": "0"} if has_varying_rate(times_s) else X264
         stream = out.add_stream("libx264", rate=rate, options=options)
         stream.pix_fmt = "yuv420p"
@@ -117,7 +117,7 @@ def _small(file: VideoFile, rows: NDArray[np.int64]) -> Iterator[NDArray[np.uint
     """The frames at `rows`, which are consecutive, with an even width and height and a short side of `SHORT_SIDE`."""
     start = 0
     while start < len(rows):
-        # From key frame to key frame, so that few groups are begun twice.
+        # Pieces end at a key frame if possible, so that few groups are decoded from their start twice.
         keys = np.flatnonzero(np.isin(rows[start + 1 : start + MOST_ROWS], file.index.keys[:, 2]))
         end = start + 1 + int(keys[-1]) if len(keys) and start + MOST_ROWS < len(rows) else start + MOST_ROWS
         yield from file.pixels(rows[start:end], _shrunk)
@@ -133,7 +133,7 @@ def _shrunk(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _verify(path: Path, times_s: NDArray[np.float64], means: NDArray[np.float64]) -> None:
-    """Compare the copy with what it was made of: number, times and mean colours of frames, and its key frames."""
+    """Check number, times and mean colours of the copy's frames against the source, and its key frames."""
     with open_video(path) as copy:
         index = copy.index
         if len(index.pts) != len(times_s) or index.damage:

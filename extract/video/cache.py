@@ -1,8 +1,7 @@
-"""What is found out about a video once and then serves all of its clips: the index of its frames, and its hash.
+"""Keeps what is found out about a video once and then used for all of its clips: its index of frames and its hash.
 
 The decoders of all workers on a machine share it through files, because the clips of one long video are spread over all
-of them. What goes wrong with a video is shared as well: a file that cannot be indexed is read through once, not once a
-clip.
+of them. Faults of a video are shared as well: a file that cannot be indexed is read through once, not once per clip.
 """
 
 import fcntl
@@ -26,10 +25,10 @@ Value = TypeVar("Value")
 FileVersion = tuple[Path, int, int]  # path, bytes, time of the last change in nanoseconds
 
 IN_MEMORY = 16
-CLEAN_EVERY = 16  # values of one process; looking through the folder costs as much as a short clip
+CLEAN_EVERY = 16  # new values of one process; looking through the folder costs as much as a short clip
 IN_FILES = 64  # an hour of video has an index of 3 MB
-MOST_DEATHS = 2  # one may have been killed for another reason
-PATIENCE_S = 60.0  # and the time to read the file through; the process that computes may have been stopped
+MOST_DEATHS = 2  # a single process may have been killed for another reason
+PATIENCE_S = 60.0  # plus the time to read the file through; the process that computes may be suspended
 WAIT_POLL_S = 0.01
 
 
@@ -40,7 +39,7 @@ def version_of(path: Path) -> FileVersion:
 
 
 class VideoCache:
-    """A cache of what was computed from the most recently used videos.
+    """A cache of values computed from the most recently used videos.
 
     Args:
         folder: Temporary folder that this process shares with others; None to share nothing.
@@ -52,13 +51,13 @@ class VideoCache:
         self._added = 0
 
     def find(self, what: str, version: FileVersion, compute: Callable[[], Value], share: bool = True) -> Value:
-        """The value called `what` of a version of a file; `compute` finds it unless this was done before.
+        """The value called `what` of a version of a file; `compute` is called unless the value is already known.
 
         Args:
             what: Name of the value.
             version: The version of the file.
             compute: Finds the value.
-            share: Whether other processes may wait for the value and use it, which takes a file about a millisecond.
+            share: Whether to share the value with other processes through a file, which takes about a millisecond.
 
         Raises:
             VideoError: `compute` raised it, now or before; or two processes have died while they computed it.
@@ -92,25 +91,25 @@ def _file_of(folder: Path, key: tuple[str, FileVersion]) -> Path:
 
 @dataclass(frozen=True)
 class _Fault:
-    """In place of a value: why there is none."""
+    """Stands in place of a value: the reason why there is none."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class _Started:
-    """In place of a value: a process has begun to compute it, or was interrupted.
+    """Stands in place of a value that a process has begun to compute, or was interrupted in computing.
 
     Attributes:
-        deaths: Number of processes that died over it before.
-        worker: The worker whose child has begun; None where it was interrupted.
+        deaths: Number of earlier processes that died while they computed it.
+        worker: The worker whose child has begun; None if the child was interrupted.
     """
 
     deaths: int
     worker: Owner | None
 
     def all_deaths(self) -> int:
-        """`deaths`, and that of the child; where its worker has ended too, the whole job was killed."""
+        """`deaths`, plus the child's, unless its worker has ended too: then the whole job was killed."""
         return self.deaths + (self.worker is not None and self.worker.may_be_alive())
 
 
@@ -134,7 +133,7 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
             return _try(compute)
         file.seek(0)
         found: Any = None
-        # It is empty at first, and incomplete if the disk was full.
+        # The file is empty at first, and incomplete if the disk was full.
         with suppress(EOFError, pickle.UnpicklingError):
             found = pickle.loads(file.read())
         if found is not None and not isinstance(found, _Started):

@@ -5,8 +5,8 @@ key frame for the decoder too, whatever the file's marks say. Where that fails, 
 and in the end from the file's first packet. So a wrong frame count or duration in the header, a wrong mark, a damaged
 frame or an inexact seek can never return one frame in place of another, or a picture that the video never shows.
 
-First only what the wanted frames need is decoded: frames that nothing refers to are left out, and after the last wanted
-one's packet the decoder returns what it holds back. If anything is unexpected then, every packet is decoded as above.
+At first only the packets that the wanted frames need are decoded: frames that nothing refers to are left out, and the
+decoder is flushed after the last wanted packet. If that gives anything unexpected, every packet is decoded as above.
 """
 
 import errno
@@ -44,14 +44,14 @@ from egopatch.extract.video.orientation import Upright
 from egopatch.extract.video.planes import Planes
 from egopatch.features.io.lfs import pointer_fault
 
-KEPT_BYTES = 32 * 2**20  # smaller files are read cache, for the index and for the decoder
+KEPT_BYTES = 32 * 2**20  # smaller files are read only once, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-Found = dict[int, Any]  # row -> what is made of its frame
+Found = dict[int, Any]  # row -> its frame, finished
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
 class UnclearPackets(VideoError):
-    """The decoder shows other frames than the packets promise; `VideoFile.decode_through` finds out which."""
+    """The decoder shows frames that differ from what the packets promise; `VideoFile.decode_through` indexes them."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VideoFile:
         return self._stream.codec_context.width, self._stream.codec_context.height
 
     def decode_through(self) -> FrameIndex:
-        """Replace the index, which is that of the packets, by that of the frames that the decoder shows."""
+        """Replace the index of packets by an index of the frames that the decoder shows."""
         self.index = self._cache.find("index of frames", self._version, self._read_frames)
         return self.index
 
@@ -123,7 +123,7 @@ class VideoFile:
         return self._decoded(rows, shrunk)
 
     def planes(self, rows: NDArray[np.int64]) -> list[Planes | NDArray[np.uint8]]:
-        """As `pixels`, where frames that are upright stay as they are decoded, if `extract.video.planes` knows how."""
+        """As `pixels`, but upright frames stay as they were decoded if `extract.video.planes` can convert them."""
         return self._decoded(rows, self._upright.planes)
 
     def _decoded(self, rows: NDArray[np.int64], finish: Callable[["av.VideoFrame"], Any]) -> list[Any]:
@@ -139,13 +139,13 @@ class VideoFile:
             group = missing[keys == keys[0]]
             stop = self._decode_from(int(keys[0]), group, found) if keys[0] >= 0 else _Stop(0, False)
             if stop is not None:
-                # Marks of key frames that are wrong once are wrong again: no further seek as far as the last row.
+                # If one mark of a key frame is wrong, others are too: no further seeks up to the last row.
                 self._decode_from_earlier(int(keys[0]), missing, found, stop)
             missing = np.array([row for row in missing.tolist() if row not in found], np.int64)
         return [found[row] for row in rows.tolist()]
 
     def _decode_from_earlier(self, key: int, rows: NDArray[np.int64], found: Found, stop: _Stop) -> None:
-        """Add the frames at `rows` to `found`, decoded from a key frame before `key`, from where decoding stopped."""
+        """Add the frames at `rows` to `found`, from a key frame before `key`; decoding from `key` ended at `stop`."""
         back = 1
         while back <= key:
             again = self._decode_from(key - back, rows, found)
@@ -168,7 +168,7 @@ class VideoFile:
         pts, dts, row = self.index.keys[key].tolist()
         if self.index.disposable is not None and self._decode_needed(pts, dts, row, rows, found):
             return None
-        # The first packet needs no other one, whether its frame is marked, or is shown at all.
+        # The file's first packet needs no other one, even if its frame is not marked or not shown.
         is_first = pts == self.index.first_pts
         return self._decode(self._packets_from(pts, dts), row if is_first else None, rows, found)
 
@@ -204,7 +204,7 @@ class VideoFile:
             if row is not None and row >= first_row:
                 heappush(sent, row)
             frames = decode(packet)
-            # What a decoder makes up for something that is missing depends on all that it was given.
+            # What a decoder substitutes for missing data depends on all packets that it was given.
             if frames is None or len(self._logged) > complaints:
                 return False
             for frame in frames:
@@ -254,9 +254,9 @@ class VideoFile:
 
         Args:
             packets: Packets from the file's first, or from one that is marked as a key frame.
-            first_row: First row that the file's first packet leads to. None: the first frame that the decoder calls a
-                key frame too.
-            rows: Rows to add, rising.
+            first_row: Row of the first frame, if `packets` start with the file's first. None: decoding starts at the
+                first frame that the decoder calls a key frame too.
+            rows: Rows to add, ascending.
             found: Frames of each row.
 
         Returns:
@@ -299,7 +299,7 @@ class VideoFile:
         return _Stop(int(rows[0]) if row is None else row, is_damaged=False)
 
     def _require_gpu_decoding(self) -> None:
-        """Decode the first key frame: a unit that does not know a codec or a format refuses every frame of it."""
+        """Decode the first key frame: a GPU that does not support the codec or the format refuses every frame."""
         codec = self._stream.codec_context
         if self.index.sums is not None:
             raise refusal(self.path, "its packets are not one frame each")
@@ -405,7 +405,7 @@ def _opened(path: Path, on_gpu: bool = False, logged: Sequence[LogLine] = ()) ->
         cause = _cause(error, logged)
         with open_file():  # raises the error of a file that cannot be opened at all
             raise refusal(path, f"the GPU cannot be used ({cause})") from error
-    except RuntimeError:  # no track has a decoder that uses the GPU, which `VideoFile.pixels` says by the codec's name
+    except RuntimeError:  # no track has a decoder that uses the GPU; `VideoFile.pixels` reports it and names the codec
         return open_file()
 
 

@@ -1,8 +1,8 @@
-"""Frames decoded by decord, each held to the index and to the pixels that PyAV decodes.
+"""Frames decoded by decord, each checked against the index and the pixels that PyAV decodes.
 
-decord 3.4 silently returns other frames where groups are open, key frames are marked wrongly, the size changes, or data
-is damaged, and it counts frames that an edit list removes. Nothing that it reports about a file tells all of these, so
-a clip is decoded by both, and a file on which they differ is refused. PyAV can then decode it into the same store.
+decord 3.4 silently returns wrong frames if groups are open, key frames are marked wrongly, the size changes, or data is
+damaged, and it counts frames that an edit list removes. Nothing that it reports reveals all of these cases, so both
+decode each clip, and a file on which they differ is refused. PyAV can then decode it into the same store.
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ def decord_pixels(file: VideoFile, rows: NDArray[np.int64]) -> list[NDArray[np.u
     """As `VideoFile.pixels`.
 
     Raises:
-        VideoError: decord counts other frames than the index, or decodes them to other pixels than PyAV.
+        VideoError: decord's frames differ from the index in number or times, or from PyAV's in their pixels.
     """
-    import decord  # only where it is chosen: its libraries have 70 MB
+    import decord  # imported only if it is chosen: its libraries take 70 MB
 
     expected = file.pixels(rows)
     try:

@@ -1,4 +1,4 @@
-"""Frames that no other frame refers to, told from their packets without decoding.
+"""Recognises frames that no other frame refers to, from their packets and without decoding.
 
 Decoding may leave them out unless a clip needs them: in H.264 pictures with `nal_ref_idc` 0 (ITU-T H.264, 7.4.1), in
 HEVC sub-layer non-reference pictures of the highest sub-layer (ITU-T H.265, 3.142; those of a lower one may be referred
@@ -25,9 +25,9 @@ ALWAYS_DECODED: Layered = (0, False)
 
 
 def layer_reader(stream: "av.VideoStream") -> LayerReader | None:
-    """A function that tells the layer of each packet of `stream`; None where all packets must be decoded.
+    """A function that returns the layer of each packet of `stream`; None if all packets must be decoded.
 
-    It returns None itself where packets turn out to be no frame each, so that all of them must be decoded, too.
+    The function itself returns None once packets turn out not to hold one frame each: then all must be decoded, too.
     """
     extradata = stream.codec_context.extradata or b""
     name = stream.codec_context.name

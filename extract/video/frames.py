@@ -78,7 +78,7 @@ def uniform_by_time(starts_s: NDArray[np.float64], end_s: float, frames: int) ->
 
 
 def has_varying_rate(starts_s: NDArray[np.float64]) -> bool:
-    """Whether frames that appear at these times, [count] and rising, are sampled by time."""
+    """Whether frames that appear at these times, [count] and rising, have a varying rate, and are sampled by time."""
     gaps = np.diff(starts_s)
     return len(gaps) > 0 and bool(np.ptp(gaps) > CONSTANT_RATE_TOLERANCE * np.median(gaps))
 
@@ -99,7 +99,7 @@ def read_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = None)
 def read_planes(
     clip: Clip, video: VideoConfig, cache: VideoCache | None = None
 ) -> DecodedClip[NDArray[np.uint8] | Planes]:
-    """As `read_frames`, but frames whose colours need not be converted yet stay as the decoder left them."""
+    """As `read_frames`, but frames whose colours can be converted later stay as the decoder returned them."""
     return _opened_and_read(clip, video, cache, as_planes=True)
 
 
@@ -133,7 +133,7 @@ def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
     """Rows of all frames that `clip` shows: int64 [count], consecutive.
 
     Raises:
-        VideoError: There is none, or the file is truncated before the clip's end.
+        VideoError: There is no frame, or the file is truncated before the clip's end.
     """
     start = -np.inf if clip.start_s is None else clip.start_s
     end = np.inf if clip.end_s is None else clip.end_s
@@ -155,7 +155,7 @@ def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
 
 
 def _stretch(clip: Clip) -> str:
-    """The clip's stretch in words; without an end it goes to that of the file."""
+    """The clip's stretch in words; without an end it goes to the end of the file."""
     start = 0.0 if clip.start_s is None else clip.start_s
     return f"all from {start} s on" if clip.end_s is None else f"[{start}, {clip.end_s}) s"
 

@@ -1,7 +1,7 @@
 """The index of a video: which frames it shows, when, and the key frames from which they can be decoded.
 
-The packets of nearly every file tell it without decoding (`index_of_packets`). Where they have no times, or wrong ones,
-or are not one frame each (fields, packed B-frames), every frame is decoded once (`index_of_frames`).
+For nearly every file the packets reveal it without decoding (`index_of_packets`). If they have no times, or wrong ones,
+or do not hold one frame each (fields, packed B-frames), every frame is decoded once (`index_of_frames`).
 """
 
 import zlib
@@ -19,7 +19,7 @@ from egopatch.extract.video.disposable import ALWAYS_DECODED, layer_reader
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
 
-NO_PTS = np.iinfo(np.int64).min  # of a frame whose packet has no time
+NO_PTS = np.iinfo(np.int64).min  # pts of a frame whose packet has no time
 VP8_SHOWN = 0x10  # bit of a packet's first byte
 
 
@@ -39,8 +39,8 @@ class FrameIndex:
         first_pts: pts of the file's first packet; the decoder needs nothing before it.
         damaged: bool [count], whether a frame depends on damaged data.
         damage: Damage that ended the file early; empty if the file is whole.
-        disposable: bool [count], whether no other frame refers to a frame; None where that is not known.
-        leading: Number of frames that the decoder returns before the first row; None: those with an earlier pts.
+        disposable: bool [count], whether no other frame refers to a frame; None if that is not known.
+        leading: Number of frames that the decoder returns before the first row; None: all that have an earlier pts.
         sums: uint32 [count], checksums of the frames as decoded from the first packet; None if none was decoded.
     """
 
@@ -56,11 +56,11 @@ class FrameIndex:
     sums: NDArray[np.uint32] | None = None
 
     def keys_before(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [len(rows)], position in `keys` of the last one that is not after each row; -1 if there is none."""
+        """int64 [len(rows)], position in `keys` of the last key frame at or before each row; -1 if there is none."""
         return np.searchsorted(self.keys[:, 2], rows, side="right") - 1
 
     def row_of(self, pts: int | None) -> int | None:
-        """The row with this pts; None if there is none. Where no frame was decoded, pts rise."""
+        """The row with this pts, in an index of packets, where pts rise; None if there is none."""
         if pts is None:
             return None
         row = int(self.pts.searchsorted(pts))
@@ -176,7 +176,7 @@ def index_of_frames(
     """Decode a video from its first packet to its last.
 
     Raises:
-        VideoError: No frame can be decoded, or the frames have no times, or times in another order.
+        VideoError: No frame can be decoded, or the frames have no times, or times that go back.
     """
     packets: dict[int, _Sent] = {}  # by pts
     frames: list[_Shown] = []
@@ -192,7 +192,7 @@ def index_of_frames(
             decoded = decode(packet)
             complained = len(logged) > complaints
             if complained and packet.is_keyframe and stream.codec_context.name == "h264":
-                complained = False  # about frames before the key frame; if it is damaged itself, it is marked so
+                complained = False  # it is about frames before the key frame; a damaged key frame is itself marked so
             if decoded is None or packet.is_corrupt or complained:
                 if packet.pts is not None and packet.pts < key_pts:
                     broken_before = key_pts  # nothing from the key frame on depends on what is shown before it
@@ -268,7 +268,7 @@ def checksum(frame: "av.VideoFrame") -> int:
 
 
 def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
-    """Time at which each frame appears, which is its pts, or its dts if those go back; one frame later without any."""
+    """Time at which each frame appears: its pts, or its dts if pts go back; without one, a frame after the previous."""
     pts = [pts_of(frame) for frame in frames if frame.pts is not None]
     goes_back = any(later <= earlier for earlier, later in pairwise(pts))
     times: list[int] = []
@@ -293,7 +293,7 @@ def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
 
 
 def _complaint(container: "av.container.InputContainer", logged: Sequence[LogLine]) -> str:
-    """What the container's reader logged first. The decoder logs too, but about single frames."""
+    """The first message that the container's reader logged; the decoder's messages are about single frames."""
     return next((message.strip() for _, part, message in logged if part == container.format.name), "")
 
 

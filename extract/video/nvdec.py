@@ -1,8 +1,8 @@
 """Decoding on a GPU's video unit (NVDEC), through FFmpeg; it never falls back to the CPU.
 
 Frames stay in the GPU's memory and only the wanted ones are copied. The unit returns the standard's values in another
-order of bytes (NV12), which is put back before the colours are converted, so that the pixels of H.264, HEVC and VP9 are
-PyAV's. MPEG-1, MPEG-2, MPEG-4 part 2 and JPEG leave the rounding open, so theirs may differ a little.
+order (NV12), which is undone before the colours are converted, so that the pixels of H.264, HEVC and VP9 equal PyAV's.
+MPEG-1, MPEG-2, MPEG-4 part 2 and JPEG leave the rounding open, so theirs may differ a little.
 """
 
 import functools
@@ -16,7 +16,7 @@ from av.codec.hwaccel import HWAccel
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.video.index import VideoError
 
-# Formats in which the unit returns frames, and those in which the CPU decodes the same videos.
+# Format in which the unit returns frames -> format in which the CPU decodes the same videos.
 AS_ON_CPU = {"nv12": "yuv420p", "p010le": "yuv420p10le"}
 
 
@@ -34,7 +34,7 @@ def require_gpu_decoder() -> None:
     """Check that FFmpeg can use a GPU.
 
     Raises:
-        ConfigError: It cannot, such as without a driver.
+        ConfigError: FFmpeg cannot, for instance because there is no driver.
     """
     level = av.logging.get_level()
     av.logging.set_level(av.logging.ERROR)  # otherwise nothing is logged
@@ -42,7 +42,7 @@ def require_gpu_decoder() -> None:
         with av.logging.Capture() as logged:
             # Not the primary context, which torch may have started in this process with flags that FFmpeg refuses.
             _settings(primary=False).create(Codec("h264", "r"))
-    except (av.FFmpegError, NotImplementedError) as error:  # the second where FFmpeg was built without its support
+    except (av.FFmpegError, NotImplementedError) as error:  # the second if FFmpeg was built without GPU support
         cause = "; ".join(message.strip() for _, _, message in logged) or str(error)
         raise ConfigError(
             f"video.decoder is nvdec, but FFmpeg cannot use an NVIDIA GPU here ({cause}); check nvidia-smi, or use"
@@ -53,7 +53,7 @@ def require_gpu_decoder() -> None:
 
 
 def refusal(path: Path, cause: str) -> VideoError:
-    """The error of a video that the GPU does not decode, and that PyAV may."""
+    """The error for a video that the GPU does not decode but that PyAV may."""
     return VideoError(f"video {path} cannot be decoded by nvdec: {cause}; use video.decoder pyav for it")
 
 
@@ -61,7 +61,7 @@ def downloaded(path: Path, frame: "av.VideoFrame") -> "av.VideoFrame":
     """A frame of `path` in the computer's memory, in the format that a decoder on the CPU returns.
 
     Raises:
-        VideoError: The GPU returns frames in a format that no other one is known to equal.
+        VideoError: The GPU returns frames in a format whose equivalent on the CPU is not known.
     """
     if frame.format.name != "cuda":
         return frame
@@ -78,12 +78,12 @@ def _settings(primary: bool) -> HWAccel:
 
 @functools.cache
 def _held_context() -> HWAccel | None:
-    """The GPU's primary context, held while this process lives; otherwise each video would start one anew.
+    """The GPU's primary context, held while this process lives; otherwise each video would start it anew.
 
-    None where another library has started it with other flags: then each video has a context of its own. None too where
+    None if another library has started it with other flags: then each video has a context of its own. None also if
     there is no GPU, which opening the video reports.
     """
     try:
         return _settings(primary=True).create(Codec("h264", "r"))
-    except (av.FFmpegError, NotImplementedError):  # the second where FFmpeg was built without its support
+    except (av.FFmpegError, NotImplementedError):  # the second if FFmpeg was built without GPU support
         return None

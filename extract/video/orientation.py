@@ -16,9 +16,9 @@ from egopatch.extract.video.planes import Planes, planes_of, to_rgb
 class Upright:
     """Turns the frames of the video at `path` upright.
 
-    A frame that was asked for its side data keeps its memory until Python collects cycles, so the decoder needs new
-    memory for each: 26 microseconds a frame. So frames that FFmpeg says are turned by one angle share the matrix of the
-    first of them. A video that is flipped upside down from some frame on, and not turned, is not told apart.
+    Reading a frame's side data keeps its memory until Python collects cycles, so the decoder would need new memory for
+    each: 26 microseconds a frame. So frames for which FFmpeg reports the same rotation share the matrix of the first of
+    them. A video that is flipped upside down only from some frame on, without a rotation, is not recognised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,7 @@ class Upright:
         """The frame's pixels as uint8 [H, W, 3], upright. Pixels that are not square stay as they are stored.
 
         Raises:
-            VideoError: The display matrix turns the frame by an angle that is no multiple of 90 degrees.
+            VideoError: The display matrix turns the frame by an angle that is not a multiple of 90 degrees.
         """
         frame = downloaded(self._path, frame)  # with its side data, which no filter can remove on a GPU
         pixels, matrix = to_rgb(frame, self._reformatter), self._matrix(frame)
@@ -45,7 +45,7 @@ class Upright:
         return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
     def planes(self, frame: "av.VideoFrame") -> Planes | NDArray[np.uint8]:
-        """The frame as the decoder left it if it is upright and its planes say all; else as above, with its errors."""
+        """The frame's planes if it is upright and they determine its pixels; else the result or error of a call."""
         frame = downloaded(self._path, frame)
         planes = planes_of(frame) if self._matrix(frame) is None else None
         return self(frame) if planes is None else planes

@@ -1,8 +1,8 @@
-"""Frames as most decoders leave them: brightness in full, and colours that four pixels share (Y, U and V, 4:2:0).
+"""Frames as most decoders return them: brightness in full, and colours that four pixels share (Y, U and V, 4:2:0).
 
-They take half the bytes of RGB, and a device converts them in no time, so that children need not. It gives FFmpeg's
-pixels exactly: each of R, G and B is a sum of whole numbers that Y, U and V contribute, cut off at 0 and 255, and these
-numbers are read off frames that FFmpeg has converted. Where its pixels are no such sums, frames become RGB as usual.
+They take half the bytes of RGB, and a device converts them in no time, so that children need not. The result is exactly
+FFmpeg's: each of R, G and B is a sum of whole numbers that Y, U and V contribute, clipped to 0 to 255, and the numbers
+are read off frames that FFmpeg has converted. If its pixels are not such sums, frames become RGB as usual.
 """
 
 import functools
@@ -17,13 +17,13 @@ from egopatch.extract.video.transforms import Window
 
 _FORMATS = ("yuv420p", "yuvj420p")
 _NEUTRAL = 128  # U and V of grey
-_CHECKED_ROWS = 32  # of a random frame as wide as the video's: how FFmpeg converts a pixel may depend on its column
+_CHECKED_ROWS = 32  # rows of a random frame as wide as the video: FFmpeg's conversion may depend on a pixel's column
 _KNOWN = 64  # kinds of frames whose colours are kept
 
 
 @dataclass(frozen=True)
 class Colours:
-    """What Y, U and V contribute to R, G and B.
+    """The contributions of Y, U and V to R, G and B.
 
     Attributes:
         tables: int16 [5, 256]: of Y to each, of V to R, of U to G, of V to G, of U to B.
@@ -43,7 +43,7 @@ class Planes:
     Attributes:
         y: uint8 [H, W]; H and W are even.
         u, v: uint8 [H / 2, W / 2].
-        colours: What they contribute to R, G and B.
+        colours: Their contributions to R, G and B.
     """
 
     y: NDArray[np.uint8]
@@ -76,7 +76,7 @@ class Planes:
         return Planes(self.y[rows, columns], self.u[halved], self.v[halved], self.colours)
 
     def copy_to(self, memory: NDArray[np.uint8]) -> None:
-        """Write y, u and v one behind the other into [nbytes]."""
+        """Write y, u and v one after another into `memory` [nbytes]."""
         start = 0
         for plane in (self.y, self.u, self.v):
             np.copyto(memory[start : start + plane.size].reshape(plane.shape), plane)
@@ -98,7 +98,7 @@ def even(window: Window) -> Window:
 
 
 def planes_of(frame: "av.VideoFrame") -> Planes | None:
-    """The frame's planes in the decoder's memory; None if its colours are no sums of what the planes contribute."""
+    """The frame's planes in the decoder's memory; None if its colours are not sums of the planes' contributions."""
     if frame.interlaced_frame:  # lines of one field share colours
         return None
     colours = find_colours(frame.format.name, frame.colorspace, frame.color_range, frame.width, frame.height)
@@ -114,7 +114,7 @@ def planes_of(frame: "av.VideoFrame") -> Planes | None:
 
 @functools.lru_cache(_KNOWN)
 def find_colours(name: str, colorspace: int, color_range: int, width: int, height: int) -> Colours | None:
-    """How FFmpeg converts frames of a format, as PyAV names it, and of a size; None if no `Colours` describe it."""
+    """FFmpeg's conversion of frames of a size and a format, as PyAV names it; None if no `Colours` describe it."""
     if name not in _FORMATS or width % 2 or height % 2:
         return None
     colours = _measured(name, colorspace, color_range)
@@ -128,7 +128,7 @@ def find_colours(name: str, colorspace: int, color_range: int, width: int, heigh
 
 @functools.lru_cache(_KNOWN)
 def _measured(name: str, colorspace: int, color_range: int) -> Colours | None:
-    """The tables, from pixels of every Y with every U beside a neutral V, and the other way round."""
+    """The tables, measured on every Y with every U at a neutral V, and on every Y with every V at a neutral U."""
     every = np.arange(256, dtype=np.uint8)
     every_y = every[:, None].repeat(2, axis=0).repeat(512, axis=1)
     across = np.broadcast_to(every, (256, 256))
@@ -153,13 +153,13 @@ def _measured(name: str, colorspace: int, color_range: int) -> Colours | None:
 def _added(
     pixels: NDArray[np.int16], known: NDArray[np.int16], usable: NDArray[np.bool_] | bool = True
 ) -> NDArray[np.int16]:
-    """What each column adds to `known`, [rows], to give `pixels`, [rows, columns], as a `usable` row shows it."""
+    """The number that each column adds to `known`, [rows], to give `pixels`, [rows, columns]; from a `usable` row."""
     row = (_is_whole(pixels) & np.broadcast_to(usable, known.shape)[:, None]).argmax(axis=0)
     return pixels[row, np.arange(pixels.shape[1])] - known[row]
 
 
 def _is_whole(pixels: NDArray[np.int16]) -> NDArray[np.bool_]:
-    """Whether nothing was cut off."""
+    """Whether each value is unclipped."""
     return (pixels > 0) & (pixels < 255)
 
 
@@ -176,7 +176,7 @@ def _converted(planes: Planes, name: str, colorspace: int, color_range: int) -> 
 
 
 def to_rgb(frame: "av.VideoFrame", reformatter: VideoReformatter) -> NDArray[np.uint8]:
-    """The frame's pixels, [H, W, 3]. A reformatter serves many frames; one of its own takes 17 microseconds a frame."""
+    """The frame's pixels, [H, W, 3]. Frames share a reformatter, because a new one takes 17 microseconds."""
     pixels: NDArray[np.uint8] = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # type: ignore[assignment]
     return pixels
 

@@ -1,4 +1,4 @@
-"""How frames are resized, cropped and normalised for a network: the rule, and where in a frame it looks.
+"""The rule by which frames are resized, cropped and normalised for a network, and the part of a frame it looks at.
 
 The arithmetic is in `extract.feed.on_host` and `extract.feed.on_device`; this module needs no torch, so that a process
 that only decodes starts fast.
@@ -52,7 +52,7 @@ class Transform:
         return Window(top, left, side, side)
 
     def looks_at(self, height: int, width: int) -> "Window":
-        """The part of a decoded frame of that size, perhaps a few pixels more, that the network's input depends on."""
+        """The part of a decoded frame of that size that the network's input depends on, perhaps a few pixels more."""
         resized = self.resized(height, width)
         crop = self.crop(*resized)
         rows = self._source(height, resized[0], crop.top, crop.height)
@@ -60,7 +60,7 @@ class Transform:
         return Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
 
     def _source(self, extent: int, target: int, first: int, count: int) -> tuple[int, int]:
-        """First and last + 1 of the pixels that pixels `first` to `first + count` of the resized axis are made of."""
+        """First and last + 1 of the pixels that `count` pixels of the resized axis, from `first` on, depend on."""
         if target == extent:
             return first, first + count
         step = extent / target

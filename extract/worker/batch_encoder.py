@@ -1,4 +1,4 @@
-"""Decoded clips -> rows of the store, in batches: what both ways of encoding, `on_cores` and `on_device`, share.
+"""Decoded clips -> rows of the store, in batches: the base of both ways of encoding, `on_cores` and `on_device`.
 
 A matrix product may round differently in another shape, but a clip's tokens must not depend on the clips that are
 encoded with it. So a store has the same bits whether one job wrote it, several jobs did, or it was repaired.
@@ -26,13 +26,13 @@ Row = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What has come of a batch.
+    """The result of a batch.
 
     Attributes:
         rows: Id of a clip -> its tensors of `PatchTokens` and its timestamps, on the CPU: cls [D], patches [T, N, D],
             saliency [T, N], timestamps [T] in seconds, and coarse [T, M, E] and coarse_saliency [T, M] if the network
             has them.
-        finite: Clips whose numbers, as they are in `rows`, are known to be finite; of the others it is not known.
+        finite: Clips whose numbers in `rows` are known to be finite; the others have not been checked.
     """
 
     rows: dict[str, Row] = field(default_factory=dict)
@@ -51,10 +51,10 @@ class BatchEncoder(ABC):
         size: See above.
         held: Number of clips whose frames it may use at a time; each is released as soon as possible.
         slow: Number of batches at the start that take longer than all others.
-        seconds: Time that this process has spent on starting batches and on waiting for them so far.
+        seconds: Time that this process has spent so far on starting batches and on waiting for them.
         handover_s: Time that it has spent on taking clips.
         busy_s: Time for which the encoder has computed.
-        slots: Memory of all rows that other processes can share; None if they are this process's alone.
+        slots: Memory of all rows, if other processes can share it; None if only this process has it.
     """
 
     held: int
@@ -79,10 +79,10 @@ class BatchEncoder(ABC):
     def __exit__(self, *_: object) -> None: ...
 
     def add(self, clip: PreparedClip) -> None:
-        """Take a clip into the next batch, which has room for it; where it can, its copy to the device starts.
+        """Add a clip to the next batch, which must have room for it; if there is a device, its copy there starts.
 
         Raises:
-            ValueError: The frames have the wrong shape for the encoder; on a CPU the rows' function raises it.
+            ValueError: The frames have the wrong shape for the encoder; on a CPU the function from `start` raises it.
         """
         assert len(self._taken) < self.size
         started = time.perf_counter()

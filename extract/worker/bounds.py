@@ -1,4 +1,4 @@
-"""What binds a job: the most clips a second that each stage of a worker could do, and the option that moves the least.
+"""The bottleneck of a job: clips a second that each stage of a worker could do, and the option that raises the lowest.
 
 The stages overlap, so a worker is as fast as its slowest one.
 """
@@ -32,9 +32,9 @@ def ceilings(stats: JobStats) -> dict[str, float]:
 
 
 def bound_line(found: Mapping[str, float]) -> str | None:
-    """One line: the slowest stage, its ceiling, what moves it, and the other ceilings; None where nothing is known.
+    """One line: the slowest stage, its ceiling, what raises it, and the other ceilings; None if nothing is known.
 
-    A stage a thousand times as fast as the slowest, such as hand-over where a CPU encodes, is left out.
+    A stage a thousand times as fast as the slowest, such as hand-over if a CPU encodes, is left out.
     """
     if not found:
         return None

@@ -34,7 +34,7 @@ def device_of_worker(name: str, rank: int) -> str:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What decides the last bits of the tokens that `device` computes: its name or instructions, and torch."""
+    """Description of all that decides the last bits of tokens from `device`: its name or instructions, and torch."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -44,7 +44,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether torch's matrix products use instructions of this CPU for bfloat16."""
+    """Whether torch's matrix products use bfloat16 instructions of this CPU."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -52,12 +52,12 @@ def has_bfloat16() -> bool:
 def full_float32() -> Iterator[None]:
     """Inside the block, a GPU keeps all bits of float32.
 
-    By default torch rounds it to the 11 bits of TF32 in convolutions; and where the process or its container wants it
-    so (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`), in matrix products too.
+    By default torch rounds it to the 11 bits of TF32 in convolutions, and also in matrix products if the environment
+    says so (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`).
     """
     try:
         before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody chose by torch's newer options (`fp32_precision`), which these do not know
+    except RuntimeError:  # torch's newer options (`fp32_precision`) were set, which these cannot read
         yield
         return
     try:

@@ -1,7 +1,7 @@
-"""A config with everything looked up that encoding needs: the network, its weights, the device and the store's layout.
+"""A resolved config, with all that encoding needs: the network, its weights, the device and the store's layout.
 
-Every command resolves its config once and hands the result on. Worker processes receive the config and resolve it again
-on their side, because an encoder is loaded faster from its file than it is sent to another process.
+Every command resolves its config once and passes the result on. Worker processes receive the config and resolve it
+again themselves, because loading an encoder from its file is faster than sending it to another process.
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class ExtractionJob:
     """A resolved config.
 
     Attributes:
-        config: The experiment; `encoder.checkpoint` is a path, also where the config had a name on the hub.
+        config: The experiment; `encoder.checkpoint` is a path, even if it was a name on the hub.
         network: The network that `encoder.arch` names.
         device: Device of the encoders.
         checkpoint: Weights of the video network.
@@ -55,7 +55,7 @@ class ExtractionJob:
     encoder: VideoEncoder
     transform: Transform
 
-    # Both wait for their first use: a worker needs neither, and a fingerprint hashes the whole checkpoint file.
+    # Both are computed at first use: a worker needs neither, and a fingerprint hashes the whole checkpoint file.
     @cached_property
     def spec(self) -> StoreSpec:
         """Arrays of the store that holds the encoder's tokens."""
@@ -82,7 +82,7 @@ class ExtractionJob:
 
     @property
     def frames_line(self) -> str | None:
-        """What to know where clips have more frames than the network was trained on; None where they have not."""
+        """One line of advice if clips have more frames than the network was trained on; else None."""
         trained, frames = self.encoder.trained_frames, self.encoder.num_frames
         if trained is None or frames <= trained:
             return None
@@ -92,20 +92,20 @@ class ExtractionJob:
         )
 
     def open_batch_encoder(self) -> BatchEncoder:
-        """The encoder, on its device from now on, in batches of `encoder.batch`."""
+        """Move the encoder to its device, and open it for batches of `encoder.batch`."""
         encoder, config = self.encoder.to(self.device), self.config
         if self.encodes_on_device:
-            capture = not config.encoder.compile  # what a compiler has fused needs few launches
+            capture = not config.encoder.compile  # a compiled encoder needs few launches
             batch = config.encoder.batch
-            # Those of the shards that are written, of the one that waits for that and of the one that is gathered.
+            # Batches of the shards being written, of the one that waits for that and of the one being gathered.
             in_use = (shards_at_once() + 2) * -(-config.store.shard // batch) + 2
             return DeviceEncoder(encoder, batch, config.store.dtype, self.transform, in_use, capture)
         return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
 
     def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:
-        """`count` child processes that decode clips for the encoder, at most `clips` of which are not yet released.
+        """`count` child processes that decode for the encoder; at most `clips` clips are not yet released at a time.
 
-        Where this machine's cores encode, the children also apply the network's transform.
+        If this machine's cores encode, the children also apply the network's transform.
         """
         return open_decoders(self.config.video, self.transform, count, clips, self.encodes_on_device)
 
@@ -116,8 +116,8 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
     Args:
         config: The experiment.
         device: Device to use instead of `encoder.device`.
-        network: The network that `encoder.arch` names, where it is known already: a worker process receives it, because
-            a call may have registered it in the process that started the job.
+        network: The network that `encoder.arch` names, if already known: a worker process receives it, because it may
+            have been registered only in the process that started the job.
 
     Raises:
         CheckpointError: The file is not a checkpoint of `encoder.arch`, or was trained on another `video.size`.

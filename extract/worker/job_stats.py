@@ -31,7 +31,7 @@ class Stages:
         wait_write_s: Time for which the encoder waited for the disk.
         decoders_s: `decode_s` divided by the number of children.
         handover_s: Time that the worker's main thread spent on taking frames from the children.
-        busy_s: Time for which the encoder computed, which is less than `encode_s` where that is spent on waiting.
+        busy_s: Time for which the encoder computed, which is less than `encode_s` if part of that is waiting.
     """
 
     total_s: float = 0.0
@@ -94,7 +94,7 @@ class JobStats:
 
 
 def stats_of(job: dict[str, Any]) -> JobStats:
-    """The statistics in a line of `read_jobs`; what an earlier version did not record is 0."""
+    """The statistics in a line of `read_jobs`; numbers that an earlier version did not record are 0."""
     stages, untimed = Stages(**job["stages"]), job.get("untimed", 0)
     return JobStats(job["committed"], job["quarantined"], tuple(job["skipped"]), stages, untimed)
 

@@ -24,7 +24,7 @@ class CoreEncoder(BatchEncoder):
         self._cores = ThreadPoolExecutor(
             self.size, "encoder", initializer=torch.set_num_threads, initargs=(max(self._threads // self.size, 1),)
         )
-        encoder.pack()  # otherwise each thread would, at its first clip
+        encoder.pack()  # otherwise each thread would pack it at its first clip
 
     def __exit__(self, *_: object) -> None:
         self._cores.shutdown(cancel_futures=True)
@@ -34,7 +34,7 @@ class CoreEncoder(BatchEncoder):
         assert isinstance(clip.frames, np.ndarray)
 
     def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
-        """Queue the clips; each goes to the next free core. Whether they are finite is found by writing them."""
+        """Queue the clips; each goes to the next free core. Only the writer checks whether they are finite."""
 
         @torch.inference_mode()
         def encode(clip: PreparedClip) -> tuple[Row, float]:

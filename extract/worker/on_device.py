@@ -1,10 +1,10 @@
-"""Encoding on a GPU that never waits: copies in and out have streams of their own beside the computation's.
+"""Encoding on a GPU that never waits: copies in and out run on their own streams beside the computation.
 
-A clip's pixels are copied to the device as soon as it is decoded, from memory that the children have written them to;
-so a batch is there when it is complete. On the CPU, whose streams do nothing, the same code runs in tests.
+A clip's pixels are copied to the device as soon as the clip is decoded, from the memory that the children wrote them
+to, so that a batch is on the device once it is complete. On the CPU, whose streams do nothing, tests run the same code.
 
-Every call of torch costs this process some microseconds of Python, of which a GPU leaves about one millisecond a clip.
-So clips of one size are copied side by side and transformed in one call.
+Every call of torch costs this process some microseconds of Python; to keep up with a GPU it has about one millisecond a
+clip. So clips of one size are copied side by side and transformed in one call.
 """
 
 import time
@@ -33,9 +33,9 @@ from egopatch.features.values.spec import PatchTokens, StoredDtype
 
 _FINITE = "finite"  # among the results of a batch, beside its tensors
 _COPYING = 8  # clips whose copies to the device may be on their way
-_MARKED = 4  # clips whose copies end at one event
+_MARKED = 4  # clips whose copies share one event
 _SIDE_BY_SIDE = 4  # clips of one size that are transformed in one call,
-_SMALL = 1 << 27  # bytes of their float32 pixels up to which they are; larger ones keep the GPU busy one by one
+_SMALL = 1 << 27  # if their float32 pixels have at most this many bytes; a larger clip keeps the GPU busy alone
 _PINNED_STEP = 1 << 20
 
 
@@ -44,7 +44,7 @@ class _Group:
     """Clips with frames of one size and kind, next to each other on the device.
 
     Attributes:
-        pixels: uint8 [clips, F, ...], as in `Pixels`; those of clips that never came are whatever the memory holds.
+        pixels: uint8 [clips, F, ...], as in `Pixels`; the pixels of clips that never came are undefined.
         cut: How their frames were cut.
         places: Number of each clip in the batch.
     """
@@ -60,7 +60,7 @@ class _Group:
 
 @dataclass
 class _Received:
-    """What has been copied to the device for the next batch: `groups`, and the runs of each clip that is in none."""
+    """Clips copied to the device for the next batch: in `groups`, or as runs in `others` if they are in no group."""
 
     groups: list[_Group] = field(default_factory=list)
     others: dict[int, list[tuple[Tensor, Pixels | None]]] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class DeviceEncoder(BatchEncoder):
     """
 
     held = _COPYING
-    slow = EAGER_BATCHES  # in the last one the graph is made
+    slow = EAGER_BATCHES  # the graph is made in the last of these
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class DeviceEncoder(BatchEncoder):
         super().__init__(encoder, batch, dtype)
         self._device = next(encoder.parameters()).device
         self._streams = torch.get_device_module(self._device)
-        self._streams.set_device(self._device)  # pinned memory would otherwise come with a context on the first GPU
+        self._streams.set_device(self._device)  # otherwise pinning memory would start a context on the first GPU
         self._compute = self._streams.current_stream(self._device)
         self._in, self._out = (torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in "io")
         self._transform = DeviceTransform(transform, encoder.size, self._device)
@@ -117,13 +117,13 @@ class DeviceEncoder(BatchEncoder):
 
     def __exit__(self, *_: object) -> None:
         self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
-        del self._encode  # it refers to this object, which would keep the memory until a collection
+        del self._encode  # a reference cycle, which would keep the memory until a collection
         self._results.close()
         if self._pinned_slots:
             self._pinned_slots.release()
 
     def _pin(self, memory: NDArray[np.uint8]) -> None:
-        """Called in another thread, which begins on the first GPU."""
+        """Pin `memory`; called in another thread, which starts on the first GPU."""
         self._streams.set_device(self._device)
         _pin(memory)
 
@@ -177,7 +177,7 @@ class DeviceEncoder(BatchEncoder):
                 if group.is_full:
                     break
                 return group
-        # The number depends on nothing but the size, so neither do the bits of what comes out.
+        # The number depends only on the size, so that a clip's bits do not depend on other clips.
         window = run.cut.window
         count = min(_SIDE_BY_SIDE, max(_SMALL // (4 * len(frames) * 3 * window.height * window.width), 1))
         pixels = torch.empty((count, *frames.shape), dtype=torch.uint8, device=self._device)
@@ -243,7 +243,7 @@ class DeviceEncoder(BatchEncoder):
         return self._encoder(self._frames)
 
     def _transform_all(self, received: _Received) -> None:
-        """Fill [size, T, 3, S, S], the encoder's input in its own type; the batch before has been encoded by then."""
+        """Fill the encoder's input, [size, T, 3, S, S] in its own type; the previous batch has been encoded by then."""
         steps, side = self._encoder.num_frames, self._encoder.size
         if self._frames is None:
             dtype = next(self._encoder.parameters()).dtype
@@ -267,9 +267,9 @@ class DeviceEncoder(BatchEncoder):
 
 
 def _rows_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Bool [rows]: whether all numbers of a row are finite; in one pass over each tensor, where `isfinite` takes four.
+    """Bool [rows]: whether all numbers of a row are finite, in one pass over each tensor; `isfinite` would take four.
 
-    A core of the host would take longer for it than for a checksum of the row.
+    A core of the host would take longer for this check than for a checksum of the row.
     """
     extremes = [extreme for tensor in tensors for extreme in tensor.flatten(1).aminmax(dim=1)]
     return torch.stack([extreme.isfinite() for extreme in extremes]).all(dim=0)

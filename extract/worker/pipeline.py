@@ -3,8 +3,8 @@
 One decode of a clip can serve several stores. Each has its own encoder, leases, ledger and threads for writing.
 
 Child processes decode a little ahead of the encoder, across the ends of shards. Separate threads lease the next shard
-and write the previous ones. If they are too many, encoding waits. So memory does not depend on the number of clips, and
-the encoder waits only for a stage that is slower than itself.
+and write the previous ones. If too many are unwritten, encoding waits. So memory does not depend on the number of
+clips, and the encoder waits only for a stage that is slower than itself.
 """
 
 import time
@@ -113,14 +113,14 @@ def fill_stores(
     """Encode the shards of each target, with one decode of each clip for all targets that lack it.
 
     Args:
-        targets: Their configs must have the same data, and the same frames but for their size.
+        targets: The stores; their configs must have the same data, and frames that differ only in size.
         clips: Clip of each id.
         decoders: Number of child processes that decode.
         on_progress: Called with (clips, bytes of their rows as the store keeps them, before compression) after each
             batch.
 
     Returns:
-        What was done for each target.
+        Statistics for each target.
 
     Raises:
         TooManyErrors: Checked after each shard is committed.
@@ -137,12 +137,12 @@ def fill_stores(
             stack.push(opened.pop_all())  # the encoders end before the decoders, whose memory they use
         fillings = []
         for target, encoder in zip(targets, encoders, strict=True):
-            # Ends before the encoder, in whose memory its rows are.
+            # The writer ends before the encoder, because its rows are in the encoder's memory.
             writer = stack.enter_context(
                 BackgroundShardWriter(target.store, target.job.config.engine.max_errors, encoder.slots)
             )
             fillings.append(_Filling(target, encoder, writer, clips, on_progress))
-        requested: deque[list[int]] = deque()  # of each clip that is being decoded, the targets that lack it
+        requested: deque[list[int]] = deque()  # for each clip that is being decoded, the targets that lack it
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
             lacking = requested.popleft()
@@ -243,7 +243,7 @@ class _Filling:
         self._writer.wait()
 
     def stats(self, total_s: float, results: _TimedResults, decoders: int) -> JobStats:
-        """What was done."""
+        """Statistics of the target."""
         writer = self._writer
         return JobStats(
             committed=writer.committed,
@@ -264,7 +264,7 @@ class _Filling:
         )
 
     def _take_rows(self) -> None:
-        """Take the rows of the batch behind, and write its shard if they are the last ones."""
+        """Take the rows of the previous batch, and write its shard if they are the shard's last ones."""
         if self._behind is None:
             return
         (batch, wait), self._behind = self._behind, None

@@ -25,7 +25,7 @@ class ResultMemory:
     Pinning takes longer than encoding, so a thread does it ahead: for the first batches while the decoders start.
 
     Args:
-        batches: Most buffers; memory is taken only for those that are used.
+        batches: Largest number of buffers; memory is taken only for those that are used.
         nbytes: Bytes of a buffer.
         pin: Called with new memory, in the thread.
         unpin: Called with the same memory at the end.
@@ -53,7 +53,7 @@ class ResultMemory:
 
     @property
     def buffers(self) -> int:
-        """Buffers so far, without those that are being pinned."""
+        """Number of buffers so far, without those that are being pinned."""
         return len(self._pinned)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class ResultMemory:
         except queue.Empty:
             memory = (self._coming.popleft() if self._coming else self._submit()).result()
             if not self._coming and self.buffers < self.slots.count:
-                # As many as this are in use, so the next batch will need one too.
+                # All buffers so far are in use, so the next batch will need a new one too.
                 self._coming.append(self._submit())
         # torch keeps this view as long as there is a tensor in it.
         view = memory[:]

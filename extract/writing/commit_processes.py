@@ -1,8 +1,8 @@
-"""Committing shards in processes of their own, where a GPU encodes.
+"""Commits shards in child processes while a GPU encodes.
 
 Checks, checksums, writing and reading back give up the GIL some sixty times a clip, and the thread that feeds the GPU
-waits for it each time. A child has a GIL of its own, and finds the rows in memory that it shares with this process.
-This process keeps the leases; a child that is killed leaves what a killed writer leaves.
+waits for it each time. A child has its own GIL, and finds the rows in memory that it shares with this process. This
+process keeps the leases; a killed child leaves the same files behind as a killed writer.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class CommitProcesses(SpawnedPool):
     """Children that commit shards of a store in a folder; a `features.state.commit.Committer`.
 
     Args:
-        slots: Memory in which the rows lie.
+        slots: Memory that holds the rows.
         count: Number of children; as many threads may call at a time.
         file_format: Name of the stores' file format, which children import before their first shard.
     """
@@ -37,7 +37,7 @@ class CommitProcesses(SpawnedPool):
         super().__init__("writing", count, _start_child, slots, file_format)
 
     def __call__(self, target: CommitTarget, commit: ShardCommit) -> None:
-        """As `commit_shard`; shards with large rows from elsewhere are committed by this process.
+        """As `commit_shard`, in a child; this process commits shards with large rows that are not in the slots.
 
         Raises:
             JobFailed: The child was killed.

@@ -30,7 +30,7 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """What has come of a shard's clips.
+    """The results for a shard's clips.
 
     Attributes:
         work: The shard.
@@ -55,7 +55,7 @@ def shards_at_once() -> int:
     """Shards that a worker writes at a time: while one is synced and read back, rows of others are checked and written.
 
     On a node with an H100, four bare threads wrote 1,050 to 1,680 clips/s of 4.8 MB to memory, and one 430 to 520. In
-    the pipeline there, two were as fast as four: writing did not bind.
+    the pipeline there, two were as fast as four: writing was not the bottleneck.
     """
     return min(4, max(2, usable_cores() // 4))
 
@@ -100,7 +100,7 @@ class BackgroundShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with ExitStack() as last:  # whatever interrupts one of these, the others follow
+        with ExitStack() as last:  # if one of these is interrupted, the others still run
             last.callback(self._release_all)
             if self._children:
                 last.push(self._children)
@@ -114,8 +114,8 @@ class BackgroundShardWriter:
         Shards that another job holds are skipped and tried once more at the end, in case that job has died meanwhile.
 
         Yields:
-            The work, and the clips of its shard that are uncommitted or have a row that is still to be replaced,
-            without those in quarantine that it is not to retry.
+            The work, and the clips of its shard that are uncommitted or whose row must still be replaced, without
+            quarantined clips that the work does not retry.
         """
         held_elsewhere = list(works)
         for _ in range(2):
@@ -139,7 +139,7 @@ class BackgroundShardWriter:
         self._begin(self._leasing, self._release, shard)
 
     def write(self, shard: EncodedShard) -> None:
-        """Begin to write a leased shard, whose lease is released afterwards. Waits while as many are written as may be.
+        """Begin to write a leased shard, and release its lease afterwards. Waits while too many others are unwritten.
 
         Raises:
             TooManyErrors, StoreError: Raised by an earlier shard.
@@ -148,7 +148,7 @@ class BackgroundShardWriter:
         self._unfinished.append(self._begin(self._writing, self._write, shard))
         self._failed |= shard.failures.keys()
         if shard.failures and self._too_many(len(self._store.quarantine.keys() | self._failed)):
-            self.wait()  # before another shard is begun, which a job over its limit would only keep by chance
+            self.wait()  # before another shard is begun, which a job over its limit would commit only by chance
 
     def wait(self) -> None:
         """Wait until all shards are written. Errors as in `write`."""
@@ -173,7 +173,7 @@ class BackgroundShardWriter:
         lease = ExitStack()
         uncommitted = lease.enter_context(self._store.lease(work.shard))
         self._leases[work.shard] = lease
-        # Another job may have tried some since the work was listed, as `engines.sharing.still_missing` knows.
+        # Another job may have tried some clips since the work was listed; see `engines.sharing.still_missing`.
         failed = {name for name, record in self._store.quarantine.items() if record.attempts != work.retries.get(name)}
         untried = [name for name in uncommitted if name not in failed]
         return *untried, *self._store.catalog.unchanged(work.replaces)
@@ -217,7 +217,7 @@ class BackgroundShardWriter:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Count the seconds of the block in `write_s`; those of several threads at the same time once."""
+        """Count the seconds of the block in `write_s`; seconds in which several threads write count once."""
         with self._counting:
             if not self._now_writing:
                 self._writing_since = time.perf_counter()
@@ -234,7 +234,7 @@ class BackgroundShardWriter:
         """The clips whose tokens hold NaN or infinity.
 
         Raises:
-            StoreError: All clips of the shard do: the clips are not the cause. Or a text does, which has no quarantine.
+            StoreError: All clips of the shard do, so they are not the cause; or a text does, which has no quarantine.
         """
         arrays = {name: array for name, row in rows.items() if (array := array_not_finite(row))}
         encoder = self._store.fingerprint.fields.get("arch")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class ChildError(RuntimeError):
-    """What a child process raised, as text: the error itself cannot be sent to another process."""
+    """An error of a child process, as text, because the error itself cannot be sent to another process."""
 
 
 def sendable(error: BaseException) -> BaseException:
@@ -18,7 +18,7 @@ def sendable(error: BaseException) -> BaseException:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # what classes do while they are pickled is their own
+    except Exception:  # classes may raise anything while they are pickled
         pass
     return ChildError(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -34,7 +34,7 @@ class ChildTraceback(Exception):
 def sendable_errors() -> Iterator[None]:
     """Raise the errors of the block, or of the function that this decorates, as `sendable` returns them.
 
-    What formats the traceback of a `ChildError` finds that of the error itself above it.
+    The printed traceback of a `ChildError` begins with that of the original error.
     """
     try:
         yield

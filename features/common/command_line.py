@@ -1,4 +1,4 @@
-"""Programs with several commands: which one a command line names, and how it prints its result."""
+"""Helpers for programs with several commands: find the command, run it, print its result and explain its failure."""
 
 import argparse
 import difflib
@@ -35,7 +35,7 @@ def find_command(
         commands: Command -> help in one line.
         usage: First line of the help.
         args: Command line, without the program.
-        meant_by: Returns names that are no commands -> what is probably meant, for errors.
+        meant_by: Returns names that are not commands -> the command that is probably meant, for errors.
     """
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, commands))
@@ -61,7 +61,7 @@ def run_command(
 
     Args:
         program: Name of the program and of its command, for errors.
-        command: What returns the exit code; None means 0.
+        command: Function that returns the exit code; None means 0.
         wrong_usage: Errors that mean exit code 2.
         failures: Errors that mean exit code 1.
     """
@@ -129,8 +129,8 @@ def pick_varied(faults: Sequence[str], most: int) -> list[str]:
 def describe_failure(error: BaseException) -> str | None:
     """Why a command failed, in one line; None if only the reader of its standard output, such as `head`, has exited.
 
-    What is still buffered for standard output is written; where that fails, it is dropped with all that follows, since
-    Python would try again when it exits, and print the error in lines of its own.
+    Buffered standard output is written first. If that fails, it is dropped with all that follows, since Python would
+    try again at exit and print the error itself, in several lines.
     """
     try:
         sys.stdout.flush()
@@ -138,7 +138,7 @@ def describe_failure(error: BaseException) -> str | None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         lost.filename = "standard output"
         error = lost
-    # Not every broken pipe is this one: others lead to child processes.
+    # A broken pipe may also be another one, to a child process.
     if isinstance(error, BrokenPipeError) and (error.filename or _reader_has_exited()):
         return None
     return " ".join(with_remedy(error).split())

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores, GPUs and torch's threads.
+"""The part of its machine that this process may use: cores, GPUs and torch's threads.
 
 Schedulers and containers give a process a part of the machine, in three ways: a set of cores (affinity), a share of the
 cores' time (a quota of its control group, or of a group around it), and `CUDA_VISIBLE_DEVICES`, which torch respects.
@@ -65,14 +65,14 @@ def find_device(name: str) -> "torch.device":
 
 
 def limit_threads(processes: int = 1) -> None:
-    """Let torch compute on no more than this process's share of the cores, where `processes` like it run together."""
+    """Limit torch to this process's share of the cores, if `processes` processes like it run together."""
     import torch
 
     torch.set_num_threads(max(min(torch.get_num_threads(), usable_cores() // processes), 1))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores' time that this process's control groups, and the groups around them, may use, in cores."""
+    """CPU quotas, in cores, of this process's control groups and of the groups around them."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

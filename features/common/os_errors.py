@@ -1,4 +1,4 @@
-"""What the operating system or a GPU refuses, in one line, with what to do about it where that is known."""
+"""Explains in one line what the operating system or a GPU refuses, with a remedy if one is known."""
 
 import errno
 
@@ -13,7 +13,7 @@ _OTHERS = {
 
 
 def gpu_shortage(error: BaseException) -> str:
-    """What torch says of a GPU's lack of memory: how much was wanted, and how much there is.
+    """The part of torch's error about a GPU's lack of memory that says how much was requested, and how much there is.
 
     Its whole text is "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ... is
     free. ..."
@@ -22,7 +22,7 @@ def gpu_shortage(error: BaseException) -> str:
 
 
 def with_remedy(error: BaseException) -> str:
-    """The text of an error; where the system refuses a path, or more space, also what to do."""
+    """The text of an error, with a remedy if the system refused a path or more space."""
     if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):
         path = error.filename or "a file"
         if error.errno in NO_SPACE:

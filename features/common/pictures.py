@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 COLUMNS = 4
 # Pixels: of the line under a frame, of the gap between frames.
 CAPTION, GAP = 16, 4
-DIMMED = 0.35  # what is left of a pixel's light where its value is the lowest
+DIMMED = 0.35  # share of a pixel's light that is left where its value is the lowest
 
 
 def sheet(cells: Sequence[tuple[NDArray[np.float32], str]]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""How far a task is: a live bar on a terminal, a line that changes in a notebook, one every ten seconds in a log."""
+"""Shows progress: a live bar on a terminal, a changing line in a notebook, a line every ten seconds in a log."""
 
 import multiprocessing
 import sys
@@ -44,7 +44,7 @@ class ProgressDisplay:
         self._summary, self._silent = summary, silent
         self._before, self._nbytes, self._detail = done, 0, ""
         self._started = self._printed = time.monotonic()
-        # A notebook's stream is no terminal, but shows a line in place of the former one after a carriage return.
+        # A notebook's stream is not a terminal, but a carriage return in it replaces the last line.
         self._in_place = type(self._out).__module__ == "ipykernel.iostream"
         self._interval_s = NOTEBOOK_INTERVAL_S if self._in_place else PLAIN_INTERVAL_S
         self._width = 0
@@ -66,12 +66,12 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.stop()
         if self._width and not (self._summary and error is None):
-            print(file=self._out, flush=True)  # what follows is not to stand behind the last line
+            print(file=self._out, flush=True)  # so that later output does not continue the last line
         if self._summary and not self._silent and error is None:
             self._print(last=True)
 
     def advance(self, count: int, nbytes: int = 0) -> None:
-        """Add `count` units, which came to `nbytes` bytes."""
+        """Add `count` finished units of `nbytes` bytes in all."""
         self._nbytes += nbytes
         self.update(self.done + count)
 
@@ -87,7 +87,7 @@ class ProgressDisplay:
             self._print(last=False)
 
     def _is_last(self) -> bool:
-        """Whether the line of the summary will say the same."""
+        """Whether the summary's line will repeat this one."""
         return self._summary and self.done == self.total
 
     def line(self) -> str:

@@ -28,7 +28,7 @@ def signal_handlers(
     """Within the block `handler` receives the signals `numbers`; afterwards the former handlers are back.
 
     Raises:
-        ValueError: Outside of the main thread, which alone receives signals.
+        ValueError: This is not the main thread, which alone receives signals.
     """
     before: dict[signal.Signals, Any] = {}
     try:
@@ -55,10 +55,10 @@ def requeue_on_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 reach their handlers at the end of the block.
+    """Hold SIGINT, SIGTERM and SIGUSR1 back from their handlers until the end of the block.
 
-    A handler that raises does so between any two steps of the main thread. Within `queue.Queue.put`, that can leave a
-    waiter behind which takes the next wake-up from the thread that waits in `get`, and whoever joins it waits forever.
+    A handler may raise between any two steps of the main thread. Within `queue.Queue.put`, that can leave a waiter
+    behind, which takes the next wake-up from the thread that waits in `get`; joining that thread then takes forever.
     Outside of the main thread, which alone runs handlers, nothing is held.
     """
     if threading.current_thread() is not threading.main_thread():

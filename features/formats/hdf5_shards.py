@@ -146,7 +146,7 @@ class Hdf5Shard:
 
 
 def open_unlocked(path: Path | str) -> h5py.File:
-    """The file, open for reading without HDF5's locks; with them where this process has it open so already."""
+    """Open the file for reading without HDF5's locks, or with them if this process already has it open that way."""
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
@@ -185,7 +185,7 @@ def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> np.ndarray:
 
 
 def _decode(width: int, content: bytes, row: np.ndarray) -> None:
-    """Undo deflate and shuffle: the bytes are the first ones of all numbers, then the second ones, and so on."""
+    """Undo deflate and shuffle, which puts the first bytes of all numbers first, then the second bytes, and so on."""
     inflate = zlib.decompressobj()
     try:
         planes = inflate.decompress(content[:-_CHECKSUM], row.size)

@@ -1,4 +1,4 @@
-"""What a file format provides: `zarr_shards` and `hdf5_shards` each implement these protocols."""
+"""The protocols of a file format, which `zarr_shards` and `hdf5_shards` each implement."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from egopatch.features.values.spec import ArraySpec, StoreSpec
 CODECS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"zarr": ("none", "zstd", "blosc-zstd"), "hdf5": ("none", "gzip")}
 )
-_BLOCK = 1 << 23  # each gives up the GIL four times, which others may then keep for a while
+_BLOCK = 1 << 23  # bytes; each block gives up the GIL four times, which other threads may then keep for a while
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class SummedRow:
 
         Args:
             content: The row.
-            dtype: Name of the dtype if its numbers have to be finite.
+            dtype: Name of the dtype if its numbers must be finite.
 
         Raises:
-            FloatingPointError: They are not.
+            FloatingPointError: A number is not finite.
         """
         flat = content.reshape(-1).view(np.uint8)
         castagnoli = ethernet = 0
@@ -73,8 +73,8 @@ class Chunk:
         file: File that contains the row.
         offset: Offset of the row's first byte.
         size: Size in bytes, including what the format adds to a row.
-        decode: Decodes those bytes into a row of the right size; None where the file holds the row's bytes unchanged.
-            Raises ValueError or RuntimeError where the codec did not write the bytes.
+        decode: Decodes those bytes into a row of the right size; None if the file holds the row's bytes unchanged.
+            Raises ValueError or RuntimeError for bytes that the codec did not write.
     """
 
     file: OpenFile
@@ -103,7 +103,7 @@ class OpenShard(Protocol):
 
     @property
     def index(self) -> object:
-        """What `Format.open` need not read again when the shard is opened again; None where that is little."""
+        """Data that `Format.open` need not read again when the shard is opened again; None if it is little."""
 
     def find_row(self, array: ArraySpec, slot: int) -> Chunk:
         """The place of row `slot` of `array`.
@@ -141,7 +141,7 @@ class Format(Protocol):
         """
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> OpenShard:
-        """Open the files of `shard`; the `index` of the same shard, opened before, is used if they are still the same.
+        """Open the files of `shard`; `index`, kept from an earlier opening, is used if the files are still the same.
 
         Raises:
             DamagedStore: A file is missing, cut short or of another format.

@@ -140,7 +140,7 @@ def _decode(codec: numcodecs.abc.Codec, content: bytes, row: np.ndarray) -> None
     # The checksum comes first, because decompressors trust their input.
     if crc32c(content[:-_CRC]).to_bytes(_CRC, "little") != content[-_CRC:]:
         raise ValueError("their checksum differs")
-    codec.decode(content[:-_CRC], out=row)  # raises where the bytes exceed the row; the ledger's checksum finds too few
+    codec.decode(content[:-_CRC], out=row)  # raises if the bytes exceed the row; the ledger's checksum reveals too few
 
 
 def _create_array(group: zarr.Group, array: ArraySpec, spec: StoreSpec, rows: int) -> zarr.Array:

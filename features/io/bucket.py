@@ -73,7 +73,7 @@ class Bucket:
 
     Raises:
         BadLocation: obstore is not installed, or the environment has no credentials.
-        StoreError: The process was forked from one that has opened a bucket; so does every method.
+        StoreError: The process was forked from one that has opened a bucket; every method raises this too.
     """
 
     def __init__(self, url: ObjectUrl) -> None:
@@ -153,7 +153,7 @@ class Bucket:
         return self._put(key, content, "overwrite")
 
     def put_if_unchanged(self, key: str, content: bytes, version: Version | None) -> Version:
-        """Write an object if its state is still `version`, or if it still does not exist where that is None.
+        """Write an object if its state is still `version`, or, if `version` is None, if it still does not exist.
 
         Raises:
             WriteConflict: Another writer has written the object since.

@@ -1,8 +1,8 @@
 """Ownership on a file system: a lease is a file that names a process and that the process keeps locked.
 
-The kernel drops the lock with the process, so no clock, process number or container can make a living owner look dead.
-Where other machines may use the same file system, and locks may not reach from one to the other, an unlocked lease of
-another boot is kept, because its owner may be running. `remove` takes such a lease away.
+The kernel drops the lock when the process ends, so no clock, process number or container can make a living owner look
+dead. If other machines may use the same file system, and may not see each other's locks, an unlocked lease of another
+boot is kept, because its owner may be running. `remove` removes such a lease.
 """
 
 import fcntl
@@ -59,7 +59,7 @@ def hold(root: Path, shard: int, name: str | None = None) -> Iterator[None]:
     """Hold the lease of `shard`, in the store at `root`, for the length of a block.
 
     Args:
-        root: Folder of the store, or of a training run, whose one lease is number 0.
+        root: Folder of the store, or of a training run, whose only lease is number 0.
         shard: The shard.
         name: What is held, for messages; the default names shard and store.
 
@@ -139,7 +139,7 @@ def _acquire(root: Path, path: Path, name: str) -> int:
         try:
             lock_file(handle, fcntl.LOCK_EX, new)
             os.write(handle, json.dumps(asdict(Owner.this_process())).encode())
-            new.replace(path)  # nobody sees a lease that is not locked yet
+            new.replace(path)  # so that no process sees a lease before it is locked
         except BaseException:
             new.unlink(missing_ok=True)
             os.close(handle)
@@ -166,6 +166,6 @@ def _is_locked(handle: int, path: Path) -> bool:
 
 
 def _is_local(path: Path) -> bool:
-    """Whether the file system of `path` can be mounted by this kernel alone."""
+    """Whether only this kernel can have the file system of `path` mounted."""
     found = file_system_of(path)
     return found is not None and found.kind in _LOCAL

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from awscrt.checksums import crc32c as crc32c  # of contiguous bytes, continued from a second argument; so is `crc32`
+from awscrt.checksums import crc32c as crc32c  # takes contiguous bytes and a sum to continue; so does `crc32`
 from isal.isal_zlib import crc32 as crc32
 from isal.isal_zlib import crc32_combine
 
@@ -98,7 +98,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Replace the whole of `path` as `write_file` does, but by a file that the block writes, and without a lock.
 
     Yields:
-        A path beside `path`, which no other process uses: of several writers the last one's file stays, complete.
+        A path beside `path`, which no other process uses: of several writers the last one wins, with a complete file.
     """
     with _renamed(path.with_name(f".{path.name}.{uuid.uuid4().hex}"), path) as temporary:
         yield temporary
@@ -112,7 +112,7 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
         sync_file(temporary)
         rename_into_place(temporary, path)
     except OSError as error:
-        # An open file that cannot grow has no name in its error, and the temporary one says nothing to the user.
+        # The error of an open file that cannot grow has no name, and the temporary name would tell the user nothing.
         if error.filename == str(temporary) or (error.filename is None and error.errno in NO_SPACE):
             raise OSError(error.errno, error.strerror, str(path)) from error  # FFmpeg's errors cannot be renamed
         raise
@@ -163,7 +163,7 @@ def lock_file(handle: int, how: int, path: Path) -> None:
 def locked(path: Path) -> Iterator[int]:
     """Hold the file's lock against every other process; yields a handle that is open for reading and appending.
 
-    An OSError within the block, of work with the handle, names the file.
+    An OSError of work with the handle, within the block, gets the file's name.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -176,7 +176,7 @@ def locked(path: Path) -> Iterator[int]:
                         yield handle
                         return
                 finally:
-                    # Closing the handle would leave the lock to a child that was forked meanwhile.
+                    # Closing the handle alone would leave the lock to a child that was forked meanwhile.
                     fcntl.flock(handle, fcntl.LOCK_UN)
         finally:
             os.close(handle)
@@ -184,10 +184,10 @@ def locked(path: Path) -> Iterator[int]:
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """A block that opens `path` for reading; an OSError within it is that of a missing or damaged file.
+    """A block that opens `path` for reading; an OSError that leaves it means a missing or damaged file.
 
     Raises:
-        StoreError: The system refuses to open the file, which may be as it should be; or Git LFS keeps it elsewhere.
+        StoreError: The system refuses to open the file, which itself may be intact; or Git LFS keeps it elsewhere.
     """
     try:
         if fault := pointer_fault(path):

@@ -1,4 +1,4 @@
-"""Files that Git LFS keeps elsewhere: a clone without LFS holds a small text in the place of each."""
+"""Pointers of Git LFS: a clone without LFS holds such a small text in the place of each large file."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def pointer_fault(path: Path) -> str | None:
-    """What is wrong with a file that is a pointer of Git LFS, and the remedy, to follow the file's name; else None.
+    """Fault and remedy for a file that is a pointer of Git LFS, as text that follows the file's name; else None.
 
     Raises:
         OSError: The file cannot be read.

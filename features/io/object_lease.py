@@ -1,6 +1,6 @@
 """Shard ownership in object storage: a lease is an object that names a process, which renews it while it runs.
 
-Processes of other machines are out of sight, so a lease expires once nobody has renewed it for a while. Its owner may
+Processes of other machines cannot be observed, so a lease expires once nobody has renewed it for a while. Its owner may
 still be running: then two processes encode the same shard, and `features.state.commit` keeps the store correct.
 """
 
@@ -106,7 +106,7 @@ def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) ->
 
 
 def _write(bucket: Bucket, key: str, content: bytes, version: Version | None) -> Version:
-    """As `put_if_unchanged`; where the answer got lost, the client's second try meets what the first has written."""
+    """As `put_if_unchanged`; if an answer was lost, the client's retry may conflict with its own first write."""
     try:
         return bucket.put_if_unchanged(key, content, version)
     except WriteConflict:

@@ -1,4 +1,4 @@
-"""Which process this is, in terms that no correction of the clock and no reused process number can change."""
+"""Identifies a process by facts that no correction of the clock and no reused process number can change."""
 
 import os
 import socket
@@ -37,7 +37,7 @@ class Owner:
 
     @classmethod
     def from_json(cls, record: Record) -> "Owner":
-        """The owner that `dataclasses.asdict` was made of.
+        """The owner that `dataclasses.asdict` turned into `record`.
 
         Raises:
             MalformedRecord: A field is missing or has another type.
@@ -54,7 +54,7 @@ class Owner:
         return f"process {self.pid} on {self.host}"
 
     def may_be_alive(self) -> bool:
-        """False only where the process has certainly ended; other machines and PID namespaces are out of sight."""
+        """False only if the process has certainly ended; other machines and PID namespaces cannot be observed."""
         if (self.boot, self.namespace) != (this_boot(), _namespace()):
             return True
         if not self.boot:
@@ -80,7 +80,7 @@ def _namespace() -> int:
 def start_ticks(pid: int) -> int | None:
     """Start of the process `pid` in clock ticks since the boot; None if it has ended."""
     try:
-        # The name in parentheses, the second field, may contain anything, also half a character: it is cut off.
+        # The second field, the name in parentheses, may contain anything, even half a character, so it is cut off.
         state, *fields = (_PROC / str(pid) / "stat").read_text("ascii", "replace").rpartition(")")[2].split()
     except OSError:
         return None

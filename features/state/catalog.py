@@ -39,7 +39,7 @@ class Catalog:
         ledger: Committed clips and files.
         row_bytes: Bytes in one row of every array together, before compression.
         position: How far the ledger has been read.
-        lock: Held while the catalog changes; also for reading where several of its parts must belong together.
+        lock: Held while the catalog changes, and by readers that need several of its parts to belong together.
 
     Raises:
         DamagedStore: As in `refresh`.
@@ -93,7 +93,7 @@ class Catalog:
         if planned.lines:
             self.rows = {name: row for row, name in enumerate(self._plan.row_ids) if name is not None}
         self._check(committed)
-        self.position = committed.position  # what the check refuses, it refuses again
+        self.position = committed.position  # set last, so that a refused entry is refused again
 
     def _check(self, committed: Contents[Entry]) -> None:
         for line in committed.lines:
@@ -139,7 +139,7 @@ class Catalog:
 
         Raises:
             AbsentClip: Some of them were never committed; the message names them.
-            TypeError: `ids` is one id instead of a list, which Python would take apart into letters, or holds no ids.
+            TypeError: `ids` holds no ids, or is one id instead of a list; Python would read it as a list of letters.
         """
         if isinstance(ids, str):
             raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
@@ -151,6 +151,6 @@ class Catalog:
         return [self.ledger.clips[name].clip(name) for name in ids]
 
     def unchanged(self, versions: Mapping[str, RowVersion]) -> list[str]:
-        """Those ids of `versions` whose row is still the same."""
+        """The ids in `versions` whose row is still the same."""
         now = self.ledger.versions(versions)
         return [name for name, version in versions.items() if now.get(name) == version]

@@ -3,9 +3,9 @@
 In object storage, where nothing is replaced: write -> upload under new names -> compare -> record. After a kill at any
 point, the shard's earlier rows are intact, and the new ones are either all committed or not at all.
 
-Every record goes in on condition that nobody has recorded anything about the shard since its writer last read the
-ledger, and in a folder one process at a time goes from the first record to the last. So two processes that both believe
-they hold a shard's lease lose nothing: the second is refused, reads what the first has committed, and commits both.
+Every record is written on condition that nobody has recorded anything about the shard since its writer last read the
+ledger, and in a folder only one process at a time goes from the first record to the last. So two processes that both
+believe they hold a shard's lease lose nothing: the second is refused, reads the first one's commit, and commits both.
 """
 
 from collections import deque
@@ -38,7 +38,7 @@ from egopatch.features.values.spec import ArraySpec, StoreSpec
 
 # Threads that check, sum and read rows beside the one that writes; more would wait for the disk.
 _THREADS = min(4, usable_cores())
-_LARGE = 1 << 16  # bytes of a row for which handing it to a thread costs less than its checks
+_LARGE = 1 << 16  # bytes of a row from which handing it to a thread costs less than its checks
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class RowSource:
     """A row of one array to write.
 
     Attributes:
-        content: Gives the row in the disk dtype; called in threads.
-        dtype: Name of the dtype if its numbers have to be finite; empty for a row that was checked before.
+        content: Returns the row in the disk dtype; called in threads.
+        dtype: Name of the dtype if its numbers must be finite; empty for a row that was checked before.
     """
 
     content: Callable[[], np.ndarray]
@@ -66,16 +66,16 @@ class RowSource:
 
 @dataclass(frozen=True)
 class ShardCommit:
-    """A shard as it is to be: it will consist of exactly `rows`.
+    """The new state of a shard, which will consist of exactly `rows`.
 
     Attributes:
         shard: Number of the shard.
         rows: Id -> row of the store, in rising order.
         sources: For each array of the spec its rows, in the order of `rows`.
-        provenance: Id -> what the row was made of.
+        provenance: Id -> provenance of the row.
         errors: Array -> reconstruction error that quantisation caused.
         after: How far the ledger had been read when `rows` was determined.
-        replaced: Ids of committed rows that `sources` give other values. Where files are replaced in place, these rows
+        replaced: Ids of committed rows to which `sources` give new values. If files are replaced in place, these rows
             are absent from the ledger until the new ones are read back; readers wait for that.
     """
 
@@ -100,7 +100,7 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
     """Commit a shard. The caller holds its lease.
 
     Raises:
-        RowNotFinite: Nothing was written.
+        RowNotFinite: A row holds NaN or infinity; nothing was written.
         WriteConflict: Another writer has committed clips of the shard since; nothing was committed here.
         DamagedStore: Reading back gives other bytes than were written.
         OSError: The disk is full.
@@ -119,7 +119,7 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
             except FileNotFoundError as error:
                 if folder.exists() and not Path(error.filename or "").is_relative_to(folder):
                     raise
-                # Another writer took this one for dead and is removing, or has removed, its files.
+                # Another writer considers this one dead and is removing, or has removed, its files.
                 raise write_conflict(f"shard {shard} of {storage.location}") from None
             locked.enter_context(storage.committing(shard))
             if storage.in_place:
@@ -145,7 +145,7 @@ def commit_shard(target: CommitTarget, commit: ShardCommit) -> None:
 
 
 def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], threads: ThreadPoolExecutor) -> ArrayRows:
-    """The rows, checked and summed, and their sums in `sums`."""
+    """The rows, checked and with checksums; their CRC-32C are also put into `sums`."""
 
     def summed(name: str, array: ArraySpec, source: RowSource) -> SummedRow:
         try:
@@ -165,7 +165,7 @@ def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], thr
 
 
 def _ahead(rows: Sequence[Callable[[], SummedRow]], threads: ThreadPoolExecutor) -> Iterator[SummedRow]:
-    """What `rows` give, called by `threads` a little ahead of the one that is taken."""
+    """The results of calling `rows`, in order; `threads` call a few ahead of the one that is taken."""
     upcoming: deque[Future[SummedRow]] = deque()
     waiting = iter(rows)
     while True:
@@ -194,7 +194,7 @@ def _read_back(
                     "nothing was committed: check the disk"
                 )
 
-    # Rows that follow one another, which the system reads ahead.
+    # Each thread gets consecutive rows, which the system reads ahead.
     names, count = list(rows), -(-len(rows) // _THREADS)
     parts = [(array, names[i : i + count]) for array in target.spec.arrays for i in range(0, len(names), count)]
     for compared in [threads.submit(compare, array, part) for array, part in parts]:

@@ -1,4 +1,4 @@
-"""The number of clips in a store, what they were made of and by which machine, without opening the store."""
+"""Counts a store's clips, and names the machines that computed them, without opening the store."""
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -58,13 +58,13 @@ def count_clips(path: Location | str, ledger: Ledger, named: Container[str] | No
 def first_in_quarantine(
     path: Location | str, ledger: Ledger, named: Container[str] | None = None
 ) -> tuple[str, str] | None:
-    """Id and reason of the clip that failed first of those in quarantine; None if there is none. As `count_clips`."""
+    """Id and reason of the first clip in quarantine; None if there is none. Arguments as for `count_clips`."""
     failed = Quarantine(storage_at(parse_location(path))).read(ledger.clips)
     return next(((name, record.reason) for name, record in failed.items() if named is None or name in named), None)
 
 
 def machines_line(machines: Mapping[str, int]) -> str | None:
-    """A line about a store whose clips unlike `machines` have computed; None where all are alike or unknown.
+    """A line about a store whose clips different `machines` computed; None if all are alike or unknown.
 
     Args:
         machines: Machine -> number of clips, as `Store.machines` gives it.

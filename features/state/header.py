@@ -45,7 +45,7 @@ class StoreHeader:
 
 
 def _array_differences(mine: StoreSpec, requested: StoreSpec) -> list[str]:
-    """As `StoreHeader.differences`, of the arrays: `patches: store has int8, requested float32`."""
+    """As `StoreHeader.differences`, but for the arrays: `patches: store has int8, requested float32`."""
     stored, wanted = ({array.name: array for array in spec.arrays} for spec in (mine, requested))
     if list(stored) != list(wanted) and stored.keys() == wanted.keys():
         return [f"order of the arrays: store has {', '.join(stored)}, requested {', '.join(wanted)}"]

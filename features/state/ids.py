@@ -1,4 +1,4 @@
-"""Which row belongs to which clip. Ids are data: they stay inside a file and never become a path."""
+"""Assigns rows to clips. Ids are data: they stay inside a file and never become a path."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence

@@ -47,7 +47,7 @@ class ClipRecord:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a row was made of, and on which machine.
+    """The source of a row, and the machine that computed it.
 
     Attributes:
         source: As in `ClipRecord`.
@@ -90,9 +90,9 @@ class Commit:
         fingerprint: Digest of the fingerprint that the clips were encoded with.
         errors: Reconstruction error that quantisation caused, by array.
         row_bytes: Bytes in one row of every array together, before compression.
-        write_id: Id of the write that these files come from, where every write has its own file names; else empty.
-        origins: What the clips were made of, as `encode_origins` gives it.
-        machines: The machine that computed each clip; empty where an earlier version stored them.
+        write_id: Id of the write that these files come from, if every write has its own file names; else empty.
+        origins: Origins of the clips, as `encode_origins` returns them.
+        machines: The machine that computed each clip; empty if an earlier version stored them.
     """
 
     shard: int
@@ -139,7 +139,7 @@ class Drop:
     Attributes:
         shard: Number of the shard.
         ids: The clips.
-        emptied: Whether the shard has no others.
+        emptied: Whether the shard has no other clips.
         replaced: Whether the process that removes them is about to commit their new rows.
     """
 
@@ -161,7 +161,7 @@ class Ledger:
         commits: Shard -> the latest commit, if the shard has clips.
         announced: Shard -> files that a writer was about to put in place; after a crash they may be in place, with the
             same committed rows.
-        replacing: Shards with removed rows whose new ones are not committed yet.
+        replacing: Shards with removed rows whose replacements are not committed yet.
     """
 
     clips: dict[str, Commit] = field(default_factory=dict)
@@ -194,7 +194,7 @@ class Ledger:
             return {name: by_commit[id(commit)][name] for name, commit in of.items()}
 
     def machines(self) -> dict[str, int]:
-        """Machine -> number of the committed clips that it computed; the empty name is that of unknown ones."""
+        """Machine -> number of the committed clips that it computed; the empty name stands for unknown machines."""
         count: Counter[str] = Counter()
         for commit in {id(commit): commit for commit in self.clips.values()}.values():
             machines = commit.machines or ("",) * len(commit.ids)
@@ -210,14 +210,14 @@ class Ledger:
         return worst
 
     def provenance(self, names: Iterable[str]) -> dict[str, Provenance]:
-        """Id -> what its row was made of, of committed clips. Errors as in `origins`."""
+        """Id -> provenance of its row, for the committed clips `names`. Errors as in `origins`."""
         return {
             name: Provenance(self.clips[name].clip(name).source, origin, self.clips[name].machine_of(name))
             for name, origin in self.origins(list(names)).items()
         }
 
     def versions(self, names: Iterable[str]) -> dict[str, RowVersion]:
-        """Id -> row, of those of `names` that are committed. Errors as in `origins`."""
+        """Id -> row, for each of `names` that is committed. Errors as in `origins`."""
         origins = self.origins([name for name in names if name in self.clips])
         return {name: RowVersion(self.clips[name].clip(name), origin) for name, origin in origins.items()}
 

@@ -1,4 +1,4 @@
-"""What the rows of clips were made of: a stretch of a video file."""
+"""The origin of a clip's row: the stretch of a video file that it was made from."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _SECONDS = (float, type(None))
 
 @dataclass(frozen=True, slots=True)  # there may be millions
 class Origin:
-    """The stretch of video that a row was made of; the hash of the file is the row's `source`.
+    """The stretch of video that a row was made from; the hash of the file is the row's `source`.
 
     Attributes:
         file: Name of the file, relative to the data set's folder.
@@ -41,10 +41,10 @@ def encode_origins(origins: Sequence[Origin | None]) -> str:
 
 
 def decode_origins(text: str, clips: int) -> list[Origin | None]:
-    """The origins that `encode_origins` put into `text`; None where an earlier version stored a clip without.
+    """The origins that `encode_origins` put into `text`; None for a clip that an earlier version stored without one.
 
     Raises:
-        DamagedStore: The text is not one that `encode_origins` gives for that many clips.
+        DamagedStore: `encode_origins` cannot have written the text for this number of clips.
     """
     if not text:
         return [None] * clips

@@ -29,7 +29,7 @@ from egopatch.features.storage.journal import FileJournal
 from egopatch.features.values.errors import DamagedStore, write_conflict
 
 Entry = TypeVar("Entry")
-_BLOCK = 1 << 23  # each gives up the GIL twice, which others may then keep for a while
+_BLOCK = 1 << 23  # bytes; each block gives up the GIL twice, which other threads may then keep for a while
 _STAGING = "staging"
 
 
@@ -162,7 +162,7 @@ class LocalStorage:
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         try:
-            with ThreadPoolExecutor(len(staged)) as threads:  # the disk makes one wait of them
+            with ThreadPoolExecutor(len(staged)) as threads:  # so that the disk combines the syncs into one wait
                 list(threads.map(sync_file, staged.values()))
             for name, path in staged.items():
                 rename_into_place(path, self.location / name)

@@ -1,4 +1,4 @@
-"""What a store needs from its storage: `folder` and `objects` each implement these protocols.
+"""The protocols of a store's storage, which `folder` and `objects` each implement.
 
 Names are paths inside the store, with slashes. A missing file raises FileNotFoundError everywhere.
 """
@@ -82,7 +82,7 @@ class Journal(Protocol[Entry]):
                 appended since.
 
         Returns:
-            `after`, moved behind the record: for the next record that the caller appends about the same shard.
+            The position after the record, for the next record that the caller appends about the same shard.
 
         Raises:
             WriteConflict: Another writer appended first; nothing was appended here.
@@ -90,7 +90,7 @@ class Journal(Protocol[Entry]):
         """
 
     def rewrite(self, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
-        """Replace the intact records by what `change` makes of them, for repairs; nothing is appended in between.
+        """Replace the intact records by the result of `change`, for repairs; nothing is appended in between.
 
         Args:
             change: Called with the records of the whole journal, or with those of one shard after the other.
@@ -144,10 +144,10 @@ class Storage(ReadableFiles, Protocol):
         """Write a small file where none exists."""
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> Journal[Entry]:
-        """The journal `name`; `by_shard` where every record is about one shard."""
+        """The journal `name`; `by_shard` says that every record is about one shard."""
 
     def adding_rows(self) -> AbstractContextManager[None]:
-        """Keep other processes from adding rows within the block, in a storage where `Journal.append` cannot."""
+        """Keep other processes from adding rows within the block, if `Journal.append` cannot do so in this storage."""
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """Own a shard while its rows are computed and written.
@@ -176,11 +176,11 @@ class Storage(ReadableFiles, Protocol):
     def committing(self, shard: int) -> AbstractContextManager[None]:
         """Keep other processes from committing the shard within the block, in a storage where files are replaced.
 
-        The lock belongs to the operating system: unlike a lease, it never outlives its process and no clock decides.
+        The lock belongs to the operating system: unlike a lease, it never outlives its process or depends on a clock.
         """
 
     def wait_for_commit(self, shard: int) -> None:
-        """Wait until no process commits the shard, where files are replaced."""
+        """Wait until no process is committing the shard, in a storage where files are replaced."""
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """Put the staged files of a shard in place, by name.
@@ -190,7 +190,7 @@ class Storage(ReadableFiles, Protocol):
 
         Raises:
             DamagedStore: Reading back gives other bytes than were written.
-            WriteConflict: Another writer has removed the staged or published files, because it took this one for dead.
+            WriteConflict: Another writer removed the staged or published files, because it considered this one dead.
         """
 
     def shard_files(self, shard: int, write_id: str) -> ReadableFiles:
@@ -203,7 +203,7 @@ class Storage(ReadableFiles, Protocol):
         """`write_ids` for every shard that has any."""
 
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
-        """Remove the files `names` of a write that is not committed, or no longer."""
+        """Remove the files `names` of a write that is not, or no longer, committed."""
 
 
 def file_matches(files: ReadableFiles, name: str, expected: FileSum) -> bool:

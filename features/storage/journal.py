@@ -32,7 +32,7 @@ class Position:
 
 @dataclass(frozen=True)
 class FilePosition(Position):
-    """The first `number` lines, up to byte `end`, of the file `inode`, after so many `rewrites` of the journal."""
+    """The first `number` lines, up to byte `end`, of the file `inode`, after `rewrites` rewrites of the journal."""
 
     inode: int = -1
     number: int = 0
@@ -43,7 +43,7 @@ class FilePosition(Position):
 class _Head(NamedTuple):
     """Lines and bytes that have certainly been written, and how often all lines were replaced.
 
-    A file's number says little of that: once a repair has replaced a file, the next one's may have the same number.
+    The inode does not reveal a replacement: after a repair has replaced the file, a later file may have the same inode.
     """
 
     lines: int
@@ -168,7 +168,7 @@ class FileJournal(Generic[Entry]):
         The lock is held from the comparison with `after` until the record is on the disk.
 
         Raises:
-            WriteConflict: See `interface.Journal`; a journal that a repair has replaced since conflicts too.
+            WriteConflict: See `interface.Journal`; also if a repair has replaced the journal since.
             OSError: The disk is full; the file is unchanged.
         """
         with locked(self.path) as handle:
@@ -183,7 +183,7 @@ class FileJournal(Generic[Entry]):
             return replace(last, number=number + 1, end=end + len(line))
 
     def _refuse_newer_lines(self, handle: int, last: FilePosition, shard: object, after: Position) -> None:
-        """Refuse to append if lines between `after` and `last` are about `shard`, or about none where it is None."""
+        """Refuse to append if a line between `after` and `last` is about `shard`, or about none if that is None."""
         if not isinstance(after, FilePosition) or not _follows(last, after):
             raise write_conflict(self.path)
         for line in os.pread(handle, last.end - after.end, after.end).splitlines(keepends=True):
@@ -230,7 +230,7 @@ class FileJournal(Generic[Entry]):
         return Contents(tuple(lines), start.number == 0, tuple(faults), lost, position)
 
     def _extent(self, handle: int) -> _Head:
-        """The head as it has to be, with all complete lines; reads only the bytes that the one on disk lacks."""
+        """The correct head, which counts all complete lines; reads only the bytes that the head on disk lacks."""
         size = os.fstat(handle).st_size
         head = self._read_head() or _Head(0, 0, 0)
         number, start = (head.lines, head.end) if head.end <= size else (0, 0)
@@ -255,7 +255,7 @@ class FileJournal(Generic[Entry]):
 
 
 def _start(file: BinaryIO, after: Position | None, rewrites: int) -> FilePosition:
-    """Seek to `after`, or to the beginning where the file is not the one that `after` is about; returns that place."""
+    """Seek to `after`, or to the beginning if `after` is about another file; returns the position."""
     status = os.fstat(file.fileno())
     whole = FilePosition(status.st_ino, end=status.st_size, rewrites=rewrites)
     if not isinstance(after, FilePosition) or not _follows(whole, after):
@@ -265,7 +265,7 @@ def _start(file: BinaryIO, after: Position | None, rewrites: int) -> FilePositio
 
 
 def _follows(position: FilePosition, after: FilePosition) -> bool:
-    """Whether `position` is that of a file whose beginning was read up to `after`."""
+    """Whether `position` is in the file that was read up to `after`, and not before it."""
     return (after.inode, after.rewrites) == (position.inode, position.rewrites) and after.end <= position.end
 
 
@@ -279,7 +279,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def require_intact(contents: Contents, where: Location) -> None:
-    """Refuse a journal, of the store at `where`, in which more than a torn last line is missing.
+    """Refuse a journal of the store at `where` that lacks more than a torn last line.
 
     Raises:
         DamagedStore: Lines are lost; the message names the file, the line and what to do.

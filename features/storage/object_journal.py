@@ -19,7 +19,7 @@ from egopatch.features.storage.journal import Contents, Line, Position, encode_l
 from egopatch.features.values.errors import DamagedStore, WriteConflict, write_conflict
 
 Entry = TypeVar("Entry")
-_TRIES = 20  # to write whatever others have written before
+_TRIES = 20  # attempts to write, each after a conflict with another writer
 _FETCHES, _AHEAD = 32, 256
 
 

@@ -37,7 +37,7 @@ def create_store(
         fingerprint: The settings that decide its values.
         ids: Ids that have a row afterwards.
         format: Name of the file format.
-        option: What the user names another `path` with, for errors.
+        option: The option by which the user names another `path`, for errors.
 
     Raises:
         FingerprintMismatch: The existing store was created with different settings; the message names them.
@@ -84,10 +84,10 @@ def _create_and_add_rows(
 def _missing_rows(
     storage: Storage, requested: StoreHeader, ids: Sequence[str], option: str
 ) -> tuple[list[str], int, Position] | None:
-    """What the existing store lacks to be the `requested` one with `ids`; None if it is complete. Only reads.
+    """What the existing store needs to be the `requested` one with `ids`; None if it is complete. Only reads.
 
     Returns:
-        Those `ids` that have no row, perhaps none where a crash kept metadata from being written; the number of rows;
+        The `ids` that have no row, which may be none if a crash kept metadata from being written; the number of rows;
         and how far the journal of ids was read.
     """
     if different := parse_header(read_header(storage)).differences(requested):

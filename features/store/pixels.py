@@ -27,12 +27,12 @@ def to_pixels(
         positions: [..., N], index of each patch in the grid, in a derived store that keeps only some of them.
 
     Returns:
-        float32 [..., height, width]; NaN where the encoder saw nothing, and where most of the weight would be that of
-        patches which a derived store does not keep.
+        float32 [..., height, width]; NaN where the encoder saw nothing, and where patches that a derived store does not
+        keep would have most of the weight.
 
     Raises:
-        ValueError: The grid or the frame is empty, the number of values differs from the grid's, the positions are not
-            indices in the grid, one for each value, or the box is empty or lies outside the frame.
+        ValueError: The grid or the frame is empty, the number of values differs from the grid's, `positions` does not
+            give each value an index in the grid, or the box is empty or not inside the frame.
     """
     rows, cols = grid
     if min(rows, cols, height, width) < 1:

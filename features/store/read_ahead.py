@@ -15,7 +15,7 @@ from egopatch.features.values.spec import PatchTokens
 
 
 class ClipSource(Protocol):
-    """What clips are read from: a `Store`, or anything that reads like one."""
+    """A source of clips: a `Store`, or anything that reads like one."""
 
     def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
         """As `Store.buffers`."""
@@ -78,7 +78,7 @@ def _read_ahead(
 
 
 def _make_current(device: torch.device) -> None:
-    """Let this thread use a GPU. It begins on the first one, where even waiting for another would take half a GB."""
+    """Make a GPU current in this thread, which starts on the first one: waiting there for another takes half a GB."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -29,7 +29,7 @@ class RowReader:
     def __init__(self, catalog: Catalog, file_format: Format) -> None:
         self._catalog = catalog
         self._file_format = file_format
-        # Shard -> its commit, and what has opened the files; the shard used last stands last.
+        # Shard -> its commit, and the future of its open files; the most recently used shard is last.
         self._open: OrderedDict[int, tuple[Commit | None, Future[OpenShard]]] = OrderedDict()
         files = min(_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._most_open = max(files // len(file_format.file_names(catalog.spec, 0)), 1)
@@ -45,10 +45,10 @@ class RowReader:
         return row
 
     def read_into(self, targets: Sequence[tuple[np.ndarray, ArraySpec]], name: str, record: ClipRecord) -> None:
-        """Fill each of `targets`, the bytes of a row of an array, with the clip `name`; all come from one commit.
+        """Fill each of `targets` with the clip's row of that array; all rows come from one commit.
 
         Args:
-            targets: Memory and array.
+            targets: Memory for the bytes of a row, and the array.
             name: Id of the clip.
             record: The ledger's record of the clip.
 
@@ -64,7 +64,7 @@ class RowReader:
         except DamagedStore:
             if not self._was_rewritten(name, record, commit):
                 raise
-            # All arrays are read anew, so that they are of one commit.
+            # All arrays are read again, so that they come from one commit.
             record = self._catalog.clip_records([name])[0]
             for target, array in targets:
                 self._read_committed(target, name, record, array)
@@ -120,7 +120,7 @@ class RowReader:
             with self._lock:
                 if self._open.get(shard, (None, None))[1] is opened:
                     del self._open[shard]
-            if not opened.done():  # else a Ctrl-C came behind it
+            if not opened.done():  # else a Ctrl-C came after the result was set
                 opened.set_exception(error)
             raise
         return opened.result()

@@ -188,7 +188,7 @@ class Store:
         Raises:
             AbsentClip: Some ids were never committed; the message names them.
             DamagedStore: A clip's bytes differ from those that were committed; the message names the clip.
-            ValueError: `dtype` is no floating-point dtype of torch.
+            ValueError: `dtype` is not a floating-point dtype of torch.
         """
         self._require_kind("patches", "read_text")
         return PatchTokens(**self.read_arrays(ids, dtype, out, threads))
@@ -218,7 +218,7 @@ class Store:
     def _read(
         self, arrays: Sequence[ArraySpec], ids: Iterable[str], out: PatchTokens | None = None, threads: int = 1
     ) -> dict[str, Tensor]:
-        """As `read_arrays`, of some `arrays` alone."""
+        """As `read_arrays`, but only for the given `arrays`."""
         ids = _listed(ids)
         records = self.catalog.clip_records(ids)
         buffers = None if out is None else out.tensors()
@@ -298,7 +298,7 @@ class Store:
         return self.catalog.ledger.origins()
 
     def machines(self) -> dict[str, int]:
-        """Machine -> number of committed clips that it computed; the empty name is that of unknown ones."""
+        """Machine -> number of committed clips that it computed; the empty name stands for unknown machines."""
         return self.catalog.ledger.machines()
 
     # Looking, in a notebook or at a prompt
@@ -321,7 +321,7 @@ class Store:
         return draw(self.read([clip_id]), self.spec.grid, frames)
 
     def summary(self) -> Summary:
-        """What the store is; printing the store shows it."""
+        """The summary that printing the store shows."""
         return Summary(
             path=str(self.path),
             format=self.format,
@@ -383,7 +383,7 @@ class Store:
                 in `failures` removes it; if another process has replaced the row already, its row stays.
             machines: Id -> machine that computed the row, in words: on another one its last bits may differ.
             committer: Makes the commit; it may hand the work to another process.
-            finite: Ids in `rows` whose tensors the caller has found to be finite. They are not looked at again, unless
+            finite: Ids in `rows` whose tensors the caller has found to be finite. They are not checked again, unless
                 the store has another dtype.
 
         Raises:
@@ -428,7 +428,7 @@ class Store:
 
 
 def _listed(ids: Iterable[str]) -> Sequence[str]:
-    """The ids of any iterable; one string stays what it is, so that the catalog can refuse it."""
+    """The ids of any iterable as a list; a single string is returned unchanged, so that the catalog can refuse it."""
     return ids if isinstance(ids, str) else list(ids)
 
 

@@ -20,7 +20,7 @@ _NETWORK = ("arch", "origin", "depth", "path", "variant", "frames", "size", "mod
 
 @dataclass(frozen=True)
 class Summary:
-    """What a store is: `stored` of its `planned` rows are in files of `nbytes`; one takes `row_bytes` of memory."""
+    """Facts on a store: `stored` of its `planned` rows are in files of `nbytes`; a row takes `row_bytes` of memory."""
 
     path: str
     format: str

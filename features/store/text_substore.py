@@ -19,7 +19,7 @@ def substores(storage: Storage) -> list[str]:
 
 
 def network_differences(clips: Fingerprint, texts: Fingerprint) -> list[str]:
-    """One line for each field by which clips and texts come from two networks; fields that one has not are skipped."""
+    """One line for each network field in which clips and texts differ; fields that only one of them has are skipped."""
     shared = [name for name in _NETWORK_FIELDS if name in clips.fields and name in texts.fields]
     clips_network = Fingerprint({name: clips.fields[name] for name in shared})
     texts_network = Fingerprint({name: texts.fields[name] for name in shared})

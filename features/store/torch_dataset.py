@@ -26,8 +26,8 @@ from egopatch.features.store.store import Store, open_store
 from egopatch.features.values.spec import TOKEN_ARRAYS, PatchTokens
 from egopatch.features.values.tensors import torch_dtype
 
-_LINE = 64  # bytes between which tensors are aligned; the first line of a slot is its flag
-# The datasets of this process by token: where the memory that a worker sends is kept mapped.
+_LINE = 64  # bytes; tensors are aligned to such lines, and the first line of a slot is its flag
+# Token -> dataset of this process, which keeps the memory that workers send mapped.
 _DATASETS: "WeakValueDictionary[str, ClipDataset]" = WeakValueDictionary()
 
 
@@ -44,7 +44,7 @@ def torch_dataset(
     Raises:
         AbsentClip: Some of `clip_ids` were never committed; the message names them.
         StoreError: `store` holds texts.
-        ValueError: `dtype` is no floating-point dtype of torch.
+        ValueError: `dtype` is not a floating-point dtype of torch.
     """
     store.read((), dtype)
     if clip_ids is None:
@@ -111,7 +111,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return self._store.read_arrays(ids, self._dtype, out)
 
     def keep_mapped(self, worker: int, number: int, memory: Tensor) -> None:
-        """Keep a worker's memory in this process; that of workers which have ended is dropped."""
+        """Keep a worker's memory mapped in this process; memory of workers that have ended is dropped."""
         if (worker, number) not in self._mapped:
             alive = {child.pid for child in multiprocessing.active_children()}
             self._mapped = {key: kept for key, kept in self._mapped.items() if key[0] in alive}
@@ -155,7 +155,7 @@ class _Slot:
 
 
 class _Clips(Sequence[dict[str, Any]]):
-    """The clips of a batch, which are read when the first is looked at."""
+    """The clips of a batch, which are all read when the first is accessed."""
 
     def __init__(self, dataset: ClipDataset, ids: Sequence[str]) -> None:
         self.dataset, self.ids = dataset, ids
@@ -221,7 +221,7 @@ def _views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def _offsets(layout: Layout) -> list[int]:
-    """Where each tensor starts in a slot, and, last, the size of the slot."""
+    """Offset of each tensor in a slot, and, last, the size of the slot."""
     sizes = (-(-_nbytes(shape, dtype) // _LINE) * _LINE for shape, dtype in layout.values())
     return list(accumulate(sizes, initial=_LINE))
 

@@ -18,16 +18,16 @@ from egopatch.features.values.encoding import check_names, encode_row, is_stored
 from egopatch.features.values.errors import StoreError, WriteConflict
 from egopatch.features.values.spec import ArraySpec
 
-_TRIES = 5  # to commit, each after a conflict with another writer
+_TRIES = 5  # attempts to commit, each after a conflict with another writer
 
 Rows = Mapping[str, Mapping[str, Tensor]]  # id -> array -> tensor, without the batch
 
 
 class ShardWriter:
-    """Writes whole shards of one store; for each method the caller holds the shard's lease and has refreshed since.
+    """Writes whole shards of one store. The caller of each method holds the shard's lease, and has refreshed since.
 
-    Threads may write different shards at the same time. Each may refresh the catalog of all, so whatever decides what
-    is written is read after the position in the ledger that the commit is compared with, or under the catalog's lock.
+    Threads may write different shards at the same time, and each may refresh the catalog that they share. So data that
+    decides what is written is read after the ledger position that the commit is checked against, or under its lock.
     """
 
     def __init__(self, catalog: Catalog, reader: RowReader, file_format: Format) -> None:
@@ -53,7 +53,7 @@ class ShardWriter:
         for name, tensors in rows.items():
             check_names(name, tensors, catalog.spec)
         with write_errors_explained(f"writing shard {shard} of {catalog.root}"):
-            # The quarantine comes first: a reader must not find a clip neither there nor committed.
+            # The quarantine comes first: at every moment a reader must find a clip there or committed.
             add_failures(quarantine_journal(catalog.storage), shard, failures)
             if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
                 self.rewrite(shard, failed)
@@ -159,7 +159,7 @@ class ShardWriter:
         committer: Committer = commit_shard,
         finite: Collection[str] = (),
     ) -> None:
-        """Commit the `new` rows, and the shard's other rows unchanged, if it has no commit `after` that position."""
+        """Commit the `new` rows with the shard's other rows unchanged, unless it has a commit later than `after`."""
         catalog = self._catalog
         with catalog.lock:
             former = catalog.committed_of(shard)
@@ -191,7 +191,7 @@ class ShardWriter:
     def _sources(
         self, array: ArraySpec, rows: Mapping[str, int], new: Rows, finite: Collection[str]
     ) -> list[RowSource]:
-        """What gives one array's `rows` as they are written: new ones are encoded, the others are read."""
+        """The source of each of one array's `rows`: new rows are encoded, the others are read from the store."""
         spec, read = self._catalog.spec, self._reader.read_row
 
         def source(name: str) -> RowSource:

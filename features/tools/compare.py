@@ -1,4 +1,4 @@
-"""Whether two sets of features agree, by how much they differ, and what probably makes them differ.
+"""Compares two sets of features: whether they agree, by how much they differ, and the likely cause.
 
 Shape legend: C clips, T frames, N patches a frame, D channels.
 """
@@ -17,7 +17,7 @@ from egopatch.features.tools.importing import patches_of
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location
 
-# Fields of a fingerprint by the cause that they name, the most telling first.
+# Cause -> the fingerprint fields that point to it, the most telling cause first.
 CAUSES = {
     "weights": ("arch", "variant", "path", "checkpoint", "package", "plugin", "model_type"),
     "depth": ("depth",),
@@ -38,11 +38,11 @@ ADVICE = {
 }
 # Relative error up to which features agree: twice the rounding of float16 and of bfloat16.
 TOLERANCES = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-18, "float8_e4m3": 0.06, "int8": 0.03}
-# Relative errors that arithmetic in bfloat16 explains, through all blocks: where nothing is known, and at most.
+# Relative errors that bfloat16 arithmetic through all blocks explains: if no field names a cause, and at most.
 ROUNDING, MOST_ROUNDING = 0.03, 0.3
 CLIPS = 64
-RUN = 16  # clips that follow one another among those that are compared, so that a shift shows
-CLOSEST = 3  # tokens and channels that are named
+RUN = 16  # consecutive clips in each group that is compared, so that a shift shows
+CLOSEST = 3  # number of clips, tokens and channels that are named
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Measure:
 
     Attributes:
         name: The clip, the token (frame and patch) or the channel.
-        cosine: Of the two vectors.
+        cosine: Cosine of the two vectors.
         error: Length of their difference, over the length of B's.
     """
 
@@ -62,16 +62,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How A and B compare.
+    """The result of comparing A and B.
 
     Attributes:
         agree: Whether they differ by no more than rounding to the coarser of their stored dtypes.
-        cause: What probably makes them differ, a key of `ADVICE`; None if all bits are equal.
+        cause: The likely cause of the difference, a key of `ADVICE`; None if all bits are equal.
         verdict: One sentence.
         clips: Number of clips that were compared.
         common, only_a, only_b: Number of clips in both, in A alone and in B alone.
         cosine, error: Over all clips, as in `Measure`.
-        worst_clips, worst_tokens, worst_channels: Those that differ most.
+        worst_clips, worst_tokens, worst_channels: The clips, tokens and channels that differ most.
         times_differ_s: Largest difference of the frames' times in seconds; None if A or B has no times.
         fields: One line for each field of the fingerprints that differs.
     """
@@ -93,14 +93,14 @@ class Comparison:
 
 
 class Features(NamedTuple):
-    """What is compared of a clip: patches [T, N, D], and the frames' times [T], None if unknown."""
+    """The part of a clip that is compared: patches [T, N, D], and the frames' times [T], None if unknown."""
 
     patches: Tensor
     times: Tensor | None
 
 
 class Side:
-    """One of the two: a store, or features in files of another program.
+    """One side of a comparison: a store, or features in files of another program.
 
     Attributes:
         ids: Ids of the clips, in order.
@@ -145,7 +145,7 @@ def compare(
 ) -> Comparison:
     """Compare the clips that A and B have in common.
 
-    Patches are averaged over each frame, or over the clip, where only one of A and B has them that way.
+    If only one of A and B has patches averaged over each frame, or over the clip, the other's are averaged too.
 
     Args:
         a: A store, or a folder or HDF5 file of features as `import_features` takes them.
@@ -207,7 +207,7 @@ def _verdict(agree: bool, cause: str | None, detail: str, left: Side, right: Sid
 
 
 def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[str]) -> tuple[str | None, str]:
-    """Key in `ADVICE` and what supports it, such as fields of the fingerprints that are known to be `differing`."""
+    """Key in `ADVICE` and the evidence for it, such as fields of the fingerprints that are known to be `differing`."""
     if sums.shapes is not None:
         in_a, in_b = sums.shapes
         # Frames and transform decide how many tokens there are, network and depth how many channels they have.
@@ -234,12 +234,12 @@ def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[s
 
 
 def _field_cause(differing: list[str], order: tuple[str, ...]) -> str | None:
-    """The first cause of `order` that a differing field names; None if none does."""
+    """The first cause in `order` that a differing field points to; None if none does."""
     return next((cause for cause in order if not set(differing).isdisjoint(CAUSES[cause])), None)
 
 
 class _Sums:
-    """What a comparison needs of its clips, which are read one after the other. Shifts and factor need at least one.
+    """Sums that a comparison needs over its clips, which are read one by one. Shifts and factor need at least one clip.
 
     Attributes:
         shapes: The first two shapes that cannot be compared; None if all can.
@@ -251,7 +251,7 @@ class _Sums:
         self.times: float | None = None
         self._shape: tuple[int, ...] | None = None  # of every clip: places and channels are summed over all
         self._clips: list[Measure] = []
-        # Of <a, b>, <a, a>, <b, b> and the squared difference, once a clip was added: [4, T, N] and [4, D].
+        # Sums of <a, b>, <a, a>, <b, b> and the squared difference, once a clip was added: [4, T, N] and [4, D].
         self._tokens = self._channels = torch.zeros(())
         self._means: list[tuple[Tensor, Tensor]] = []  # [T, D] of each clip
 
@@ -276,7 +276,7 @@ class _Sums:
         self._means.append((x.mean(dim=1), y.mean(dim=1)))
 
     def measured(self) -> Measure:
-        """Over all clips."""
+        """The measure over all clips."""
         return _measure("all", self._channels.sum(dim=1)) if self._clips else Measure("all", 0.0, float("inf"))
 
     def worst_clips(self) -> tuple[Measure, ...]:
@@ -298,7 +298,7 @@ class _Sums:
         return _worst([_measure(f"channel {d}", self._channels[:, d]) for d in range(self._channels.shape[1])])
 
     def factor(self, tolerance: float) -> float | None:
-        """The number that A is B's multiple by; None if it is not."""
+        """The number by which A is a multiple of B; None if it is not a multiple."""
         dot, xx, yy, _ = self._channels.sum(dim=1).tolist()
         if not dot or not yy:
             return None
@@ -307,14 +307,14 @@ class _Sums:
         return factor if rest <= 2 * tolerance and abs(factor - 1) > tolerance else None
 
     def clip_shift(self) -> int | None:
-        """How many clips later in B most clips of A are found; 0 if in no common distance; None if in their places."""
+        """Number of clips by which most clips of A come later in B; 0 if it varies; None if they are not shifted."""
         if len(self._means) < 3:
             return None
         similar = _similarity(*(torch.stack([pair[side].mean(dim=0) for pair in self._means]) for side in (0, 1)))
         return _shift(similar)
 
     def frame_shift(self) -> int | None:
-        """How many frames later in B most frames of A are found; None if in their places or in no common distance."""
+        """Number of frames by which most frames of A come later in B; None if it varies or they are not shifted."""
         if len(self._means[0][0]) < 3:
             return None
         similar = torch.stack([_similarity(x, y) for x, y in self._means]).mean(dim=0)
@@ -322,7 +322,7 @@ class _Sums:
 
 
 def _pooled_alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with one patch a frame, or one frame, if one of them has only that."""
+    """Both, averaged to one patch a frame, or to one frame, if one of them has only that."""
     if 1 in (x.shape[1], y.shape[1]) and x.shape[1] != y.shape[1]:
         x, y = x.mean(dim=1, keepdim=True), y.mean(dim=1, keepdim=True)
     if 1 in (len(x), len(y)) and len(x) != len(y):
@@ -336,7 +336,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shift(similar: Tensor) -> int | None:
-    """The distance at which most rows find their nearest column; 0 if in no common one, None if in their own place.
+    """Distance from most rows to their nearest column; 0 if it varies; None if most rows are not shifted.
 
     A nearest column counts only if it is far nearer than the row's own: features that differ all over are not shifted.
     """
@@ -353,7 +353,7 @@ def _shift(similar: Tensor) -> int | None:
 
 
 def _measure(name: str, sums: Tensor) -> Measure:
-    """Of <a, b>, <a, a>, <b, b> and the squared difference."""
+    """The measure from `sums`: <a, b>, <a, a>, <b, b> and the squared difference."""
     dot, xx, yy, difference = sums.tolist()
     cosine = dot / (xx * yy) ** 0.5 if xx and yy else float(xx == yy)
     error = 0.0 if not difference else (difference / yy) ** 0.5 if yy else float("inf")

@@ -34,9 +34,9 @@ def convert(
 ) -> Store:
     """Copy the store at `path`, with its text substore, to `to`; None keeps a setting as it is.
 
-    An interrupted copy resumes when it is run again. Without another dtype every bit stays the same. With one, the
-    fingerprint's `stored_dtype` changes; where the values have been rounded before, `converted_from` records that,
-    since a store encoded directly to the new dtype would differ in the last bits.
+    An interrupted copy resumes when it is run again. If the dtype stays, every bit stays the same. Otherwise the
+    fingerprint's `stored_dtype` changes; if the values had been rounded before, `converted_from` records that, since a
+    store encoded directly to the new dtype would differ in the last bits.
 
     Raises:
         FingerprintMismatch: A different store exists at `to`.
@@ -113,10 +113,10 @@ def _encoded_again(source: Store, target: Store) -> set[str]:
 
 
 def require_separate(source: Location, target: Location, option: str = "--to", what: str = "store") -> None:
-    """Refuse to write a copy into what is copied, where it would be taken for a part of it.
+    """Refuse to write a copy inside its source, where it would be taken for a part of it.
 
     Raises:
-        StoreError: `target`, which the user names with `option`, is in `source`, a `what`; the message names both.
+        StoreError: `target`, which the user names by `option`, is in `source`, a `what`; the message names both.
     """
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):

@@ -96,7 +96,7 @@ def _clips(
 
 
 def _by_video(store: Store) -> dict[str, list[str]]:
-    """The clips of each video by a name that a file can have, in the order of their starts."""
+    """Name of each video, as a file can have it -> its clips, in the order of their starts."""
     origins = store.origins()
     if unknown := [name for name, origin in origins.items() if origin is None]:
         raise StoreError(

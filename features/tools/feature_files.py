@@ -1,13 +1,13 @@
 """Features as files of other programs: written from stores by `export`, read by `import` and `compare`.
 
-A clip is a dict of arrays without the batch: `patches` [T, N, D], and what else it has of `cls` [D], `saliency` [T, N]
-and `timestamps` [T]. The layouts, by `--to`:
+A clip is a dict of arrays without the batch: `patches` [T, N, D], and any of `cls` [D], `saliency` [T, N] and
+`timestamps` [T] that it has. The layouts, by `--to`:
 
-    npy         FOLDER/ID.npy: the patches alone
+    npy         FOLDER/ID.npy: only the patches
     pt          FOLDER/ID.pt: a dict of tensors, for torch.load
-    hdf5        FOLDER/ID.h5: one dataset an array
-    webdataset  FOLDER/00000.tar, ...: ID as json and one npy an array, for each sample
-    lmdb        FOLDER: one key a clip; its value is what numpy.savez writes
+    hdf5        FOLDER/ID.h5: one dataset per array
+    webdataset  FOLDER/00000.tar, ...: for each sample, ID as json and one npy per array
+    lmdb        FOLDER: one key per clip; its value is a file as numpy.savez writes it
 """
 
 import errno
@@ -37,9 +37,9 @@ from egopatch.features.values.errors import StoreError
 
 Arrays = Mapping[str, Tensor]
 Clip = tuple[str, Arrays]
-# What reads a clip. A fault raises a ValueError that says what is wrong.
+# Reads a clip. A fault raises a ValueError that explains it.
 ReadClip = Callable[[], dict[str, Tensor]]
-# A clip that is still to be read: its id, and what reads it.
+# A clip that is still to be read: its id, and the function that reads it.
 Unread = tuple[str, ReadClip]
 TAR_CLIPS = 64  # in one file of a webdataset
 LMDB_FILE = 2**14  # bytes of an empty one
@@ -50,11 +50,11 @@ _SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5")
 def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
     """Write a whole file; a clip id with slashes makes folders.
 
-    The libraries fill memory and not the file: on a full disk NumPy raises an OSError without a cause, torch another
-    error, and HDF5 ends the process.
+    The libraries write into memory, not into the file: on a full disk NumPy raises an OSError without a cause, torch
+    another error, and HDF5 ends the process.
 
     Raises:
-        StoreError: An earlier clip has the file, as on some disks `A` and `a` have one; or the file would be found
+        StoreError: An earlier clip has this file, as `A` and `a` share one on some disks; or the file would be read
             under another id, as those of `a//b` and `a/`; or the system does not accept its name.
     """
     file = folder / name
@@ -72,13 +72,13 @@ def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
 
 
 def write_npy(folder: Path, clips: Iterable[Clip]) -> None:
-    """One file a clip, with its patches."""
+    """One file per clip, with its patches."""
     for name, arrays in clips:
         _write_file(folder, f"{name}.npy", _npy(arrays["patches"]))
 
 
 def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
-    """One file a clip, with all its tensors."""
+    """One file per clip, with all its tensors."""
     for name, arrays in clips:
         content = io.BytesIO()
         torch.save({key: value.clone() for key, value in arrays.items()}, content)
@@ -86,7 +86,7 @@ def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
 
 
 def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
-    """One file a clip, with a dataset for each array."""
+    """One file per clip, with a dataset for each array."""
     for name, arrays in clips:
         content = io.BytesIO()
         with h5py.File(content, "w") as file:
@@ -110,7 +110,7 @@ def write_webdataset(folder: Path, clips: Iterable[Clip]) -> None:
 
 
 def write_lmdb(folder: Path, clips: Iterable[Clip]) -> None:
-    """One key a clip.
+    """One key per clip.
 
     Raises:
         StoreError: The package lmdb is not installed, or refuses a clip, such as one with an id of over 511 bytes.
@@ -204,7 +204,7 @@ def _load_numpy(file: Path | io.BytesIO) -> Any:
     try:
         loaded = np.load(file, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except Exception as error:  # as of torch.load
+    except Exception as error:  # of many types, as for torch.load
         raise ValueError(f"not an array of numbers ({_first_line(error)})") from None
 
 
@@ -233,7 +233,7 @@ def _read_hdf5(path: Path, name: str | None) -> dict[str, Tensor]:
 
 @contextmanager
 def _named_if_damaged(path: Path) -> Iterator[None]:
-    """Turn what a library raises while it looks for the clips of a file into a StoreError that names the file."""
+    """Turn an error of a library that looks for the clips of a file into a StoreError that names the file."""
     try:
         if fault := pointer_fault(path / "data.mdb" if path.is_dir() else path):
             raise StoreError(f"{path} {fault}")
@@ -302,7 +302,7 @@ with lmdb.open(sys.argv[1], readonly=True, lock=False) as env, env.begin() as tr
 
 
 def _require_sound_lmdb(path: Path) -> None:
-    """Check that every clip can be read; lmdb maps its file into memory, so that damage may kill who reads it.
+    """Check that every clip can be read; lmdb maps its file into memory, so damage may kill a process that reads it.
 
     Raises:
         StoreError: The package lmdb is not installed.
@@ -319,7 +319,7 @@ def _require_sound_lmdb(path: Path) -> None:
 
 
 def _named(content: Any) -> dict[str, Tensor]:
-    """Arrays by name; the only one, and one called `features`, are the patches."""
+    """Arrays by name; the array called `features`, or the only array, becomes the patches."""
     arrays = content if isinstance(content, Mapping) else {"patches": content}
     tensors = {}
     for key, value in arrays.items():

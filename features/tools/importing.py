@@ -1,4 +1,4 @@
-"""Features that another program wrote, as a store: heads train on them as on any other."""
+"""Turns features that another program wrote into a store, on which heads train as on any other."""
 
 import hashlib
 from collections import Counter
@@ -20,7 +20,7 @@ from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 
 SHOWN_FAULTS = 10
-# What may come beside the patches; `_row` computes the first two where they are missing.
+# Arrays that may come beside the patches; `_row` computes the first two if they are missing.
 BESIDE = ("cls", "saliency", "timestamps")
 
 
@@ -36,9 +36,9 @@ def import_features(
     """Create a store of the clips in `source`; `tools.feature_files` lists the layouts.
 
     Patches may be [T, N, D], [T, rows, cols, D], [T, D] or [D]; the last two become one patch a frame. Without `cls`,
-    CLS is the mean of the patches; without `saliency`, that is the length of each patch. Of other arrays, such as
-    `coarse`, nothing is stored. The fingerprint says `origin: imported` and has a hash of the content. All is checked
-    before the store is created, so files are read twice.
+    CLS is the mean of the patches; without `saliency`, saliency is the length of each patch. Other arrays, such as
+    `coarse`, are not stored. The fingerprint says `origin: imported` and has a hash of the content. Everything is
+    checked before the store is created, so files are read twice.
 
     Args:
         source: Folder or HDF5 file.
@@ -47,11 +47,11 @@ def import_features(
         grid: Rows and columns of the patches; None: those of [T, rows, cols, D], else a square if N is one, else 1 x N.
         shard: Number of clips in a shard.
         format: File format of the store.
-        on_clips: Called with the number of clips done, and of all clips; each clip counts twice.
+        on_clips: Called with the numbers of clips done and of all clips; each clip counts twice.
 
     Raises:
-        StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; one line a clip. Or `to` is in
-            `source`.
+        StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; the message names clips and
+            faults. Or `to` is in `source`.
     """
     require_separate(source, parse_location(to), what="features")
     clips = _distinct(find_clips(source), source)
@@ -117,7 +117,7 @@ def _write_missing(
 
 
 def _distinct(unread: Iterable[Unread], source: Path) -> dict[str, ReadClip]:
-    """Id -> what reads the clip, sorted by id."""
+    """Id -> function that reads the clip, sorted by id."""
     found: dict[str, ReadClip] = {}
     for name, read in unread:
         check_id(name, "patches")
@@ -186,7 +186,7 @@ def _grid(given: Tensor, patches: int, grid: tuple[int, int] | None) -> tuple[in
 
 
 def _odd_shapes(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, str]:
-    """The clips whose arrays differ from those of most clips, each with what is wrong."""
+    """Id of each clip whose arrays differ in shape from those of most clips -> its fault."""
     kinds = Counter(tuple(sorted(arrays.items())) for arrays in shapes.values())
     if len(kinds) < 2:
         return {}

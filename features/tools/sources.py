@@ -1,4 +1,4 @@
-"""Hashing the videos again that a store's rows were made of."""
+"""Hashes the videos from which a store's rows were made, to find those that have changed."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from egopatch.features.values.location import Location, parse_location
 
 @dataclass(frozen=True)
 class SourceReport:
-    """The videos that a store's rows were made of, as they are now.
+    """The current state of the videos that a store's rows were made from.
 
     Attributes:
         files: Number of files that were hashed.
-        changed: Name of each file whose bytes differ from those that clips were made of -> the ids of these clips.
-        gone: Number of files that do not exist any more, which is no fault.
+        changed: Name of each file whose bytes have changed since clips were made from it -> the ids of these clips.
+        gone: Number of files that no longer exist, which is not a fault.
         unrecorded: Number of clips that an earlier version stored without the name of their file.
         unreadable: Name of each file that exists and could not be read -> why.
     """
@@ -82,7 +82,7 @@ def check_sources(
 
 
 def _sha256(path: Path) -> str | OSError:
-    """The file's hash, or why it cannot be read: one such file keeps no other from being looked at."""
+    """The file's hash, or the error that it cannot be read, so that the other files are still hashed."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

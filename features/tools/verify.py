@@ -110,7 +110,7 @@ class Audit:
 
     @property
     def shards(self) -> list[int]:
-        """Numbers of the committed shards; empty without a header, which has the layout of their files."""
+        """Numbers of the committed shards; empty without a header, which describes the layout of their files."""
         return [] if self.header is None else sorted(self.ledger.commits)
 
     @property
@@ -119,7 +119,7 @@ class Audit:
         return sum(self.ledger.commits[shard].nbytes for shard in self.shards)
 
     def is_outdated(self, shard: int) -> bool:
-        """Whether the ledger has new lines about the shard, whose former files may be gone then."""
+        """Whether the ledger has new lines about the shard, so that its former files may be gone."""
         added = ledger_journal(self.storage).read(self.position, shard)
         return any(line.entry.shard == shard for line in added.lines)
 
@@ -217,10 +217,10 @@ def _in_folder(folder: str, fault: Fault) -> Fault:
 
 
 def check_shard(audit: Audit, shard: int) -> list[Fault]:
-    """Compare a shard's files with the ledger; its rows are read one by one only where the files differ.
+    """Compare a shard's files with the ledger; its rows are read one by one only if the files differ.
 
-    That a file is as it was committed does not prove that it holds every committed row: two writers that both believed
-    they owned the shard may have replaced each other's files, each with a commit of its own.
+    A file that matches its commit need not hold every committed row: two writers that both believed they owned the
+    shard may have replaced each other's files, each with a commit of its own.
     """
     faults = _differences(audit, shard) or _absent_rows(audit, shard)
     while faults and audit.is_outdated(shard):
@@ -318,7 +318,7 @@ def _is_sound(record: Record | None) -> bool:
 def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str | None], tuple[str, ...]]:
     """Row -> id, with the ledger's id wherever the journal of ids disagrees; also returns those ids.
 
-    A line that is lost from the journal moves all ids after it, so that committed ones stand in other rows, too.
+    A line that the journal has lost moves all ids after it, so that committed ids may be in other rows.
     """
     rows = {name: commit.clip(name).row for name, commit in ledger.clips.items()}
     completed = [None if name is None or rows.get(name, row) != row else name for row, name in enumerate(row_ids)]
@@ -334,7 +334,7 @@ def _completed(row_ids: Sequence[str | None], ledger: Ledger) -> tuple[list[str 
 def _uncommitted_with_files(
     storage: Storage, header: StoreHeader, row_ids: Sequence[str | None], ledger: Ledger
 ) -> tuple[str, ...]:
-    """Ids in shards with files that no intact line commits, which a damaged ledger may have lost."""
+    """Ids that no intact line commits, in shards that have files: a damaged ledger may have lost their commits."""
     spec, file_format = header.spec, FORMATS[header.format]
     uncommitted = {row: clip for row, clip in enumerate(row_ids) if clip is not None and clip not in ledger.clips}
     if storage.in_place:

@@ -1,4 +1,4 @@
-"""How a store writes each dtype to disk, and how many bytes a row takes."""
+"""The form in which a store writes each dtype to disk, and the bytes of a row."""
 
 import math
 from dataclasses import dataclass

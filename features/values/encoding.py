@@ -27,10 +27,10 @@ def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> No
 
 
 def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: StoreSpec) -> np.ndarray:
-    """The row of `array` for one clip, as it is written, once it is known to be finite: see `dtypes.are_finite`.
+    """The row of `array` for one clip, as it is written; the caller must check that it is finite: `dtypes.are_finite`.
 
     Raises:
-        StoreError: The tensor has another shape or dtype, or has to be converted and holds NaN or infinity; the message
+        StoreError: The tensor has another shape or dtype, or must be converted and holds NaN or infinity; the message
             names clip and array.
     """
     if array.name == "scale" and "scale" not in tensors:
@@ -64,7 +64,7 @@ def not_finite(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec) -> No
 def scale_of(patches: Tensor, spec: StoreSpec) -> Tensor:
     """[T, N] factor of each patch, which maps its largest channel to the largest number of the stored dtype."""
     scale = patches.float().abs().amax(dim=-1) / _LARGEST[spec.array("patches").dtype]
-    return torch.where(scale > 0, scale, torch.ones_like(scale))  # that of the smallest numbers rounds to 0
+    return torch.where(scale > 0, scale, torch.ones_like(scale))  # the scale of the smallest numbers rounds to 0
 
 
 def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
@@ -93,7 +93,7 @@ def reconstruction_error(tensors: Mapping[str, Tensor], spec: StoreSpec) -> floa
 
 
 def _checked(clip: str, tensor: Tensor, array: ArraySpec) -> Tensor:
-    """The tensor, which is finite, on the CPU."""
+    """The tensor on the CPU, checked to be finite."""
     tensor = _shaped(clip, tensor, array)
     if tensor.is_floating_point() and not _is_finite(tensor):
         raise NotFinite(f"clip {clip!r}: {array.name} holds NaN or infinity; it is not stored")

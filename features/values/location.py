@@ -70,7 +70,7 @@ Location = Path | ObjectUrl
 
 
 def parse_location(location: Location | str) -> Location:
-    """`location` as an object: an `ObjectUrl` where the text has a scheme, else a folder, which has a name.
+    """`location` as an object: an `ObjectUrl` if the text has a scheme, else a folder, made absolute if it has no name.
 
     Raises:
         BadLocation: No store can exist at this URL.

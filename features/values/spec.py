@@ -242,7 +242,7 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(dict(self.fields), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: "Fingerprint", this: str, that: str) -> list[str]:
-        """One line a field that differs, such as `depth: store has 6, requested 12`.
+        """One line for each field that differs, such as `depth: store has 6, requested 12`.
 
         Args:
             other: Fingerprint to compare with.

@@ -1,4 +1,4 @@
-"""`extract frames`: write the frames that the encoder would be given of a video or a stretch of it."""
+"""`extract frames`: write the frames of a video, or of a stretch of it, that the encoder would receive."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from egopatch.features.io.files import replacing
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Decode and write; returns 1, with the reason that quarantine would give, if the clip cannot be decoded."""
+    """Decode and write; if the clip cannot be decoded, print the reason that quarantine would give and return 1."""
     parser.usage = "VIDEO --out FILE.npz|FOLDER [options]"
     parser.add_argument("file", metavar="VIDEO", type=Path, help="video file")
     for name in ("start", "end"):

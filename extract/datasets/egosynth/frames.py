@@ -1,8 +1,9 @@
 """EgoSynth's pictures: a scene drawn frame by frame.
 
-A grey table below a wall of clutter, small coloured objects, the person's light hand from below and the other person's
-dark hand from a side. The camera sways. An action can be recognised at the hand, within one or two patches: a lifted
-object is larger and casts a shadow, a moved one is held between fingers, an opened one has its lid beside it.
+A picture shows a grey table below a wall of clutter, small coloured objects, the person's light hand from below and the
+other person's dark hand from a side. The camera sways. An action can be recognised at the hand, within one or two
+patches: a lifted object is larger and casts a shadow, a moved one is held between fingers, an opened one has its lid
+beside it.
 
 The hard setting has smaller objects, a hand that has not yet arrived at the object it will touch next, neutral pieces
 on the table, and people behind it. Their hands look like the person's and handle things in the objects' colours; only

@@ -1,4 +1,4 @@
-"""Where the objects stand that a question asks about; known, because EgoSynth draws its scenes from the clip's name.
+"""Positions of the objects that a question asks about; EgoSynth draws a clip's scene from its name, so they are known.
 
 Shape legend: T frames.
 """
@@ -18,8 +18,8 @@ class Places:
     """Patches of objects in every frame, row-major in the grid.
 
     Attributes:
-        asked: [T] patches of the objects that the question asks about: named ones in all frames, those that a touch
-            describes ("that the person touches first") in the frames of the touch.
+        asked: [T] patches of the objects that the question asks about: objects it names, in all frames, and objects it
+            describes by a touch ("that the person touches first"), in the frames of that touch.
         others: [T] patches of all other objects.
     """
 

@@ -50,7 +50,7 @@ CHANGES = {
 FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
 HOI_PROGRAM = "query([hoi], iterate_until("
 
-# Words of the questions, and those of their paraphrases.
+# Words of the questions -> words of their paraphrases.
 OTHER_WORDS = {
     "which object": "what item",
     "the object": "the item",
@@ -111,7 +111,7 @@ class Draft:
 
 
 def paraphrase(text: str) -> str:
-    """The same question in words that no question uses, with its pieces in the same order."""
+    """The same question, with its parts in the same order, in words that no original question uses."""
     return _PHRASES.sub(lambda found: OTHER_WORDS[found[0]], text)
 
 
@@ -187,7 +187,7 @@ def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
 
 
 def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
-    """Yes: the slot's own object. No: the object of another slot, so that there is always a hand at the object."""
+    """Ask about the slot's object (yes) or about another slot's (no), so that a hand is always at the object."""
     slot = _any(rng, SLOTS)
     yes = bool(rng.integers(2))
     other = _any(rng, [s for s in SLOTS if s != slot])

@@ -79,7 +79,7 @@ def render(
         )
     scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
-    videos = (root / VIDEO_FOLDER).absolute()  # joblib's processes may be older ones, in another working folder
+    videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder
     videos.mkdir(parents=True, exist_ok=True)
     bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
     jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
@@ -138,7 +138,7 @@ def _write_clips(folder: Path, scenes: Sequence[Scene], size: int) -> int:
 
 def _write_annotations(root: Path, scenes: Sequence[Scene], questions: int, seed: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    # First, because it tells this data set from others.
+    # Written first, because this file marks the folder as EgoSynth's.
     _write(root / EVENTS_FILE, "".join(f"{json.dumps(_events(scene))}\n" for scene in scenes))
     records: list[Record] = []
     for scene in scenes:

@@ -1,9 +1,9 @@
-"""EgoSynth's questions divided into the parts of the two splits, and asked with options to choose from.
+"""EgoSynth's questions divided into the parts of the two splits, and turned into multiple choice.
 
 The splits follow the released rules. Direct: all questions, 3:1:1 into train, test and val, answer by answer. Indirect:
-trains on direct references and on indirect ones that ask for an action (their program starts with
-`query([hoi], iterate_until(`), tests on all other indirect ones, 1:1 into test and val; there a question's parts are
-known from training and their composition is new.
+direct references, and indirect ones that ask for an action (their program starts with `query([hoi], iterate_until(`),
+are for training; all other indirect ones go 1:1 into test and val. The parts of such a question are known from
+training, and only their composition is new.
 
 Source of the rules: EgoTaskQA, `baselines/preprocess/split.py`.
 """

@@ -1,9 +1,9 @@
 """Reads checkpoints without executing code that is in them.
 
-A checkpoint is a bare dict of tensors, or one under `state_dict` (pretraining), `model_state_dict` (fine-tuning) or any
-other key where it can only be the network, with or without `module.`, `model.` and `_orig_mod.` on the names, in
-PyTorch's format; or safetensors. Published pretraining files also pickle the training script's own objects; those
-become inert stand-ins and are dropped.
+A checkpoint is a safetensors file, or a file in PyTorch's format that holds a dict of tensors: bare, or under
+`state_dict` (pretraining), `model_state_dict` (fine-tuning) or any other key where it can only be the network. Names
+may have `module.`, `model.` and `_orig_mod.` added. Published pretraining files also pickle the training script's own
+objects; those become inert stand-ins and are dropped.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.features.io.lfs import pointer_fault
 
 CONTAINERS = ("state_dict", "model_state_dict")  # of the published files
-# What is put in front of a tensor's name by torch.compile, by DataParallel and its like, and by trainers' classes.
+# Prefixes that torch.compile, DataParallel and similar wrappers, and trainers' classes add to a tensor's name.
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _WRAPPER = re.compile(r"^(module\.)+")
 _TRAINER = re.compile(r"^((module|model)\.)+")
-# Networks by the key that `recognise_network` returns, with the names for messages.
+# Key that `recognise_network` returns -> the network's name for messages.
 PUBLISHED_NETWORKS = {"egovlp": "EgoVLP", "egovlpv2": "EgoVLPv2", "mfas": "MFAS"}
 NETWORK_NAMES = PUBLISHED_NETWORKS | {"lite": "EfficientNet-Lite0", "bert": "BERT"}
 # Names that a message lists before it only counts.
@@ -62,7 +62,7 @@ class Checkpoint:
         return recognise_network(self.tensors)
 
     def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
-        """Shape of the tensor `name`, which has to have so many dimensions, unless that is None.
+        """Shape of the tensor `name`, which must have `dimensions` dimensions unless that is None.
 
         Raises:
             CheckpointError: The tensor is missing, or has another number of dimensions.
@@ -152,8 +152,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         path: A `.pth`, `.pt` or `.tar` file written by `torch.save`, or a safetensors file with any suffix.
 
     Raises:
-        CheckpointError: The file is missing, empty, damaged or not a checkpoint; it holds other objects than tensors
-            and the known stand-ins, or two tensors with one name; or it claims more data than it has.
+        CheckpointError: The file is missing, empty, damaged or not a checkpoint; it holds objects that are neither
+            tensors nor known stand-ins, or two tensors with the same name; or it claims more data than it has.
     """
     path = Path(path)
     if path.is_dir():
@@ -184,7 +184,7 @@ def refuse_pointer(path: Path) -> None:
     """Refuse a file that is a pointer of Git LFS.
 
     Raises:
-        CheckpointError: It is one, or it cannot be read.
+        CheckpointError: The file is a pointer, or cannot be read.
     """
     try:
         fault = pointer_fault(path)
@@ -245,9 +245,9 @@ def _refuse_compressed(path: Path) -> None:
 
 
 def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
-    """Where the tensors are, and the tensors by published name.
+    """The key that holds the tensors, and the tensors by published name.
 
-    Every key is looked into, because training scripts agree on none; a dict counts where it holds a known network.
+    Every key is searched, because training scripts agree on none; one that holds a known network is preferred.
     """
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
@@ -282,9 +282,9 @@ def _tensors_of(value: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _published_names(keys: Iterable[str]) -> dict[str, str]:
-    """Key -> the tensor's published name, without what DataParallel, torch.compile and trainers add in front of it.
+    """Key -> the tensor's published name, without the prefixes that DataParallel, torch.compile and trainers add.
 
-    `model.` may be a part of the name, so it is removed only where that gives the names of a known network.
+    `model.` may be a part of the name, so it is removed only if that gives the names of a known network.
     """
     names = {key: _WRAPPER.sub("", _COMPILED.sub("", key)) for key in keys}
     if recognise_network(names.values()):

@@ -1,4 +1,4 @@
-"""Model folders as transformers writes them: what is in one, whether it is safe and whole, and its preprocessing."""
+"""Reads model folders that transformers wrote: checks that one is safe and complete, and reads its preprocessing."""
 
 import hashlib
 import json
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: one, or all that its index names.
 
     Raises:
-        CheckpointError: There is none, one of several is missing, or the folder has pickled weights alone.
+        CheckpointError: There is none, one of several is missing, or the folder has only pickled weights.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
@@ -95,10 +95,10 @@ def refuse_pickle(owner: str, file: str) -> CheckpointError:
 def read_transform(folder: Path, size: int) -> Transform:
     """The preprocessing that a model folder describes, for frames of `size` pixels a side.
 
-    A size other than the processor's own scales its resizing along, so that the same share of the frame is seen.
+    If `size` is not the processor's own, its resizing is scaled with it, so that the same share of the frame is seen.
 
     Raises:
-        CheckpointError: There is no description, or one of preprocessing that this program does not do.
+        CheckpointError: There is no description, or it asks for preprocessing that this program does not support.
     """
     path = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
     if path is None:

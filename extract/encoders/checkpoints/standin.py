@@ -25,7 +25,7 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 CLS_TOKEN = "video_model.cls_token"
 FUSION_GATE = 0.5
 POSITIONS = 64
-PIECES = 1000  # of a tokenizer at most
+PIECES = 1000  # largest vocabulary of a tokenizer
 
 
 @dataclass(frozen=True)

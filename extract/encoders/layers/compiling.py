@@ -1,4 +1,4 @@
-"""`torch.compile` for encoders, tried on a tiny function first: without a compiler the error is one line."""
+"""`torch.compile` for encoders, tried on a tiny function first, so that a missing compiler gives a one-line error."""
 
 import time
 import warnings
@@ -36,7 +36,7 @@ def compile_encoder(encoder: VideoEncoder, device: torch.device) -> VideoEncoder
             f"encoder.compile is true, but torch.compile cannot build code for {device.type} here ({reason}); install "
             "a C++ compiler, or set encoder.compile to false"
         ) from error
-    # A hint at the first batch to compute float32 less precisely; here `encoder.dtype` says how precise encoding is.
+    # At the first batch torch suggests computing float32 less precisely; here `encoder.dtype` decides the precision.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     for module in encoder.modules():
         if isinstance(module, Linear):

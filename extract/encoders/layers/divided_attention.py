@@ -1,6 +1,6 @@
-"""Divided attention on a GPU: every patch over its frame or its position in time, plus CLS, read in place.
+"""Divided attention on a GPU, read in place: a patch attends to CLS and to its frame, or to its position in all frames.
 
-PyTorch's own attention would need keys and values copied into one tensor a group, CLS in front of each; on an H100
+PyTorch's own attention would need keys and values copied into one tensor per group, each with CLS in front; on an H100
 these copies and their rearrangement took as long as all matrix products together.
 
 Shape legend: B clips, T frames, N patches a frame, S = 1 + T*N tokens (CLS first, then frame by frame), D channels,
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 HEAD_WIDTH = 64
-# Rows of queries of a program.
+# Query rows per program.
 ROWS = 64
 
 
@@ -26,7 +26,7 @@ def attention_kernel(
     qkv, out, S, G, stride_group, stride_token, SCALE: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     L: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """BM queries of P groups of a head of a clip, over the L tokens of their own group and CLS."""
+    """Attention of BM queries, from P groups of one head and clip, to the L tokens of their own group and to CLS."""
     clip = tl.program_id(0) // H
     head = tl.program_id(0) % H
     first = tl.program_id(1) * P

@@ -1,7 +1,7 @@
 """A CUDA graph of the encoder: one call launches all of a batch's kernels.
 
-Launching them one by one takes some milliseconds of this process's Python, for which decoders' results and rows to be
-written compete; a graph takes none.
+Launching them one by one takes some milliseconds of Python, which this process also needs to receive decoded clips and
+to write rows; a graph takes none.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ EAGER_BATCHES = 2  # before the capture: libraries choose their kernels and take
 class ReplayedEncoder:
     """Calls `encode`, which reads its input from the same memory each time, and replays it once it has been captured.
 
-    A replay has to give the bits that `encode` gives, because a clip's rows must not depend on when they are computed.
-    If it does not, although `encode` gives them again, or if something in the network cannot be captured, `encode` is
+    A replay must give the same bits as `encode`, because a clip's rows must not depend on when they are computed. If it
+    gives others although `encode` reproduces its own, or if something in the network cannot be captured, `encode` is
     called for every batch.
 
     Args:
-        encode: The encoder; a replay overwrites the tensors of the one before.
-        capture: Runs a function once and returns what repeats it; `capture_cuda` on the encoder's device.
+        encode: The encoder; a replay overwrites the tensors of the previous one.
+        capture: Runs a function once and returns a function that replays it; `capture_cuda` on the encoder's device.
         say: Called once with a line if the encoder cannot be captured.
     """
 
@@ -62,7 +62,7 @@ class ReplayedEncoder:
 
 
 def _difference(expected: PatchTokens, found: PatchTokens) -> str:
-    """The arrays whose numbers differ, and by how much at most; empty where none do."""
+    """The arrays that differ, each with its largest difference; empty if none do."""
     tensors = found.tensors()
     return ", ".join(
         f"{name} by up to {float((tensors[name].float() - tensor.float()).abs().max()):.1e}"
@@ -75,13 +75,13 @@ def capture_cuda(run: Callable[[], Result], device: torch.device) -> Callable[[]
     """Capture what `run` launches on `device`.
 
     Raises:
-        RuntimeError: It does something that a graph cannot hold, such as waiting for the device.
+        RuntimeError: `run` does something that a graph cannot hold, such as waiting for the device.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    # torch's own stream is one of the GPU that was current at the first capture of this process. What is launched on
-    # another GPU would not be captured but run, so that a replay would do nothing and leave these results.
-    # A capture that fails leaves its stream the current one, where nobody waits for later work: hence the second line.
-    # Other threads may pin memory meanwhile, which concerns only them.
+    # torch's own stream belongs to the GPU that was current at the first capture of this process. Kernels on another
+    # GPU would run instead of being captured, so that a replay would do nothing and return these results again.
+    # A failed capture leaves its stream current, where nobody waits for later work: hence `torch.cuda.stream`.
+    # Other threads may pin memory meanwhile, which affects only them.
     with (
         torch.cuda.device(device),
         torch.cuda.stream(stream),

@@ -1,4 +1,4 @@
-"""What both halves of a network read from its checkpoint: the depth of the text network and the joint projections."""
+"""Values that both halves of a network read from its checkpoint: the text network's depth and the joint projections."""
 
 import re
 

@@ -1,7 +1,7 @@
-"""What the encoders of a network from outside this package return is checked at every batch.
+"""Checks at every batch what the encoders of a network from outside this package return.
 
-Without this, a row too many would go unnoticed, and what is no tensor would fail far from where it was made. What their
-`forward` raises keeps its traceback.
+Without this, an extra row would go unnoticed, and a value that is not a tensor would fail far from where it was made.
+An error that their `forward` raises keeps its traceback.
 
 Shape legend: B clips or texts, T' positions in time (`steps`), N patches a frame of D channels, L text tokens.
 """
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_tokens(name: str, encoder: VideoEncoder) -> None:
-    """Have `forward` raise ConfigError unless it returns what the encoder's attributes promise, and name the encoder.
+    """Make `forward` raise a ConfigError that names the encoder if it does not return what the attributes promise.
 
     Args:
         name: Name of the network, for messages.
@@ -83,7 +83,7 @@ def _require_states(name: str, encoder: TextEncoder, ids: Tensor, states: object
 def _require(
     who: str, returned: object, found: Mapping[str, object] | None, kind: str, expected: Shapes, given: Tensor
 ) -> None:
-    """Refuse `returned`, whose tensors are `found` if it is of the right kind, unless each has its expected shape."""
+    """Refuse `returned` unless its tensors, `found`, have the expected shapes; None means it is of the wrong kind."""
     if found is None:
         wrong, what = list(expected), f"an object of type {type(returned).__name__}"
     else:

@@ -30,7 +30,7 @@ Axis = Literal["time", "space"]
 
 
 class Attention(nn.Module):
-    """One divided attention: CLS attends everywhere, a patch along one axis plus CLS.
+    """One divided attention: CLS attends to all tokens, a patch to CLS and to the patches along one axis.
 
     Args:
         width: Channels of a token, D; there are D // 64 heads.
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         return self.proj(attended, residual=residual), logits
 
     def attend_cls(self, x: Tensor, keep: Tensor | None = None, tap: bool = False) -> tuple[Tensor, Tensor | None]:
-        """CLS over all tokens, before the output projection.
+        """Attention of CLS to all tokens, before the output projection.
 
         CLS is a single query, so it absorbs the key projection (q W_k), and the value projection follows the pooling:
         both passes then read `x` itself, instead of keys and values strided by head.
@@ -150,7 +150,7 @@ def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:
 
 
 def attend_groups(qkv: Tensor, cls_kv: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Every token over the tokens of its group, plus CLS.
+    """Attention of every token to the tokens of its group and to CLS.
 
     Args:
         qkv: [B, groups, tokens, 3*D].
@@ -206,7 +206,7 @@ class Mlp(nn.Module):
 
 
 class SpaceTimeBlock(nn.Module):
-    """One block: time attention, space attention on its result, whose residual goes back to the block's *input*.
+    """One block: time attention, then space attention on its result, with the residual from the block's *input*.
 
     Args:
         width: Channels of a token, D.

@@ -1,4 +1,4 @@
-"""The encoder of EgoVLP and EgoVLPv2, and the base of MFAS's: a space-time transformer, and perhaps its projection."""
+"""The encoder of EgoVLP and EgoVLPv2, and the base of MFAS's: a space-time transformer with an optional projection."""
 
 import torch
 from einops import rearrange

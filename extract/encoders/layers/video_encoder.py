@@ -49,7 +49,7 @@ class VideoEncoder(nn.Module, ABC):
         trained_frames: Frames of a clip that the network was trained on; None where it does not tell frames apart.
         steps: Positions in time of the tokens: T, unless the network makes one of several frames.
         size: Side of the input in pixels.
-        identity: What decides the tokens beside the checkpoint's bytes and the config, for the store's fingerprint.
+        identity: Settings beside the checkpoint's bytes and the config that decide the tokens, for the fingerprint.
         coarse: M, coarse patches of a frame; None for a network without coarse patches.
         coarse_width: E, channels of the coarse patches; None if they have D.
     """
@@ -118,7 +118,7 @@ class VideoEncoder(nn.Module, ABC):
             )
 
     def project(self, cls: Tensor) -> Tensor:
-        """Joint video-text embedding of CLS tokens, by networks that have such a space.
+        """Joint video-text embedding of CLS tokens, for networks that have such a space.
 
         Args:
             cls: [B, D], CLS of `forward` at the last depth of the video-only path.

@@ -14,14 +14,14 @@ EPS = 1e-6
 
 
 def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
-    """The video network down to `options.depth`; the norm follows at the last block.
+    """The video network down to `options.depth`, with the final norm if that is the last block.
 
     Args:
         checkpoint: Checkpoint of EgoVLP.
         options: Temporal positions beyond the checkpoint's are zero. `path` has no effect.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; or a depth that is out of range.
     """
     checkpoint.require("egovlp")
     sizes = VideoSizes.of(checkpoint)

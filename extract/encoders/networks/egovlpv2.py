@@ -25,7 +25,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
             video-only network and ends with its norm at the last block.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; or a depth that is out of range.
     """
     checkpoint.require("egovlpv2")
     sizes = VideoSizes.of(checkpoint)

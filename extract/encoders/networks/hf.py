@@ -1,9 +1,9 @@
 """`encoder.arch: hf`: the vision and video models of transformers, from a folder or by their name on the hub.
 
 `encoder.checkpoint` is the video model: its folder, or `NAME` or `NAME@REVISION` on the hub. `text.model` is the text
-model and its tokenizer: the same folder where CLIP or SigLIP is used, any other text model's, or the packaged sentence
-network. The models are in `hf_models`, which this file imports when one is loaded, because transformers takes seconds
-to import.
+model and its tokenizer: the same folder for CLIP or SigLIP, the folder of any other text model, or the packaged
+sentence network. The models are in `hf_models`, which this file imports only when it loads one, because transformers
+takes seconds to import.
 """
 
 from pathlib import Path
@@ -17,10 +17,10 @@ from egopatch.extract.encoders.networks.network import Network, VideoOptions
 
 
 def model_folder(model: Path | str) -> Path:
-    """The folder of `model`: itself, or that of the hub's model of that name in the hub's cache.
+    """The folder of `model`: itself, or the folder in the hub's cache if it is the name of a model on the hub.
 
     Raises:
-        CheckpointError: The folder is missing, and the hub cannot have a model of this name; or as for
+        CheckpointError: The folder is missing and is not a possible name on the hub; or as for
             `hub.download_folder`.
     """
     folder = Path(model)

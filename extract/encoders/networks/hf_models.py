@@ -1,7 +1,7 @@
 """Vision and video models of transformers, from their folder: DINOv2 and v3, CLIP, SigLIP, VideoMAE, V-JEPA 2 and more.
 
-A vision model sees every frame on its own; a video model may make one position in time out of several frames (a
-tubelet). Tokens are the model's own states, in the order [T', N] whatever the model's order is. CLS is the model's
+A vision model sees each frame separately; a video model may make one position in time out of several frames (a
+tubelet). Tokens are the model's own states, in the order [T', N] whatever order the model uses. CLS is the model's
 first prefix token (averaged over the frames of a vision model), else the mean of the patches.
 
 Shape legend: B clips, T frames, T' positions in time, N patches of a frame, P prefix tokens, D channels, H heads.
@@ -31,17 +31,17 @@ from egopatch.features.values.spec import PatchTokens
 
 # Frames that a CPU runs through a vision model at a time; a whole batch would take gigabytes.
 FRAMES = 16
-# Parts of a model that no token passes through; their weights may be missing.
+# Parts of a model that do not affect the tokens; their weights may be missing.
 _UNUSED = ("pooler", "predictor", "head", "mask_token", "logit_", "text_model", "visual_projection", "text_projection")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes the models of one `model_type`.
+    """Properties of the models of one `model_type`.
 
     Attributes:
         video: Whether the model sees all frames of a clip together.
-        prefix: Number of tokens before the patches, beside the registers that its config counts.
+        prefix: Number of tokens before the patches, without the registers, which the config counts.
         time_last: Whether the patches come in the order [N, T'].
         any_frames: Whether a video model takes other numbers of frames than it was trained on.
         options: Arguments of every call.
@@ -125,7 +125,7 @@ class HfEncoder(VideoEncoder):
             frames: [B, T, 3, size, size], normalised as the model's processor does it; on the encoder's device.
 
         Returns:
-            patches [B, T', N, D] after block `depth`, with the final norm after the last one, where the model has one;
+            patches [B, T', N, D] after block `depth`, after the last one with the final norm if the model has one;
             cls [B, D]; saliency [B, T', N] in float32: the cosine between CLS and each patch (`cls`), the length of
             each patch (`norm`), or the logarithm of CLS's attention to each patch, averaged over heads (`attention`).
 
@@ -175,8 +175,8 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
     """The vision or video model in a folder, down to block `options.depth`.
 
     Raises:
-        CheckpointError: The model is of a kind that has no grid of patches, its weights are incomplete or another
-            model's, or it does not take this depth, size or number of frames.
+        CheckpointError: Models of this kind have no grid of patches, the weights are incomplete or another model's, or
+            the model does not take this depth, size or number of frames.
     """
     assert isinstance(checkpoint, FolderCheckpoint)
     eager = options.saliency == "attention"
@@ -277,7 +277,7 @@ def _load(checkpoint: FolderCheckpoint, dtype: torch.dtype, eager: bool) -> PreT
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from printing its loading report; what it finds is checked here."""
+    """Keep transformers from printing its loading report; the code here checks what it would report."""
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -290,7 +290,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
-    """The half of a dual model that sees, or the model itself."""
+    """The vision half of a dual model, or the model itself."""
     for name in ("vision_model", "video_model"):
         part = getattr(model, name, None)
         if isinstance(part, PreTrainedModel):
@@ -299,7 +299,7 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _require_grid(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Refuse a model, such as a convolutional one or one of texts, whose config describes no blocks over patches."""
+    """Refuse a model whose config describes no blocks over patches, such as a convolutional or a text model."""
     try:
         int(config.hidden_size), _blocks_of(config), _patch(config), _trained_size(config)
     except (AttributeError, IndexError, TypeError) as error:
@@ -351,9 +351,9 @@ def _check_input(checkpoint: Checkpoint, model: PreTrainedModel, family: Family,
 
 
 def _move_with(model: PreTrainedModel) -> None:
-    """Have tensors that are no buffers, as VideoMAE's positions, move with the model.
+    """Make plain tensors, such as VideoMAE's positions, buffers, so that they move with the model.
 
-    They would be copied to a GPU in every batch, which waits for the batch before and cannot be part of a CUDA graph.
+    Otherwise every batch would copy them to the GPU, which waits for the previous batch and is refused in a CUDA graph.
     """
     for module in model.modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
@@ -370,7 +370,7 @@ def _cut(model: PreTrainedModel, depth: int, blocks: int) -> None:
 
 
 def _probe(checkpoint: Checkpoint, encoder: HfEncoder) -> None:
-    """Run a black clip, and refuse a model whose output is not what its config promises."""
+    """Run a black clip, and refuse a model whose output does not match its config."""
     black = torch.zeros(1, encoder.num_frames, 3, encoder.size, encoder.size)
     pixels = black.to(encoder.model.dtype) if encoder.family.video else black[0, :1].to(encoder.model.dtype)
     kind = encoder.model.config.model_type

@@ -27,7 +27,7 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model's name on the hub, and its revision; None is the main branch."""
+    """A model's name on the hub, and its revision; a revision of None is the main branch."""
 
     name: str
     revision: str | None
@@ -37,7 +37,7 @@ class HubModel:
 
 
 def parse_hub_model(model: str) -> HubModel | None:
-    """The model that the hub may have under this name; None if it can have none."""
+    """The model that the hub may have under this name; None if the name is not valid on the hub."""
     name, at, revision = model.partition("@")
     try:
         validate_repo_id(name)
@@ -47,7 +47,7 @@ def parse_hub_model(model: str) -> HubModel | None:
 
 
 def why_unreachable() -> str | None:
-    """Why the hub cannot be asked, as part of a sentence; None where it answers, whatever it says."""
+    """Why the hub cannot be reached, as part of a sentence; None if it answers, whatever the answer."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     answered = threading.Event()
@@ -67,7 +67,7 @@ def why_unreachable() -> str | None:
 
 
 def download_folder(model: HubModel) -> Path:
-    """The folder of a model in the hub's cache; what is missing there is downloaded. Pickled files never are.
+    """The folder of a model in the hub's cache; missing files are downloaded, but never pickled ones.
 
     Raises:
         CheckpointError: The hub does not have the model or the revision, or cannot be reached and the cache lacks it;

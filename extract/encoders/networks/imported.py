@@ -1,7 +1,7 @@
 """`encoder.arch: imported`: features that another program wrote, in a store of `egopatch features import`.
 
-There is no video network. Questions are read by any text model of transformers, or the packaged sentence network, as
-with `hf`.
+There is no video network. As with `hf`, any text model of transformers or the packaged sentence network reads the
+questions.
 """
 
 from egopatch.configs.schema import ConfigError

@@ -38,7 +38,7 @@ FRAMES = 16
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as in training: an odd row or column of padding goes to the bottom or the right."""
+    """A convolution padded as in training: an extra row or column of padding goes to the bottom or the right."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[F, channels, H, W] to [F, channels, ceil(H / stride), ceil(W / stride)]."""
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[F, into, H, W] to [F, out, H / stride, W / stride]."""
-        # In place where nothing else reads the tensor: on a CPU, a third of the time goes into such copies.
+        # In place where nothing else reads the tensor: on a CPU, copies would take a third of the time.
         wide = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
         narrow = self.project(F.relu6(self.depthwise(wide), inplace=True))
         return narrow.add_(x) if self.added else narrow
@@ -127,7 +127,7 @@ class LiteEncoder(VideoEncoder):
         flat = frames.flatten(0, 1).to(weight.dtype)
         step = FRAMES
         if flat.device.type != "cpu":
-            # A GPU convolves in this layout anyway, and would change every layer's input to it.
+            # A GPU convolves in this layout anyway, and would otherwise convert every layer's input to it.
             step, flat = len(flat), flat.contiguous(memory_format=torch.channels_last)
         parts = [self.frames_to_maps(part) for part in flat.split(step)]
         fine, coarse = (torch.cat(maps) for maps in zip(*parts, strict=True))
@@ -156,7 +156,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> LiteEncoder:
         options: `size` may be any multiple of 16 from 32 on (None is 224). `path` has no effect.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, or no such depth.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; or a depth that is not in `FINE`.
         ConfigError: The network cannot take this size.
     """
     checkpoint.require("lite")
@@ -188,7 +188,7 @@ def _published_names(trunk: Trunk) -> list[tuple[nn.Conv2d, str, str]]:
 
 
 def _fold(checkpoint: Checkpoint, module: nn.Conv2d, conv: str, norm: str) -> None:
-    """Fill a convolution with the packaged one and the batch norm that follows it."""
+    """Fill a convolution with the packaged one, into which the batch norm that follows it is folded."""
     out = (module.out_channels,)
     shapes = {f"{conv}.weight": tuple(module.weight.shape)}
     shapes |= {f"{norm}.{part}": out for part in ("weight", "bias", "running_mean", "running_var")}

@@ -1,7 +1,7 @@
 """MFAS (Zhang et al., ICML 2024): EgoVLPv2's lower half twice, over fine and 2x2-pooled tokens, merged in every block.
 
-`variant` "paper" is the network of the paper. "released" reproduces the score map of the released code: it cuts CLS's
-logits one token early, so that every patch carries the logit of the patch before it, and the first patch that of CLS.
+`variant` "paper" is the network of the paper. "released" reproduces the score map of the released code: it slices CLS's
+logits one token too early, so that each patch carries the logit of the patch before it, and the first patch CLS's own.
 (The head reads the same option: up to 3 patches a frame grow the kept region in the paper, 1 in the released code.)
 """
 
@@ -27,7 +27,7 @@ def pool2x2(x: Tensor, frames: int) -> Tensor:
 
 
 def repeat2x2(x: Tensor, frames: int) -> Tensor:
-    """Every token of `x` [B, 1 + T*M, D] 2x2 times on its frame's grid, CLS kept; [B, 1 + 4*T*M, D]."""
+    """Repeat every token of `x` [B, 1 + T*M, D] 2x2 times on its frame's grid, CLS kept; [B, 1 + 4*T*M, D]."""
     rows = round(((x.shape[1] - 1) // frames) ** 0.5)
     cells = repeat(x[:, 1:], "b (t rows cols) d -> b (t rows i cols j) d", t=frames, rows=rows, i=2, j=2)
     return torch.cat([x[:, :1], cells], dim=1)
@@ -106,8 +106,8 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> MfasEncoder:
         options: Temporal positions are interpolated if the checkpoint has fewer.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has the wrong shape, no such depth, or a
-            grid with odd sides.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; a depth that is out of range; or
+            a grid with odd sides.
     """
     checkpoint.require("mfas", "egovlpv2")
     sizes = VideoSizes.of(checkpoint)

@@ -1,4 +1,4 @@
-"""`Network`, the description of a frozen network that stage one works from. Each network's file ends with its own."""
+"""`Network`, the description of a frozen network that stage one uses. Each network's file ends with its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ class Network:
         name: Value of `encoder.arch` that selects it.
         build_video: Loads the video half from a checkpoint.
         build_text: Loads the text half down to a depth, from the text checkpoint.
-        transform: Turns decoded frames into the network's input; or finds out how, from the checkpoint and the side of
-            the input in pixels.
+        transform: Turns decoded frames into the network's input; or a function that returns the transform for the
+            checkpoint and the side of the input in pixels.
         package: Installed package with the video weights; None if the user has them as a file.
         text_weights: Finds the file of the text weights by `text.model`; None if the video checkpoint has them too.
         open_checkpoint: Reads the video weights, and those of `text_weights`.
         plugin: Name and version of the installed package that registers it; None if it is not from a package.
-        locate: Finds the file or folder that `encoder.checkpoint` names, where that need not be a path; None if it is.
+        locate: Finds the file or folder that `encoder.checkpoint` names; None if that is always a path.
     """
 
     name: str

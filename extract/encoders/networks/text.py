@@ -33,7 +33,7 @@ def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """EgoVLPv2's and MFAS's text network, without video: layers 0 to depth - 1.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; or a depth that is out of range.
     """
     from transformers import RobertaConfig, RobertaModel
 
@@ -65,7 +65,7 @@ def build_distilbert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
     """EgoVLP's text network: layers 0 to depth - 1.
 
     Raises:
-        CheckpointError: Another network's checkpoint, a tensor is missing or has another shape, or no such depth.
+        CheckpointError: Another network's checkpoint; a missing or misshapen tensor; or a depth that is out of range.
     """
     from transformers import DistilBertConfig, DistilBertModel
 
@@ -101,8 +101,8 @@ def build_bert(checkpoint: Checkpoint, depth: int) -> TextEncoder:
         depth: Number of layers to run.
 
     Raises:
-        CheckpointError: Another network's checkpoint, the config of another network, a tensor is missing or has
-            another shape, or no such depth.
+        CheckpointError: Another network's checkpoint or config; a missing or misshapen tensor; or a depth that is out
+            of range.
     """
     from transformers import BertConfig, BertModel
 
@@ -130,7 +130,7 @@ def _layers_for(depth: int, checkpoint: Checkpoint) -> int:
     """Number of text layers in the checkpoint, of which the first `depth` will run.
 
     Raises:
-        CheckpointError: The checkpoint has fewer than `depth`, or none.
+        CheckpointError: The checkpoint has fewer than `depth` text layers, or none.
     """
     layers = text_layers(checkpoint)
     if not layers:
@@ -182,7 +182,7 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
 
     Raises:
         ConfigError: `text.model` names no tokenizer, one that this version of transformers cannot read, or one on the
-            hub, which cannot be reached.
+            hub, and the hub cannot be reached.
     """
     tokenizer = _pretrained_tokenizer(model)
 
