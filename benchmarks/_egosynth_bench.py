@@ -1,4 +1,4 @@
-"""One of EgoSynth's sets: where it lies, its configs, and what has been trained on it, for `egosynth.py`."""
+"""One of EgoSynth's sets, for `egosynth.py`: its folder, its configs, and the runs trained on it."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from egopatch.train.sweeps.sweep import run_sweep
 
 
 class Bench:
-    """One set: where it lies below `folder`, its configs, which end in `options`, and what has been trained on it."""
+    """One set: its own folder below `folder`, its configs, to which `options` are added, and the runs trained on it."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Bench:
         return Path("configs") / (f"demo/{encoder}.yaml" if self.name == "demo" else f"egosynth_hard_{encoder}.yaml")
 
     def config(self, encoder: str, split: str, *options: str) -> Config:
-        """As the command line would read it, with everything below the set's own folder."""
+        """The config as the command line would read it, with all paths below the set's own folder."""
         given = [*self.places(encoder, split), *options, *self.options]
         return parse_config(ConfigParser(prog="egosynth"), ["--config", str(self.file(encoder)), *given])[0]
 
@@ -66,7 +66,7 @@ class Bench:
         return list(map(str, own))
 
     def encode(self, encoders: Collection[str]) -> None:
-        """Render the set, and make the stores of these encoders; what is there stays."""
+        """Render the set and make the stores of these encoders, unless they exist."""
         if not (self.root / "data" / "events.jsonl").exists():
             hard, seed = ["--hard"] if self.name == "hard" else [], ["--seed", str(self.set_seed)]
             command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips), *hard, *seed)
@@ -83,7 +83,7 @@ class Bench:
             done.touch()
 
     def copy(self, label: str) -> Path:
-        """The lite store, or a copy of it, which is made if it is not there."""
+        """Path of the lite store, or of a copy, which is made if it does not exist."""
         path = self.root / "stores" / "lite"
         if not (how := COPIES[label].how):
             return path
@@ -104,7 +104,7 @@ class Bench:
             )
 
     def found(self, name: str) -> dict[str, Any] | None:
-        """The point of a sweep of one setting, with its command's members; None where it is not finished."""
+        """The point of a sweep of one setting, with its runs as `members`; None if it is not finished."""
         path = self.root / "sweeps" / name / "sweep.json"
         if not path.exists():
             return None
@@ -140,7 +140,7 @@ class Bench:
         return disagreements(questions["train"], questions["test"], predictions)
 
     def agreement(self, point: Mapping[str, Any], split: str) -> dict[str, float] | None:
-        """Whether the kept patches are where the objects stand that are asked about: percentages, mean over seeds."""
+        """How well the kept patches match the places of the objects asked about: percentages, mean over seeds."""
         config = self.config("lite", split)
         questions, grid = load_questions(config, split), open_store(config.store.path).spec.grid
         assert grid is not None
@@ -177,8 +177,8 @@ class Bench:
         return {"mb": round(open_store(self.copy(label)).nbytes / 1e6, 1)}
 
     def training(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """Over the seeds of a point: the accuracy of each, the percentage of answers of the wrong form, and the median
-        of the steps until val reached 95% of its best.
+        """Training of a point's seeds: the accuracy of each, the percentage of answers of the wrong form, and the
+        median number of steps until val reached 95% of its best.
         """
         folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
         tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
@@ -196,7 +196,7 @@ class Bench:
 
 @contextmanager
 def grid_file(grid: Mapping[str, Sequence[Any]]) -> Iterator[Path]:
-    """A file for `run_sweep`: values by option."""
+    """A grid file for `run_sweep`, with values by option."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(dict(grid), file)
         file.flush()

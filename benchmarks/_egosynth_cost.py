@@ -1,4 +1,4 @@
-"""What a training step of a system costs on EgoSynth."""
+"""Measures the cost of a system's training step on EgoSynth."""
 
 import time
 
@@ -11,15 +11,15 @@ from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
 
-# Training steps that the cost is the median of.
+# Number of training steps; the cost is their median.
 TIMED_STEPS = 40
 
 
 def cost_of(config: Config) -> dict[str, float]:
-    """What a lone seed costs: median CPU milliseconds of a training step on one core, and the kilobytes that the head
-    reads of a clip. Empty for a head that learns nothing.
+    """Cost of a single seed: median CPU milliseconds of a training step on one core, and the kilobytes that the head
+    reads for a clip. Empty for a head that learns nothing.
 
-    Other work on the machine changes CPU time less than it changes the time that passes.
+    Other work on the machine changes CPU time less than wall time.
     """
     experiment = open_experiment(config)
     head = build_stacked_heads([config], experiment, config.train.seed)

@@ -22,7 +22,7 @@ EXPLAINED_CAPTION = (
     "against the known places of the objects asked about. Percent, mean over seeds. Attention is not an explanation: "
     "only the curves say what the answers depend on."
 )
-# What stands in a set's part until there are results.
+# Text of a set's part until there are results.
 NOT_MEASURED = "Not measured yet."
 
 
@@ -47,7 +47,7 @@ def compared(row: Mapping[str, Any], against: str) -> list[str]:
 
 
 def findings(found: Mapping[str, Any]) -> list[str]:
-    """What the intervals say, in sentences; nothing else about differences is said in docs/egosynth.md."""
+    """Sentences about differences that the intervals show; docs/egosynth.md says nothing else about differences."""
     lines = []
     for split in SPLITS:
         rows = [row for row in found["table"] if row["split"] == split]
@@ -111,7 +111,7 @@ def table(head: str, columns: Sequence[str], rows: Sequence[Sequence[object]], t
 
     Args:
         head: Head of the first column, which holds text.
-        columns: Heads of the others, which hold numbers, but for the last `texts`.
+        columns: Heads of the other columns, which hold numbers, except for the last `texts`.
         rows: Cells of each row.
         texts: Number of columns at the end that hold text.
     """
@@ -127,14 +127,14 @@ def table(head: str, columns: Sequence[str], rows: Sequence[Sequence[object]], t
 
 
 def system_cells(row: Mapping[str, Any]) -> list[str]:
-    """A system of the first table; heads that learn nothing have no costs."""
+    """Cells of a system in the first table; heads that learn nothing have no costs."""
     costs = [f"{row[name]:.0f}" if name in row else "" for name in ("steps_to_95", "cpu_ms_a_step", "kb_a_clip")]
     accuracies = [*(interval(row[part]) for part in NUMBERS), seeds_of(row), gap_of(row.get("psa_lite_above"))]
     return [row["system"], *accuracies, f"{row['wrong_form']:.1f}%", *costs]
 
 
 def store_cells(row: Mapping[str, Any]) -> list[str]:
-    """A copy of the store: its costs, and what a head reaches on it."""
+    """Cells of a copy of the store: its costs, and a head's accuracy on it."""
     costs = [f"{row['mb']:.1f}", f"{row['kb_a_clip']:.0f}", f"{row['cpu_ms_a_step']:.0f}"]
     return [row["store"], *costs, *compared(row, "against")]
 
@@ -147,7 +147,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """The tables and findings of docs/egosynth.md."""
 
     def by_split(kind: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-        # Results of earlier versions have not all kinds.
+        # Results of earlier versions lack some kinds.
         for split in SPLITS:
             yield split, [row for row in found.get(kind, ()) if row["split"] == split]
 

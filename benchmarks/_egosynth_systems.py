@@ -1,27 +1,27 @@
-"""What `egosynth.py` compares: systems, those of them that a search tunes, and parts of psa that are switched off."""
+"""The comparisons of `egosynth.py`: systems, those that a search tunes, and parts of psa that are switched off."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks._egosynth_docs import REFERENCE
 
-# The heads that the search gives the same grid.
+# The heads that the search tunes, all with the same grid.
 SEARCHED = ("question-only", "egovlp", "egovlpv2", "pooled (lite)", "attention (lite)", "mfas", REFERENCE)
 
 
 @dataclass(frozen=True)
 class System:
-    """A row of the table: the encoder whose config and store it takes, and options beyond them."""
+    """A row of the table: the encoder whose config and store it uses, and further options."""
 
     encoder: str
     options: tuple[str, ...]
 
 
-# What has the highest mean of val over both splits in the search, for most heads; the configs have psa's.
+# The setting with the highest mean val over both splits in the search, for most heads; the configs have psa's.
 BASELINE = ("--train.lr", "1e-3", "--train.weight_decay", "0.05")
-# Without video, val is highest before the last of these.
+# Without video, val peaks before the last of these epochs.
 BLIND = ("--train.epochs", "12", "--train.ema", "0")
-# EgoVLPv2's head has its config in common with psa; its val hardly rises at the end of these.
+# EgoVLPv2's head shares its config with psa; its val hardly rises at the end of these epochs.
 EGOVLPV2 = ("--train.epochs", "24", "--train.ema", "0", "--head.dropout", "0.1")
 SYSTEMS = {
     "majority": System("lite", ("--head.name", "majority")),
@@ -34,7 +34,7 @@ SYSTEMS = {
     "psa": System("egovlpv2", ()),
     REFERENCE: System("lite", ()),
 }
-# What encodes; said beside every table.
+# Description of each encoder, recorded with every system.
 ENCODERS = {
     "egovlp": "random-weight stand-in of EgoVLP",
     "egovlpv2": "random-weight stand-in of EgoVLPv2",
@@ -45,14 +45,14 @@ ENCODERS = {
 # The training of the search, the ratio curves and the copies of the store. They are many runs, and were measured before
 # the config took twice the epochs, twice the rate and averaged weights.
 SHORTER = ("--train.epochs", "24", "--train.lr", "1e-3", "--train.ema", "0")
-# What ranks the patches in the ratio curves.
+# Scores that rank the patches in the ratio curves.
 SOURCES = (("question", "saliency", "prior"), ("question",), ("saliency",), ("prior",), ("random",))
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A store in less room: the command of `features` that makes it (none: the lite store itself), the options of the
-    head that reads it, and what it is compared with.
+    """A smaller copy of the store: the command of `features` that makes it (none: the lite store itself), the options
+    of the head that reads it, and the copy that it is compared with.
     """
 
     how: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ COPIES = {
 }
 WHOLE = "the whole"
 CONTRAST = "paraphrase contrast"
-# What the paraphrase contrast reads; no other row does.
+# Only the paraphrase contrast reads paraphrases.
 PARAPHRASES = ("--data.paraphrases", "true")
 # Each part of psa switched off or changed, one at a time; the last ones are parts that are left off.
 ABLATION: dict[str, dict[str, Any]] = {

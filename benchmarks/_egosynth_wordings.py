@@ -1,4 +1,4 @@
-"""Which of EgoSynth's questions the seeds of a head disagree about, or none of them can answer."""
+"""Finds EgoSynth's questions that the seeds of a head disagree about, or that none of them can answer."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from egopatch.extract.datasets import Question
 from egopatch.extract.datasets.egosynth.scene import OBJECTS
 from egopatch.train.scores.metrics import same_lower_cased
 
-# A wording of fewer test questions says little.
+# A wording with fewer test questions says little.
 LEAST = 30
-# Points between two seeds, or of the mean, from which a wording is listed.
+# A wording is listed if seeds differ by `SPREAD` points, or if their mean is below `LOW`.
 SPREAD, LOW = 20, 25
 
 
@@ -27,7 +27,7 @@ def wording(question: Question) -> str:
 def disagreements(
     train: Sequence[Question], test: Sequence[Question], answers: Sequence[Mapping[str, str]]
 ) -> list[dict[str, Any]]:
-    """Wordings whose accuracy differs between seeds by `SPREAD` points or has a mean below `LOW`, and all the others.
+    """Wordings whose accuracy differs between seeds by `SPREAD` points or has a mean below `LOW`, and all others.
 
     Args:
         train: Training questions.

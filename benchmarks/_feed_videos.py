@@ -1,4 +1,4 @@
-"""Videos for `feed.py` and `gpu_stage_one.py`, and the least work that gives a clip's frames: FFmpeg alone, in a loop.
+"""Videos for `feed.py` and `gpu_stage_one.py`, and the cheapest way to decode a clip: FFmpeg alone, in a loop.
 
 Nothing here imports torch, so that processes that only decode start fast.
 """
@@ -17,7 +17,7 @@ FPS = 30
 
 @dataclass(frozen=True)
 class Kind:
-    """Videos of one kind, each a whole clip: H.264 by x264's defaults, but for `group` frames from key to key."""
+    """Videos of one kind, each a whole clip: H.264 with x264's defaults, except for `group` frames from key to key."""
 
     name: str
     width: int
@@ -30,7 +30,7 @@ KINDS = (Kind("320x240, 2 s", 320, 240, 2), Kind("456x256, 30 s", 456, 256, 30),
 
 
 def write_video(path: Path, kind: Kind, seed: int) -> Path:
-    """A drifting picture with blurred noise: motion to predict, and a residue to code."""
+    """Write a drifting picture with blurred noise: motion to predict, and a residue to code."""
     rng = np.random.default_rng(seed)
     height, width = kind.height, kind.width
     ground = rng.integers(0, 255, (-(-height // 16), -(-width // 16), 3), np.uint8).repeat(16, 0).repeat(16, 1)
@@ -48,7 +48,7 @@ def write_video(path: Path, kind: Kind, seed: int) -> Path:
 
 
 def wanted(path: Path, frames: int) -> list[int]:
-    """Presentation times of the frames that the uniform rule takes of the whole file."""
+    """Presentation times of the frames that the uniform rule takes from the whole file."""
     with av.open(str(path)) as file:
         times = sorted(packet.pts for packet in file.demux(video=0) if packet.pts is not None)
     bounds = np.linspace(0, len(times), frames + 1).astype(int)
@@ -74,7 +74,7 @@ def decode_bare(path: Path, times: Sequence[int]) -> list[NDArray[np.uint8]]:
 
 
 def decode_many(paths: Sequence[Path], times: Sequence[int]) -> int:
-    """Decode every file; the number of files, for a process pool."""
+    """Decode every file; returns the number of files, for a process pool."""
     for path in paths:
         decode_bare(path, times)
     return len(paths)

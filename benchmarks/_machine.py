@@ -1,4 +1,4 @@
-"""What every result of a benchmark has to be read beside: the machine, the versions, and where the result belongs."""
+"""Context of every benchmark result, the machine and the versions, and the path where the result belongs."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ def stamp(*packages: str) -> dict[str, object]:
     """Hardware, load and versions, as every result has them under `machine`.
 
     Args:
-        packages: Those whose versions matter beside Python, torch and numpy; None stands for one that is missing.
+        packages: Packages whose versions matter besides Python, torch and numpy; a missing one gets None.
     """
     # Imported here: decoder children import the scripts that import this file, and only decode.
     import psutil
@@ -61,7 +61,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, name: str | None, quic
 
 
 def result_path(options: argparse.Namespace) -> Path | None:
-    """Where a result goes; that of a quick run never into `benchmarks/results` by itself."""
+    """Path of the result; None if it is only printed, as that of a quick run without `--out`."""
     if options.out is not None or options.quick or options.result is None:
         return options.out
     return RESULTS / options.result

@@ -37,7 +37,7 @@ def write(folder: Path, clips: int) -> Store:
 
 
 def contenders(store: Store) -> dict[str, Callable[[], None]]:
-    """What reads every clip once, in a new order."""
+    """Functions that read every clip once, in a new order."""
     clips = torch_dataset(store)
 
     def ahead() -> None:
@@ -78,7 +78,7 @@ def main() -> int:
             for contender, read in readers.items():
                 started = time.perf_counter()
                 read()
-                if number:  # the first round starts the workers, and makes the memory that they use again
+                if number:  # the first round starts the workers, and allocates the memory that they reuse
                     rounds[contender].append(options.clips * CLIP_BYTES / 1e9 / (time.perf_counter() - started))
     best = {contender: max(speeds) for contender, speeds in rounds.items()}
     share = best["DataLoader, torch_dataset"] / best["read_ahead"]

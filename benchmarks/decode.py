@@ -48,7 +48,7 @@ KINDS = {
 
 
 def write_video(path: Path, kind: Kind) -> Path:
-    """Patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
+    """Write patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
     rng = np.random.default_rng(0)
     shape = -(-kind.height // 8), -(-kind.width // 8), 3
     ground = rng.integers(0, 255, shape, np.uint8).repeat(8, 0).repeat(8, 1)[: kind.height, : kind.width]
@@ -64,7 +64,7 @@ def write_video(path: Path, kind: Kind) -> Path:
 
 
 def everything(path: Path) -> list[np.ndarray]:
-    """Every packet from the key frame to the last wanted frame, read from the file again after the index."""
+    """Decode every packet from the key frame to the last wanted frame, read from the file again after the index."""
     kept, container.KEPT_BYTES = container.KEPT_BYTES, 0
     try:
         with container.open_video(path) as file:
@@ -75,12 +75,12 @@ def everything(path: Path) -> list[np.ndarray]:
 
 
 def needed(path: Path) -> list[np.ndarray]:
-    """What the pipeline does."""
+    """Decode as the pipeline does."""
     return list(frames.read_frames(Clip("clip", path), VideoConfig()).frames)
 
 
 def decord_alone(path: Path) -> list[np.ndarray]:
-    """decord as it is used elsewhere, without an index and trusted in everything."""
+    """Decode with decord as others use it: without an index, trusting all of its frames."""
     import decord
 
     reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
@@ -88,7 +88,7 @@ def decord_alone(path: Path) -> list[np.ndarray]:
 
 
 def decord_checked(path: Path) -> list[np.ndarray]:
-    """What the pipeline does with `video.decoder: decord`."""
+    """Decode as the pipeline does with `video.decoder: decord`."""
     return list(frames.read_frames(Clip("clip", path), VideoConfig(decoder="decord")).frames)
 
 

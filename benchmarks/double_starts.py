@@ -39,12 +39,12 @@ from tests.train.tiny import with_run, write_tiny  # noqa: E402
 
 RATIOS = (0.25, 0.5)
 CLOSE_S = 0.05
-# What `sweep.json` says about a sweep, apart from who trained it and how long that took.
+# Entries of `sweep.json` that do not depend on who trained the sweep and how long that took.
 RESULTS = ("planned", "members", "points", "comparisons")
 
 
 def start(args: Sequence[str], delay: float, log: Path) -> int:
-    """`python -m train ARGS` after a delay, in a forked process whose number is returned."""
+    """Run `python -m train ARGS` after a delay, in a forked process; returns its id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -66,7 +66,7 @@ def start(args: Sequence[str], delay: float, log: Path) -> int:
 
 
 def faults(folder: Path, expected: dict[str, Any]) -> list[str]:
-    """What is wrong with the finished sweep in `folder`."""
+    """Faults of the finished sweep in `folder`, one line each."""
     result = json.loads((folder / "sweep.json").read_text())
     found = [f"{name} differs from a lone sweep" for name in RESULTS if result[name] != expected[name]]
     return found + [f"{path.relative_to(folder)} is left over" for path in leftovers(folder)]
@@ -103,7 +103,7 @@ def run_round(config: Path, out: Path, delays: Sequence[float], expected: dict[s
 
 
 def warm(config: Config) -> None:
-    """Import what training imports only once it runs, on one thread: a process with more cannot be forked safely."""
+    """Train once, so that everything is imported, on one thread: a process with more cannot be forked safely."""
     torch.set_num_threads(1)
     fit(config, "warm")
 

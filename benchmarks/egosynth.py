@@ -77,7 +77,7 @@ def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
 
 
 def train_search(bench: Bench, splits: Sequence[str]) -> None:
-    """The same grid for every head, one seed; the systems take what is best on val."""
+    """The same grid for every head, one seed; the systems use the setting that is best on val."""
     for split in splits:
         for label in [label for label in SEARCHED if label in bench.systems]:
             system = SYSTEMS[label]
@@ -86,7 +86,7 @@ def train_search(bench: Bench, splits: Sequence[str]) -> None:
 
 
 def searched(bench: Bench, split: str, label: str) -> list[dict[str, Any]]:
-    """What each point of a head's search scores on val, best first."""
+    """The val score of each point of a head's search, best first."""
     folder = bench.root / "sweeps" / f"{split}-search-{slug(label)}"
     options = [option.split(".") for option in yaml.safe_load(SEARCH.read_text())]
     rows = []
@@ -107,7 +107,7 @@ PARTS = {
 
 
 def gather(bench: Bench) -> dict[str, Any]:
-    """Everything that is finished."""
+    """Results of everything that is finished."""
     table, ablation, ratios, copies, looks, explained, wordings = [], [], [], [], [], [], []
     for split in SPLITS:
         whole = bench.found(f"{split}-{slug(REFERENCE)}")
@@ -162,7 +162,7 @@ def numbers(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draw(bench: Bench, path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """The ratio curves with their bands, beside the level of the pooled head on the same features."""
+    """Draw the ratio curves with their bands, and the levels of the pooled and the question-only head."""
     sweeps = [bench.root / "sweeps" / f"{split}-ratios" / "sweep.json" for split in SPLITS]
     level = {split: {} for split in SPLITS}  # type: dict[str, dict[str, float]]
     for row in table:

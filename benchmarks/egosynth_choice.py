@@ -29,7 +29,7 @@ BLIND = {
     "longest-option": "longest-option",
     "question-only (question and options, no video)": "question-only",
 }
-# Components of psa that are switched off, of those that the hard set's ablation does not find of use on both splits.
+# Components of psa to switch off, among those that the hard set's ablation does not find useful on both splits.
 PARTS = (
     "question not at patches",
     "question not at the video",
@@ -39,7 +39,7 @@ PARTS = (
     "coarse gate not learned",
     "without coarse partition",
 )
-# Options, and a setting, of each row.
+# Options and setting of each row.
 SYSTEMS: dict[str, tuple[list[str], dict[str, Any]]] = {
     **{label: (["--head.name", head], {}) for label, head in BLIND.items()},
     REFERENCE: ([], {}),
@@ -49,7 +49,7 @@ ONLY = "all"  # the set has no other split
 
 
 class ChoiceBench(Bench):
-    """The one config of the set, with its own places."""
+    """A bench with the set's only config and its own paths."""
 
     def file(self, encoder: str) -> Path:
         return CONFIG
@@ -95,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def measure(bench: ChoiceBench, systems: Mapping[str, tuple[list[str], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each of `systems`, which are trained where they are not finished."""
+    """A row for each of `systems`; trains those that are not finished."""
     bench.encode()
     for label, (own, setting) in systems.items():
         bench.sweep(slug(label), "lite", ONLY, own, setting)

@@ -150,7 +150,7 @@ def peak_memory(variant: str, work: Work) -> int:
     """Bytes that a process grows by while it encodes once, weights and frames excluded."""
     options = [f"--{name}={getattr(work, name)}" for name in ("frames", "depth", "batch", "width")]
     command = [sys.executable, str(Path(__file__).resolve()), *options, "--memory-of", variant]
-    # A fixed threshold gives every large block back at once, so that the peak is what is alive, not what malloc keeps.
+    # With a fixed threshold malloc frees every large block at once, so that the peak counts only memory in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 

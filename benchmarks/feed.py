@@ -62,12 +62,12 @@ def _kept(clip: Clip, transform: Transform) -> PreparedClip:
 
 
 def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform) -> PreparedClip:
-    """Frames that this child has decoded before, of the one file that all clips name."""
+    """Frames that this child has decoded before, from the one file that all clips name."""
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 
 
 def taker(rate: float | None, copies: bool = True) -> Any:
-    """Takes frames as a device does, with a copy of their bytes unless `copies` is off; returns no rows.
+    """Encoder that takes frames as a device does, with a copy of their bytes unless `copies` is off; returns no rows.
 
     Its results are ready at once, or at `rate` clips a second.
     """
@@ -117,7 +117,7 @@ def feed(
     """Bring all clips to the encoder as the pipeline does.
 
     Returns:
-        Clips, bytes of frames, and this thread's CPU seconds: without the copies to the device, and of these.
+        Clips, bytes of frames, and this thread's CPU seconds: without the copies to the device, and for these alone.
     """
     started = time.thread_time()
     done = nbytes = 0
@@ -144,14 +144,14 @@ def children_cpu() -> float:
 
 
 def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) -> dict[str, float]:
-    """CPU milliseconds a clip of children and parent, best round; the whole rate of that round."""
+    """CPU milliseconds a clip of children and parent in the best round, and the pipeline's rate in that round."""
     from egopatch.extract.feed.decoders import open_decoders
 
     best: dict[str, float] = {}
     with open_decoders(VIDEO, EGOVLP_TRANSFORM, 1, BATCH + 4, cut) as pool:
         feed(pool, clips[:2], None)  # the child has started
         for number in range(rounds):
-            # Other names, so that nothing is known about these files.
+            # New names, so that nothing is cached about these files.
             fresh = [Clip(f"{number}-{i}", _link(clip.video, number)) for i, clip in enumerate(clips)]
             child, parent, started = children_cpu(), time.process_time(), time.perf_counter()
             done, nbytes, serial, copy = feed(pool, fresh, rate)
@@ -193,7 +193,7 @@ def measure_handover(clip: Clip, count: int, copies: bool) -> float:
 
 
 def measure_writing(folder: Path, rounds: int, clips: int) -> dict[str, float]:
-    """Milliseconds a clip of bare writing and of a worker's, taking turns, best of each; their ratio."""
+    """Milliseconds a clip of bare writing and of a worker's writing, taking turns, best of each, and their ratio."""
     import torch
 
     from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
@@ -263,7 +263,7 @@ def measure_kind(kind: Kind, folder: Path, options: argparse.Namespace) -> dict[
 
 
 def forecast(parts: dict[str, Any], row_mb: float) -> dict[str, Any]:
-    """Clips a second of each stage on a node, and the stage that binds."""
+    """Clips a second of each stage on a node, and the stage that limits the rate."""
     found = {}
     for name, part in parts.items():
         device = part["device"]

@@ -100,9 +100,9 @@ def stage_one_goals(result: Any) -> Rows:
     return rows
 
 
-# Only the files that have such tests, since others import packages that need not be installed on a GPU node.
+# Only the files that have CUDA tests, since others import packages that need not be installed on a GPU node.
 FILES = sorted(ROOT.glob("tests/**/test_*.py"))
-# The second is the fixture that runs a test on the CPU and on a GPU.
+# The second alternative is the fixture that runs a test on the CPU and on a GPU.
 MARKED = re.compile(r"mark\.cuda|\bdevice: torch\.device")
 CUDA_FILES = tuple(str(file.relative_to(ROOT)) for file in FILES if MARKED.search(file.read_text()))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda")

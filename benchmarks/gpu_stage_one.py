@@ -71,9 +71,9 @@ class GpuUse:
 
 
 class ChildCpu:
-    """CPU seconds of the decoders and of the processes that write, sampled while the block runs: they end with the job.
+    """CPU seconds of the decoders and of the writing processes, sampled inside the block, since they end with the job.
 
-    Decoders are those that are nice.
+    Decoders are the processes with a raised nice value.
     """
 
     def __init__(self) -> None:
@@ -103,12 +103,12 @@ class ChildCpu:
 
 
 def say(what: str) -> None:
-    """What is known so far, should the rest fail."""
+    """Print what is known so far, in case the rest fails."""
     print(what, file=sys.stderr, flush=True)
 
 
 def decoding_rate(paths: list[Path], frames: int, cores: int) -> float:
-    """Clips a second of bare decoding, a process a core."""
+    """Clips a second of bare decoding, with one process per core."""
     times = wanted(paths[0], frames)
     parts = [paths[i :: 4 * cores] for i in range(4 * cores)]
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
@@ -119,7 +119,7 @@ def decoding_rate(paths: list[Path], frames: int, cores: int) -> float:
 
 
 def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds: float) -> float:
-    """Clips a second of the encoder alone, pixels in shared memory to rows in pinned memory, the next batch queued."""
+    """Clips a second of the encoder alone, from pixels in shared memory to rows in pinned memory, one batch ahead."""
     with job.open_batch_encoder() as encoder:
 
         def start() -> Callable[[], object]:
@@ -140,7 +140,7 @@ def encoding_rate(job: "ExtractionJob", prepared: "list[PreparedClip]", seconds:
 
 
 def writing_rate(root: Path, row_bytes: int, shard: int, threads: int, shards: int) -> tuple[float, float]:
-    """Writing and syncing files of `shard` rows, each thread `shards` of them: clips/s, and CPU milliseconds a clip."""
+    """Write and sync files of `shard` rows, `shards` files per thread; returns clips/s and CPU milliseconds a clip."""
     row = bytes(row_bytes)
 
     def write(thread: int) -> None:
@@ -160,7 +160,7 @@ def writing_rate(root: Path, row_bytes: int, shard: int, threads: int, shards: i
 
 
 def fill_and_empty(root: Path, nbytes: int, threads: int) -> None:
-    """Write files of `nbytes` bytes together, and remove them."""
+    """Write files of `nbytes` bytes in total, and remove them."""
     block = bytes(1 << 24)
 
     def write(thread: int) -> None:

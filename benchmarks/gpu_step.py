@@ -42,7 +42,7 @@ PROFILED = 5
 
 
 def member(config: Config, ratio: float, seed: int) -> Config:
-    """The run of one ratio and seed."""
+    """Config of the run with one ratio and seed."""
     folder = config.run.dir.parent / f"ratio{ratio:g}_seed{seed}"
     return replace(
         config,

@@ -132,7 +132,7 @@ def step(
 
 
 def check(head: Head, inputs: tuple[Tensor, ...]) -> None:
-    """Fail unless every variant gives ours' frames and gradients."""
+    """Fail unless every variant gives the frames and gradients of `ours`."""
     *arguments, answers = inputs
     results = {}
     for variant in VARIANTS:

@@ -45,7 +45,7 @@ for line in sys.stdin:
 
 
 def write(path: Path, width: int, height: int, frames: int) -> None:
-    """A moving pattern with noise, as x264 encodes it by default."""
+    """Write a moving pattern with noise, as x264 encodes it by default."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 40, (height, width, 3), np.uint8)
     with av.open(str(path), "w") as out:

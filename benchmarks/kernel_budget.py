@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-# Bytes a block can have, CUDA programming guide, table of capabilities.
+# Bytes of shared memory that a block can have: CUDA programming guide, table of capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 KERNELS = ("forward", "logits", "queries")
@@ -36,7 +36,7 @@ DTYPES = {
     "float8_e4m3": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# N, D, H: each size of block that the kernels are cut for, psa's merged patches first, the limits of the supported
+# N, D, H: shapes for each block size of the kernels, psa's merged patches first, the limits of the supported
 # range, and an odd number of patches.
 SHAPES = (
     (49, 832, 4), (128, 768, 4), (196, 768, 4), (512, 768, 4), (1000, 768, 4),
@@ -48,7 +48,7 @@ QUICK = (*MAIN, (197, 768, 4))  # odd rows are read in vectors too
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile: `kernel` is one of `KERNELS`, shape is N, D, H, `pooled` the dtype of what it pools."""
+    """One kernel to compile: `kernel` is one of `KERNELS`, shape is N, D, H, `pooled` the dtype of pooled tokens."""
 
     kernel: str
     arch: int
@@ -72,7 +72,7 @@ class Usage:
     shared_bytes: int
     shared_limit: int
     matrix_instruction: str
-    triton: str  # version of the compiler; the machine that compiles changes nothing
+    triton: str  # version of the compiler; the machine that compiles does not matter
 
     @property
     def fits(self) -> bool:

@@ -46,7 +46,7 @@ CODECS = {
 
 
 def write_coded(path: Path, codec: str, pix_fmt: str) -> Path:
-    """Thirty frames of moving patches."""
+    """Write thirty frames of moving patches."""
     ground = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as file:
         quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
@@ -60,7 +60,7 @@ def write_coded(path: Path, codec: str, pix_fmt: str) -> Path:
 
 
 def compared(path: Path, decoder: str = "nvdec") -> str:
-    """`equal`, the largest difference to PyAV's frames, or why one of both does not decode the file."""
+    """`equal`, the largest difference to PyAV's frames, or the error if either decoder cannot decode the file."""
     clip = Clip("clip", path)
     try:
         one, other = (read_frames(clip, VideoConfig(decoder=name)).frames for name in ("pyav", decoder))  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def compared(path: Path, decoder: str = "nvdec") -> str:
 
 
 def read_for(path: Path, decoder: str, seconds: float, started: Barrier) -> tuple[int, float, float]:
-    """Clips read, seconds and CPU seconds, once every process has read its first one."""
+    """Clips read, seconds and CPU seconds, counted once every process has read its first clip."""
     video, cache = VideoConfig(decoder=decoder), VideoCache()  # type: ignore[arg-type]
     clips = [Clip("clip", path)]
     read_frames(clips[0], video, cache)

@@ -41,7 +41,7 @@ WIDTH, HEIGHT, FPS = 320, 240, 30
 
 
 def write_video(path: Path, seconds: float, seed: int) -> Path:
-    """Patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
+    """Write patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
     rng = np.random.default_rng(seed)
     ground = rng.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     noise = rng.integers(0, 24, (4, HEIGHT, WIDTH, 3), np.uint8)
@@ -56,7 +56,7 @@ def write_video(path: Path, seconds: float, seed: int) -> Path:
 
 
 def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) -> float:
-    """Clips a second over `clips` clips, in the pipeline's own batches, the next queued behind each."""
+    """Clips a second over `clips` clips, in the pipeline's own batches, with the next one queued behind each."""
     with job.open_batch_encoder() as encoder:
 
         def start() -> Callable[[], object]:

@@ -47,7 +47,7 @@ REFUSED = 3  # exit code of a child whose write was refused
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
-    """What an encoder would give for one clip; float16, so that the store keeps it exactly."""
+    """Tensors as an encoder would give them for one clip; float16 values, so that the store keeps them exactly."""
     generator = torch.Generator().manual_seed(seed)
     return {array.name: torch.randn(array.shape, generator=generator).half().float() for array in SPEC.arrays}
 
@@ -63,11 +63,11 @@ class Round:
         self.create()
 
     def create(self) -> None:
-        """Create the store, or replace what a repair took out of its description."""
+        """Create the store, or restore what a repair removed from its description."""
         create_store(self.root, SPEC, FINGERPRINT, IDS, self.format)
 
     def run(self) -> list[str]:
-        """All events of the round; returns their names."""
+        """Run all events of the round; returns their names."""
         names = [self.chance.choice(sorted(EVENTS)) for _ in range(EVENTS_A_ROUND)]
         for place, name in enumerate(names):
             try:
@@ -79,7 +79,7 @@ class Round:
         return names
 
     def check(self) -> None:
-        """The store, opened afresh, equals the model."""
+        """Check that the store, opened afresh, equals the model."""
         store = open_store(self.root)
         assert set(store.clip_ids) == set(self.values), (sorted(store.clip_ids), self.values)
         assert not self.wrong(store), self.wrong(store)
@@ -91,12 +91,12 @@ class Round:
         return [name for name in self.values if self.seed_of(store, name, {self.values[name]}) is None]
 
     def seed_of(self, store: Store, name: str, candidates: set[int]) -> int | None:
-        """Which of `candidates` is the seed of the clip's tensors in the store."""
+        """The one of `candidates` that is the seed of the clip's tensors in the store; None if no one is."""
         read = store.read([name]).patches[0]
         return next((seed for seed in sorted(candidates) if torch.equal(read, tensors(seed)["patches"].half())), None)
 
     def new_rows(self) -> tuple[int, dict[str, int]]:
-        """A shard that misses clips, and some of them with seeds."""
+        """A shard with missing clips, and some of these clips with seeds."""
         if not open_store(self.root).missing_shards():
             self.make_room()
         work = self.chance.choice(open_store(self.root).missing_shards())
@@ -116,14 +116,14 @@ class Round:
             del self.values[name]
 
     def settle(self, rows: dict[str, int]) -> None:
-        """After a write that may have failed: all of `rows` are in the model, or none is."""
+        """After a write that may have failed, add `rows` to the model if all were stored; fail if only some were."""
         came = set(open_store(self.root).clip_ids) - self.values.keys()
         assert came in (set(), set(rows)), (came, rows)
         self.values |= {name: rows[name] for name in came}
 
 
 def write_rows(root: Path, shard: int, rows: dict[str, int]) -> None:
-    """What a job does with one shard."""
+    """Write one shard as a job does."""
     open_store(root).write_shard(shard, {n: tensors(s) for n, s in rows.items()}, dict.fromkeys(rows, "sha256:x"))
 
 
@@ -173,7 +173,7 @@ def full_disk(round: Round) -> None:
 
 
 def read_error(round: Round) -> None:
-    """A commit and a read during which the disk gives read errors: an error each, or the right values."""
+    """A commit and a read while the disk gives read errors: each must raise an error or give the right values."""
     shard, rows = round.new_rows()
     work = (lambda: write_rows(round.root, shard, rows)), (lambda: round.wrong(open_store(round.root)))
     for act in work:
@@ -292,7 +292,7 @@ EVENTS: dict[str, Callable[[Round], None]] = {
 
 
 def run_rounds(first_seed: int, rounds: int, out: Callable[[str], object] = print) -> tuple[dict[str, int], list[int]]:
-    """Run rounds; returns how often each event came, and the seeds of the rounds that failed."""
+    """Run rounds; returns how often each event occurred, and the seeds of the rounds that failed."""
     counts: collections.Counter[str] = collections.Counter()
     failed = []
     for seed in range(first_seed, first_seed + rounds):

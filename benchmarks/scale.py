@@ -53,7 +53,7 @@ def annotate(folder: Path, clips: int) -> list[str]:
 
 
 def configure(folder: Path) -> tuple[Path, Config]:
-    """A config over that data set, with a tiny checkpoint."""
+    """A config for that data set, with a tiny checkpoint."""
     path = folder / "scale.yaml"
     path.write_text(
         f"""data:    {{name: jsonl, root: {folder}, clips: {folder}/clips.jsonl, questions: {folder}/questions.jsonl}}
@@ -78,7 +78,7 @@ def command(name: str, config: Path, *options: str) -> tuple[str, dict[str, floa
         stdout=subprocess.PIPE,
         text=True,
     )
-    # Not what the system counts for ended children: that begins with this process's own memory.
+    # Not the system's count for ended children, which starts with this process's own memory.
     while child.poll() is None:
         with contextlib.suppress(psutil.Error):
             peak = max(peak, psutil.Process(child.pid).memory_info().rss)
@@ -91,13 +91,13 @@ def command(name: str, config: Path, *options: str) -> tuple[str, dict[str, floa
 
 
 def origin(clip_id: str) -> Origin:
-    """What `annotate` says about a clip."""
+    """Origin of a clip, as `annotate` writes it."""
     n = int(clip_id.rpartition("|")[2])
     return Origin(f"videos/video{n // CLIPS_TO_A_VIDEO:07d}.mp4", 0, float(n), n + 5.0)
 
 
 def fill(config: Config, ids: list[str]) -> dict[str, object]:
-    """Create the store and commit every shard, lease by lease; milliseconds a shard and MB, segment by segment."""
+    """Create the store and commit every shard, lease by lease; returns milliseconds a shard and MB by segment."""
     fingerprint = resolve_job(config).fingerprint
     started = time.perf_counter()
     store = create_store(config.store.path, SPEC, fingerprint, ids)
@@ -120,7 +120,7 @@ def fill(config: Config, ids: list[str]) -> dict[str, object]:
 
 
 def reopen(path: Path) -> dict[str, float]:
-    """What a reader pays, in a process of its own."""
+    """Time and memory of a reader, in a process of its own."""
     started = time.perf_counter()
     store = open_store(path)
     opened = time.perf_counter() - started

@@ -85,7 +85,7 @@ class Problem:
         return scores, torch.ones_like(scores, dtype=torch.bool).scatter_(2, kept, False)
 
     def keys_values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Each [B * T, H, N, E]."""
+        """Keys and values, each [B * T, H, N, E]."""
         both = functional.linear(self.tokens.to(dtype), self.project.weight.to(dtype))
         keys, values = (
             half.unflatten(3, (self.heads, -1)).transpose(2, 3)[self.clip_index].flatten(0, 1)
@@ -122,7 +122,7 @@ VARIANTS = ("ours", "eager", "compiled", "dense", "flex")
 
 
 def variants(problem: Problem, device: str, names: Sequence[str]) -> dict[str, Callable[..., Outputs]]:
-    """Those of `names` that this device can run and that fit in memory, by name."""
+    """The variants in `names` that this device can run and that fit in memory, by name."""
     found: dict[str, Callable[..., Outputs]] = {"ours": problem.ours}
     if problem.expanded_bytes <= LARGEST_EXPANSION[device]:
         found |= {"eager": problem.eager, "compiled": torch.compile(problem.eager), "dense": problem.dense}
@@ -155,7 +155,7 @@ def copy_bandwidth(device: str, flush: Tensor) -> float:
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """Replays of the call as a CUDA graph."""
+    """Capture the call as a CUDA graph; returns a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -173,7 +173,7 @@ def steps_of(problem: Problem, name: str, call: Callable[..., Outputs], device: 
     outputs = call(*problem.leaves)
     grads = [torch.randn_like(o) for o in outputs]
     if device == "cuda":
-        outputs = ()  # backward is not timed alone there; what it would keep takes the memory of other variants
+        outputs = ()  # backward is not timed alone there; its saved tensors would take memory from other variants
     wanted = [*problem.leaves, problem.project.weight] if name in ("dense", "flex") else problem.leaves
 
     def forward() -> Outputs:
@@ -184,7 +184,7 @@ def steps_of(problem: Problem, name: str, call: Callable[..., Outputs], device: 
         return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
 
     def both() -> object:
-        # Fresh leaves: those of before belong to the stream that they were made on, which a graph may not use.
+        # Fresh leaves: the earlier ones belong to the stream that they were made on, which a graph may not use.
         leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
         return torch.autograd.grad(call(*leaves), [*leaves, *wanted[len(leaves) :]], grads)
 
@@ -197,7 +197,7 @@ def measure(
     calls = variants(problem, device, names)
     if "eager" in calls:
         for ours, theirs in zip(problem.ours(*problem.leaves), problem.eager(*problem.leaves), strict=True):
-            # Scores that float32 cannot tell apart may be selected differently.
+            # Patches whose scores float32 cannot tell apart may be selected differently.
             wrong = (~torch.isclose(ours, theirs, rtol=1e-2, atol=1e-2)).double().mean().item()
             if wrong > 1e-4:
                 raise AssertionError(f"a share of {wrong:.1e} of the results differs from eager's")
@@ -303,7 +303,7 @@ def main() -> int:
 def report(
     args: argparse.Namespace, implementation: str, copy: float, results: list[dict[str, object]]
 ) -> dict[str, object]:
-    """Results with what they were measured on."""
+    """The results, with their settings and machine."""
     return {
         "benchmark": "select_attend",
         "preset": args.preset,

@@ -77,7 +77,7 @@ def write(folder: Path, clips: int) -> dict[str, float]:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The patches in a safetensors file, as they lie there."""
+    """The patches in a safetensors file, as a memory map."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     return np.memmap(path, np.float16, "r", start).reshape(-1, *SHAPE)
@@ -104,14 +104,14 @@ def ours_ahead(store: Store, threads: int) -> Reader:
 
 
 def contenders(folder: Path, clips: int) -> dict[str, Reader]:
-    """What reads; all but zarr-python and h5py, which bring their own memory, fill the same buffers."""
+    """The readers by name. All but zarr-python and h5py, which allocate memory themselves, reuse their buffers."""
     cores = os.cpu_count() or 1
     plain = [mapped(folder / f"{n}.safetensors") for n in range((clips + SHARD - 1) // SHARD)]
     target = np.ones((BATCH, *SHAPE), np.float16)
     by_zarr = zarr.open_array(folder / "zarr" / "patches", mode="r")
     files = [safe_open(folder / f"{n}.safetensors", "pt") for n in range((clips + SHARD - 1) // SHARD)]
     slices = [file.get_slice("patches") for file in files]
-    # Without locks, as our own reader opens the same files: HDF5 refuses one file with both.
+    # Without locks, like our own reader of the same files: HDF5 refuses to open a file both ways.
     hdf5 = [h5py.File(path, locking=False)["patches"] for path in sorted((folder / "hdf5" / "shards").glob("*.h5"))]
 
     def copy(place: int, n: int) -> None:
@@ -209,7 +209,7 @@ def measure(folder: Path, clips: int, rounds: int) -> dict:
 
 
 def codecs(folder: Path) -> dict[str, dict[str, float]]:
-    """What each codec makes of bfloat16 tokens: memory over disk, and GB/s of writing and of reading by one thread."""
+    """Each codec on bfloat16 tokens: size in memory over size on disk, and GB/s of writing and reading by a thread."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(SHAPE[-1], generator=generator)
     names = [f"clip{n}" for n in range(CODEC_CLIPS)]
@@ -241,7 +241,7 @@ def memory(folder: Path, clips: int) -> dict[str, list[float]]:
     names = [f"clip{n}" for n in range(clips)]
     store = create_store(folder / "memory", spec, FINGERPRINT, names)
     process = psutil.Process()
-    rows = [clip_rows(n, spec) for n in range(SHARD)]  # once, so that only the store's memory is looked at
+    rows = [clip_rows(n, spec) for n in range(SHARD)]  # made once, so that only the store's memory is measured
     while_writing, while_reading, while_verifying = [], [], []
     for work in store.missing_shards():
         store.write_shard(work.shard, dict(zip(work.ids, rows)), dict.fromkeys(work.ids, "random"))
@@ -258,7 +258,7 @@ def memory(folder: Path, clips: int) -> dict[str, list[float]]:
 
 
 def growth(megabytes: list[float]) -> float:
-    """MB by which the last tenth lies above the second tenth (200 of 2,000 clips)."""
+    """MB by which the last tenth's maximum is above that of the first two tenths (400 of 2,000 clips)."""
     tenth = max(1, len(megabytes) // 10)
     return max(megabytes[-tenth:]) - max(megabytes[: 2 * tenth])
 

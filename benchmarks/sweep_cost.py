@@ -40,7 +40,7 @@ TEXT_LENGTH = 12
 
 
 def write_data(root: Path, args: argparse.Namespace) -> None:
-    """Annotations of made-up clips, and stores of noise with a coloured patch for each place."""
+    """Write annotations of made-up clips, and stores of noise with a coloured patch for each place."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     names = [f"clip{i:05d}" for i in range(args.clips)]
     planted = {name: {place: rng.choice(COLOURS) for place in PLACES} for name in names}
@@ -114,7 +114,7 @@ def seconds_of(*words: str) -> float:
 
 
 def measure(root: Path, args: argparse.Namespace, batch: int, epochs: int) -> dict[str, Any]:
-    """One run and the sweep on the data in `root`."""
+    """Measure one run and the sweep on the data in `root`."""
     config = str(write_config(root, args, batch, epochs))
     out = root / f"batch{batch}"
     runs: list[dict[str, float]] = []

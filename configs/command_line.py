@@ -1,4 +1,4 @@
-"""From YAML files and options to a checked `Config`, with one-line errors and help that fits a screen."""
+"""Turns YAML files and options into a checked `Config`, with one-line errors and help that fits a screen."""
 
 import argparse
 import dataclasses
@@ -23,9 +23,9 @@ from egopatch.configs.yaml_faults import find_fault
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 # Stands for the experiment in messages of code that does not see the command line; see `name_experiment`.
 UNNAMED = "--config CONFIG"
-# How YAML writes a null.
+# Spellings of null in YAML.
 _NULLS = ("null", "Null", "NULL", "~")
-# What YAML reads in base 60, so that 1:30 becomes 90.
+# Numbers that YAML reads in base 60, so that 1:30 becomes 90.
 _WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
 
@@ -41,7 +41,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
     """jsonargparse's parser without abbreviations, with one-line errors that name the nearest option or file.
 
     Attributes:
-        read_first: Options that the command reads by `take_option`, because sections have their names: name -> the
+        read_first: Options that the command reads with `take_option`, because sections have the same names: name -> the
             word for its value, and its help.
     """
 
@@ -53,7 +53,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     @property
     def typed(self) -> str:
-        """The command as one types it in any folder, `egopatch train fit` for `train fit`, as messages name it."""
+        """The command as users type it in any folder, such as `egopatch train fit` for `train fit`; for messages."""
         return f"egopatch {self.prog.removeprefix('egopatch ')}"
 
     @property
@@ -62,11 +62,11 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return "--config" in self._option_string_actions
 
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does, and refuse an option with empty text, which as a path would be this folder, one
-        with a null that it cannot take, which as a path would be the folder `null`, and 1:30 as a number.
+        """Parse as jsonargparse does, but refuse three values: empty text, which as a path would be this folder; a null
+        that the option cannot take, which as a path would be the folder `null`; and 1:30 for a number.
         """
         own = set(option_names()) if self.takes_config else set()
-        last = ""  # the option whose values these are, of which `--seeds` has several
+        last = ""  # the option that the values belong to; some, such as `--seeds`, have several
         for before, arg in itertools.pairwise(["", *args]):
             last = arg.partition("=")[0] if arg.startswith("--") else last
             name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
@@ -79,7 +79,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return super().parse_args(args, *more, **options)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
-        """Read a config file as jsonargparse does, and refuse one with a fault by its name and line."""
+        """Read a config file as jsonargparse does, and report a fault with the file's name and the line."""
         try:
             fault = find_fault(Path(path).read_text(encoding="utf-8"), _SECTIONS)
         except UnicodeDecodeError as error:
@@ -91,14 +91,14 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return super().parse_path(path, *args, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
-        """Read a config as jsonargparse does, and refuse one in the command line that has a fault."""
-        # `parse_path` has looked at the text of a file, which comes by a keyword whose name depends on the version.
+        """Read a config as jsonargparse does, and refuse one from the command line that has a fault."""
+        # `parse_path` has checked a file's text, which is passed by a keyword whose name depends on the version.
         if args and (fault := find_fault(args[0], _SECTIONS)):
             self.error(f"--config: {fault}")
         return super().parse_string(*args, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The command's own options, and the names of an experiment's by section; all 300 lines are `full_help`."""
+        """The command's own options, and the names of the experiment's, by section; `full_help` has all 300 lines."""
         own = [action for action in self._actions if action.dest.partition(".")[0] not in _SECTIONS]
         if not self.takes_config:
             dests = [action.dest for action in self._actions]
@@ -145,12 +145,12 @@ class ConfigParser(jsonargparse.ArgumentParser):
         if absent := line.partition(" arguments are required: ")[2]:
             names = ", ".join(self._name_of(dest) for dest in absent.split(", "))
             return f"missing {names}; `{self.typed} --help` describes it"
-        # An option of the command itself is meant by what one types, not by its name in Python.
+        # Name the command's own options as users type them, not as in Python.
         line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
         return _absent_file(line) or _value_of_section(line) or f"{line}{self._nearest(line)}"
 
     def _name_of(self, dest: str) -> str:
-        """How a command line names the option or the argument that is `dest` in Python."""
+        """The name on the command line of the option or argument that is called `dest` in Python."""
         action = next((action for action in self._actions if action.dest == dest), None)
         if action is None:
             return dest
@@ -199,7 +199,7 @@ class _FullHelp(argparse.Action):
 
 
 def _usage_of(action: argparse.Action) -> str:
-    """An argument as one types it, with a word for its value."""
+    """An argument as users type it, with a word for its value."""
     choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else ""
     value = str(action.metavar or choices or action.dest.rpartition(".")[2].upper())
     if not action.option_strings:
@@ -208,7 +208,7 @@ def _usage_of(action: argparse.Action) -> str:
 
 
 def _help_of(action: argparse.Action) -> str:
-    """What an argument means, and its default where it is a number or a text that the help does not mention."""
+    """An argument's help, and its default if that is a number or text that the help does not mention."""
     text = " ".join((action.help or "").split())
     if isinstance(action.default, bool) or not isinstance(action.default, int | float | str) or "default" in text:
         return text
@@ -216,7 +216,7 @@ def _help_of(action: argparse.Action) -> str:
 
 
 def _item(name: str, text: str) -> list[str]:
-    """A name, and what it means beside it or, after a long name, beneath it."""
+    """Lines with a name and its help, beside the name or, if that is long, below it."""
     wrapped = [" " * 24 + line for line in textwrap.wrap(text, 76, break_long_words=False)]
     if wrapped and len(name) < 20:
         return [f"  {name:<22}{wrapped[0].lstrip()}", *wrapped[1:]]
@@ -224,16 +224,16 @@ def _item(name: str, text: str) -> list[str]:
 
 
 def _absent_file(message: str) -> str | None:
-    """What is wrong with `--config`, and the nearest file; None where the message is about something else."""
+    """An error about `--config`, with the nearest file; None if the message is about something else."""
     absent = re.search(r"\"config\": (File does not exist|Path is not a file): '(.+)'", message)
     if not absent:
         return None
     given, path = absent[2], Path(absent[2])
-    # `Path` has no slash at the end, where it makes a file a folder that is not there.
+    # `Path` drops a slash at the end, with which a file's name becomes that of a missing folder.
     if path.is_file():
         return f"--config is {given!r}, which ends in a slash; did you mean {path}?"
     fault = "does not exist" if absent[1] == "File does not exist" else "is not a file"
-    # Compared without their suffix, which alone makes short names alike.
+    # Compared without the suffix, which would make all short names similar.
     files = {file.stem: file for file in path.parent.glob("*.yaml") if file.is_file()}
     close = difflib.get_close_matches(path.stem, files, n=1)
     expected = "expected the YAML file of an experiment; examples are in configs/"
@@ -241,7 +241,7 @@ def _absent_file(message: str) -> str | None:
 
 
 def _value_of_section(message: str) -> str | None:
-    """What is wrong with `--encoder 3`; None where the message is about something else."""
+    """An error about a value such as `--encoder 3`; None if the message is about something else."""
     loaded = re.search(r"\"(\w+)\": Unable to load config '(.*)' - Parser key", message)
     if not loaded or loaded[1] not in _SECTIONS:
         return None
@@ -294,9 +294,9 @@ def overrides_in(args: Sequence[str]) -> list[str]:
 
 
 def experiment_in(args: Sequence[str], *others: Sequence[str]) -> list[str]:
-    """What a command line says about its experiment: its `--config` and the options in place of it.
+    """The part of a command line that describes its experiment: `--config` and the options that override it.
 
-    `others` are lines with another `--config` each; all of them become one, as in `extract run --config A B`.
+    Each of `others` is a line with another `--config`; all are joined, as in `extract run --config A B`.
     """
     configs: list[str] = []
     for before, arg in itertools.pairwise(["", *args]):
@@ -310,7 +310,7 @@ def name_experiment(text: str, *lines: Sequence[str]) -> str:
     """`text` with the experiment of a command line in place of `UNNAMED`, so that its commands can be run.
 
     A command line without `--config` leaves the text as it is: its options may belong to the experiment of a run.
-    Several lines are as in `experiment_in`.
+    Several lines are joined as in `experiment_in`.
     """
     experiment = experiment_in(*lines)
     return text.replace(UNNAMED, shlex.join(experiment)) if "--config" in experiment else text
@@ -332,11 +332,11 @@ def parse_config(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, jso
 
     Returns and raises:
         As `parse_options`; a command line with none of `--config`, `--data.root` and `--run.table` is refused
-        likewise.
+        as well.
     """
     config, namespace = parse_options(parser, args)
     if not namespace.config and config.data.root == DataConfig.root and config.run.table is None:
-        # The defaults alone are an experiment that hardly anybody means.
+        # Hardly anybody wants the experiment that the defaults alone describe.
         parser.error("no --config; expected --config FILE, the YAML file of an experiment; examples are in configs/")
     return config, namespace
 

@@ -25,18 +25,18 @@ def of_this_package(value: object) -> bool:
 
 @contextmanager
 def traceback_kept(whose: str) -> Iterator[None]:
-    """Raise an error of code from outside this package as one that commands do not print as a single line.
+    """Turn an error of code from outside this package into one that commands print with its traceback.
 
-    A command prints a ValueError or an OSError as one line, since those of this package say all that a user needs. One
-    of somebody's own code is found only by its traceback. Errors of this package's own classes, such as `ConfigError`,
-    by which that code refuses its input, stay as they are.
+    A command prints a ValueError or an OSError as one line, since those of this package say all that a user needs. An
+    error in outside code is found only by its traceback. Errors of this package's own classes, such as `ConfigError`,
+    with which that code refuses its input, are left unchanged.
 
     Args:
         whose: Whose code the block calls, such as `the head mine`.
 
     Raises:
-        RuntimeError: In place of any other ValueError or OSError, which is its cause. A BrokenPipeError stays as it is,
-            too: nobody reads any more what the code prints.
+        RuntimeError: Replaces any other ValueError or OSError, which becomes its cause. A BrokenPipeError is left
+            unchanged too: nobody reads the output any more.
     """
     try:
         yield
@@ -47,13 +47,13 @@ def traceback_kept(whose: str) -> Iterator[None]:
 
 
 class Plugins(Generic[T]):
-    """What one option may name beyond this package.
+    """Values from outside this package that one option may name.
 
     Args:
         option: The option, such as `encoder.arch`.
         group: Group of the entry points, such as `egopatch.encoders`.
         taken: Names that this package has.
-        fault: What is wrong with an object that is to be registered under a name; None if nothing is.
+        fault: Returns what is wrong with an object to be registered under a name; None if nothing is.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Plugins(Generic[T]):
 
         Args:
             name: Value of the option.
-            plugin: What it selects.
+            plugin: The object that it selects.
             replace: Whether to replace what an earlier call registered, as when a notebook's cell runs again.
 
         Raises:
@@ -82,7 +82,7 @@ class Plugins(Generic[T]):
         self._registered[name] = plugin
 
     def find(self, name: str) -> T | None:
-        """What `name` selects; None if it is a name of this package.
+        """The plugin that `name` selects; None if `name` belongs to this package.
 
         Raises:
             ConfigError: The name is unknown, or several packages offer it; or the package that offers it cannot be
@@ -103,7 +103,7 @@ class Plugins(Generic[T]):
             {*self._taken, *self._registered, *(point.name for point in _offered(self.group, tuple(sys.path)))}
         )
         close = difflib.get_close_matches(name, names, n=1)
-        # A script's own names end with its process.
+        # Names that a script registers exist only in its own process.
         scripts = f"start the command from the script that registers it, or offer it in a package, in {self.group}"
         hint = f"did you mean {close[0]}?" if close else f"{scripts} (docs/extending.md)"
         raise ConfigError(f"{self.option} is {name!r}; expected one of {', '.join(names)}; {hint}")
@@ -140,7 +140,7 @@ class Plugins(Generic[T]):
 
 @cache
 def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """The entry points of a group in the packages on `path`; reading them takes 10 ms, and a sweep asks often."""
+    """The entry points of a group in the packages on `path`; cached, since reading them takes 10 ms."""
     return tuple(entry_points(group=group))
 
 

@@ -33,8 +33,8 @@ def _name_of(section: object) -> str:
 
 
 def _check_options(section: object) -> None:
-    """Refuse null where the type of an option does not include None, and expand `~/` as a shell does, for it expands
-    neither what a file says nor `--store.path=~/x`.
+    """Refuse null for options whose type excludes None, and expand `~/`, since a shell expands it neither in a file
+    nor in `--store.path=~/x`.
     """
     for option in _never_null(type(section)):
         if getattr(section, option) is None:
@@ -45,7 +45,7 @@ def _check_options(section: object) -> None:
 
 
 def _never_null(section: type) -> dict[str, str]:
-    """The options of a section that cannot be null, each with what is expected in words."""
+    """The options of a section that cannot be null, each with the expected type in words."""
     # Options with the path of a file may all be null.
     return {
         name: type_in_words(hint, path="a folder")
@@ -82,13 +82,13 @@ class DataConfig:
 
     @property
     def title(self) -> str:
-        """What its questions are called: the split of EgoTaskQA, which alone has some, or `own_title` of other data."""
+        """Title of its questions: EgoTaskQA's split, or for other data, which have no splits, `own_title`."""
         return self.split if self.name == "egotaskqa" else own_title(self.root, self.questions)
 
 
 def own_title(root: Path, questions: str | None) -> str:
-    """What other data than EgoTaskQA's is called: its folder, by name alone where the path is absolute, since that is
-    one of a machine; and its file of questions, if it has a name of its own.
+    """Title of data other than EgoTaskQA's: its folder, by name alone if the path is absolute and so belongs to one
+    machine; and its file of questions, if that is not the default one.
     """
     folder = root.name if root.is_absolute() and root.name else str(root)
     return folder if questions in (None, DataConfig.questions) else f"{folder}/{questions}"
@@ -390,7 +390,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_options(self)
         for name, path in (("dir", self.dir), ("table", self.table)):
-            if path is not None and path.parts and re.fullmatch(r"[a-z]\w+:", path.parts[0]):  # a `Path` has one slash
+            if path is not None and path.parts and re.fullmatch(r"[a-z]\w+:", path.parts[0]):  # `Path` makes :// :/
                 url = str(path).replace(":/", "://", 1)
                 raise ConfigError(f"run.{name} is {url!r}, which is a URL; expected a path on this machine")
 
@@ -410,7 +410,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        # The models of transformers have patches of their own sizes, which only their folders know.
+        # Models of transformers have patches of various sizes, which only their folders state.
         if self.encoder.arch != "hf" and self.video.size % 16:
             raise ConfigError(f"video.size is {self.video.size}; expected a positive multiple of 16")
         if self.train.contrast and not self.data.paraphrases:
@@ -421,7 +421,7 @@ class Config:
 
 
 def refusal_of_null(name: str) -> str | None:
-    """Why the option `section.field` cannot be null; None if it can be."""
+    """The error if the option `section.field` cannot be null; None if it can be."""
     section, _, option = name.partition(".")
     expected = _never_null(get_type_hints(Config)[section]).get(option)
     return f"{name} is null; expected {expected}" if expected else None

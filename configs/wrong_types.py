@@ -1,4 +1,4 @@
-"""A value of the wrong type, in words: jsonargparse's errors speak of parser keys, unions and classes of Python."""
+"""Rewords jsonargparse's errors about wrong types, which speak of parser keys, unions and Python classes."""
 
 import re
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ _KINDS = {"list": "a list", "dict": "a mapping", "int": "a number", "float": "a 
 
 
 def reworded(message: str) -> str:
-    """`message` with its part about a wrong type in words; as it is where it has none that is understood."""
+    """`message` with its part about a wrong type in plain words; unchanged if no such part is understood."""
     error = _ERROR.search(message)
     if not error:
         return message
@@ -60,7 +60,7 @@ def reworded(message: str) -> str:
 
 
 def type_in_words(hint: Any, path: str = _WORDS["Path"]) -> str:
-    """What a type allows, such as `a whole number or auto`; `path` is what a path is called."""
+    """The values that a type allows, such as `a whole number or auto`; `path` is the phrase for a path."""
     if get_origin(hint) is Literal:
         return _choice(", ".join(map(str, get_args(hint))))
     if get_origin(hint) is tuple:
@@ -71,13 +71,13 @@ def type_in_words(hint: Any, path: str = _WORDS["Path"]) -> str:
 
 
 def _either(words: Iterable[str], path: str = _WORDS["Path"]) -> str:
-    """`a or b`, each once; what another one includes is left out."""
+    """`a or b`, each once; words that another one includes are left out."""
     distinct = list(dict.fromkeys(words))
     included = {narrow for wide, narrow in (("a number", _WORDS["int"]), (path, _WORDS["str"])) if wide in distinct}
     return " or ".join(word for word in distinct if word not in included)
 
 
 def _choice(literals: str) -> str:
-    """What is in the brackets of a Literal: `'a', 'b'`."""
+    """The choices of a Literal in words, from the text in its brackets: `'a', 'b'`."""
     plain = literals.replace("'", "")
     return f"one of {plain}" if "," in plain else plain

@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
-# With a colon in base 60, with a zero before its first digit in base 8, where it then differs from what one reads.
+# Numbers with a colon, in base 60, or with a leading zero, in base 8, if that changes their value.
 _OTHER_BASE = re.compile(r"[-+]?([\d_]+(:\d+)+(\.[\d_]*)?|0[0_]*[1-7][0-7_]*[0-7][0-7_]*)")
 
 
 def find_fault(text: str, sections: Collection[str]) -> str | None:
-    """What is wrong in the text of an experiment's file, and where; None if nothing of this kind is.
+    """The first fault in the text of an experiment's file, and its place; None if there is none of this kind.
 
     Args:
         text: The file.
@@ -63,8 +63,8 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file of plain values.
 
     Raises:
-        ValueError: It is missing, unreadable or not YAML, uses a key twice in one section, or has a value without an
-            end. The message has the place, without the path.
+        ValueError: It is missing, unreadable or not YAML, uses a key twice in one section, or has a value that
+            contains itself. The message has the place, without the path.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def _endless_alias(node: yaml.Node, around: set[int], finite: set[int]) -> str |
     Args:
         node: The value.
         around: Values that contain it.
-        finite: Values that are known to have an end.
+        finite: Values that are known not to contain themselves.
     """
     if id(node) in around:
         return f"line {node.start_mark.line + 1}: this value contains an alias to itself; write it out"
@@ -122,7 +122,7 @@ def _section_without_options(root: yaml.MappingNode, sections: Collection[str]) 
 
 
 def _empty_text(root: yaml.MappingNode) -> str | None:
-    """As a path it would be the current folder."""
+    """The line of an option with empty text, which as a path would be the current folder; None without one."""
     for section, options in root.value:
         for key, value in options.value if isinstance(options, yaml.MappingNode) else ():
             if isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str") and not value.value.strip():

@@ -42,10 +42,10 @@ _ROOMS = {
     "register_head": "egopatch.train.heads",
 }
 
-if not TYPE_CHECKING:  # mypy would believe in any name
+if not TYPE_CHECKING:  # mypy would accept any name
 
     def __getattr__(name: str) -> object:
-        # torch takes seconds to import, and the command line has no use for it before it knows its command.
+        # torch takes seconds to import, and the command line does not need it before it knows its command.
         if name not in __all__:
             raise AttributeError(f"module 'egopatch' has no attribute {name!r}")
         return getattr(import_module(_ROOMS.get(name, "egopatch.features")), name)

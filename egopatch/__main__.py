@@ -1,4 +1,4 @@
-"""`egopatch COMMAND ...`: one name for everything; `extract`, `features` and `train` have commands of their own."""
+"""`egopatch COMMAND ...`: one entry point for all; `extract`, `features` and `train` have commands of their own."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ COMMANDS = {
     "publish": "write a folder with all that an upload of a head and its store would hold",
     "completion": "print a script that lets bash or zsh complete commands and options",
 }
-# Commands that are another one's, by a shorter name.
+# Commands of a stage that also have a short name.
 SHORT = {"ask": "train", "doctor": "extract", "publish": "train"}
 
 
@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    # Imported here, because it takes half a second, in which an interrupt is to be one line as well.
+    # Imported here, because it takes half a second, during which an interrupt must print one line too.
     from egopatch.features.common.command_line import find_command, run_command
 
     if args == ["--version"]:

@@ -1,4 +1,4 @@
-"""`egopatch completion bash|zsh`: a script that completes commands and options, made from the commands themselves."""
+"""`egopatch completion bash|zsh`: a script that completes commands and options, built from the commands themselves."""
 
 import contextlib
 import dataclasses

@@ -27,8 +27,8 @@ from egopatch.features.io.files import replacing
 SPLITS = ("direct", "indirect")
 ENCODERS = ("egovlpv2", "egovlp", "lite")
 FULL, SMALL = Path("runs/demo"), Path("runs/demo-small")
-# Eight heads, much weight decay and, on the stand-in, a high rate without dropout are what psa converges with
-# (docs/egosynth.md); the other heads keep what they had.
+# psa converges with eight heads, much weight decay and, on the stand-in, a high rate without dropout
+# (docs/egosynth.md); the other heads keep these settings.
 BASELINE = (
     "--head.heads", "4", "--head.dropout", "0.1",
     "--train.weight_decay", "0.05", "--train.lr", "1e-3",
@@ -71,7 +71,7 @@ def main(args: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The demo's commands, without `egopatch`, that write to `out`."""
+    """The demo's commands, which write to `out`, without the leading `egopatch`."""
 
     out: Path
 
@@ -144,7 +144,7 @@ def _run_full(recipe: Recipe, stdout: TextIO | None) -> int:
     """Run the whole demo; `stdout` is that of its processes."""
     if code := _run_here(recipe.features()):
         return code
-    # Small heads use a second core badly, so the two splits train side by side.
+    # Small heads gain little from a second core, so the two splits train in parallel.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def train(split: str) -> int:
@@ -157,7 +157,7 @@ def _run_full(recipe: Recipe, stdout: TextIO | None) -> int:
 
 
 def _run_here(commands: Sequence[Command]) -> int:
-    """Run commands in this process, which imports torch once; the exit code of the first that fails."""
+    """Run commands in this process, which imports torch once; returns the exit code of the first that fails."""
     for stage, *args in commands:
         _show((stage, *args))
         if code := import_module(f"egopatch.{stage}.__main__").main(args):

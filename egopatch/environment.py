@@ -1,6 +1,6 @@
-"""The Python that the package needs: looked at first, because in another one a library would fail with a traceback.
+"""Checks Python and its packages before anything else; otherwise a library would fail with a traceback.
 
-This file, `egopatch/interrupt.py` and `egopatch/__init__.py` hold to what Python 3.8 can read.
+This file, `egopatch/interrupt.py` and `egopatch/__init__.py` use only syntax that Python 3.8 can read.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Ctrl-C while a program still imports its modules: one line and the exit code of an interrupt, not a traceback.
+"""Handles Ctrl-C while a program imports its modules: one line and the exit code of an interrupt, not a traceback.
 
-It imports nothing of the package, so that it is there before the first import that takes time. Python 3.8 can read it.
+It imports nothing from the package, so that it is ready before the first slow import. Python 3.8 can read it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ PROGRAMS = ("egopatch", "extract", "features", "train")
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C silently end this process until `interrupts_in_one_line`, if it is one of `PROGRAMS`.
+    """Let Ctrl-C end this process silently until `interrupts_in_one_line` runs, if it is one of `PROGRAMS`.
 
     A process that only imports the package keeps its handlers.
     """
-    name = "".join(sys.argv[:1])  # `-m` as long as Python looks for the module that it is to run
+    name = "".join(sys.argv[:1])  # `-m` while Python is still looking for the module to run
     started = sys.orig_argv[-len(sys.argv)] in PROGRAMS if name == "-m" else name.endswith("/egopatch")
     if started and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,9 +28,9 @@ def end_on_interrupt() -> None:
 def exit_code_of_interrupt() -> int:
     """`INTERRUPTED`, for a program that has caught a KeyboardInterrupt and ends now.
 
-    Python keeps a mark of an interrupt that left the execution of a string, in which imports spend much of their time,
-    since dataclasses are made so. It then ends by the signal, whatever the exit code; executing another string removes
-    the mark.
+    If an interrupt ends the execution of a string, Python sets a flag, and then ends by the signal, whatever the exit
+    code. Imports spend much of their time there, since dataclasses execute strings. Executing another string clears
+    the flag.
     """
     exec("")
     return INTERRUPTED

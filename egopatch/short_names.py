@@ -1,8 +1,8 @@
-"""The names of a checkout: `features` for `egopatch.features`, and likewise `extract`, `train` and `configs`.
+"""Short names in a checkout: `features` for `egopatch.features`, and likewise `extract`, `train` and `configs`.
 
 In the root of the repository Python finds the four folders by their short names too. Without this module it would load
 every file a second time, and `features.StoreError` would be another class than `egopatch.features.StoreError`.
-Installed, there are no short names, and nothing imports this module.
+An installed package has no short names, and nothing imports this module.
 """
 
 import sys
@@ -34,13 +34,13 @@ class _Alias(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # The import system has just given the module the alias's spec; it keeps its own.
+        # The import system has just given the module the alias's spec; this restores its own.
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def alias(name: str) -> None:
-    """Let the short `name`, and every module below it, be the same modules as those of `egopatch`."""
+    """Make the short `name`, and every name below it, refer to the modules of `egopatch`."""
     if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Alias())
     sys.modules[name] = import_module(f"egopatch.{name}")

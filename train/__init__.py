@@ -1,6 +1,6 @@
 """Stage two: heads trained on cached features, their evaluation, tables and reports."""
 
-if __name__ == "train":  # the short name, in a checkout; first, so that Ctrl-C is soon silent
+if __name__ == "train":  # the short name, in a checkout; first, since importing egopatch silences Ctrl-C
     from egopatch import short_names
 
     short_names.alias(__name__)

@@ -31,14 +31,14 @@ COMMANDS = {
     "publish": "write a folder with all that an upload of a head and its store would hold",
     "bench": "run a benchmark script: bench NAME [its options]",
 }
-JOBS = ("fit", "sweep")  # that schedulers start, and start again
+JOBS = ("fit", "sweep")  # schedulers start these, and restart them
 
 
 def main(args: Sequence[str] | None = None, program: str = "train") -> int:
-    """Run one command of `program`, as errors and help call it; returns its exit code.
+    """Run one command; returns its exit code. Errors and help call the program `program`.
 
-    0: done. 1: the work failed. 2: wrong usage or configuration. 75: a scheduler's signal ended the training, which is
-    to be started again. 130: interrupted by Ctrl-C.
+    0: done. 1: the work failed. 2: wrong usage or configuration. 75: a scheduler's signal ended the training; run the
+    command again to resume. 130: interrupted by Ctrl-C.
     """
     args = list(sys.argv[1:] if args is None else args)
     name = find_command("train", COMMANDS, "egopatch train COMMAND [options]; COMMAND --help lists its options", args)

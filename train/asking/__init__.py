@@ -1,1 +1,1 @@
-"""A question of one's own about a video: which head answers it, the video's features, and what the answer is worth."""
+"""Answers your own question about a video: chooses a head, encodes the video, and says how far to trust the answer."""

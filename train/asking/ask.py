@@ -1,4 +1,4 @@
-"""One question about the clips of a video or of a store: the answers, ranked, and what they are worth."""
+"""Asks one question about the clips of a video or store: ranked answers, and notes on how far to trust them."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ class AskResult:
 
     Attributes:
         config: Experiment of the clips' store.
-        predictions: A prediction for each clip, the most certain first; of a video's clips, times are seconds from the
+        predictions: A prediction for each clip, the most certain first; for a video's clips, times are seconds from the
             start of the file.
         encoded: Number of clips that had to be encoded.
-        notes: What the answers are worth, where that is little, and clips that cannot be answered about; a line each.
-        default_picture: File for a picture where none is named; None for none.
+        notes: One line for each reason to distrust the answers, and one if clips could not be decoded.
+        default_picture: File for the picture if the user names none; None draws no picture.
     """
 
     config: Config
@@ -50,7 +50,7 @@ class AskResult:
             yield f"note: {note}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The best clip's prediction, as one value for each of its fields, and those of all clips in `clips`."""
+        """The fields of the best clip's prediction as top-level keys, and the predictions of all clips in `clips`."""
         clips = [dataclasses.asdict(prediction) for prediction in self.predictions]
         return {
             **clips[0],
@@ -70,9 +70,9 @@ def ask_video(
         experiment: Config that the head was trained with.
         video: The file or folder, which is encoded unless `cache` has its features.
         question: Any question.
-        clip_s: Length in seconds of the clips that it is cut into; None makes each video one clip.
+        clip_s: Length of the clips in seconds; None makes each video one clip.
         cache: Folder of cached features.
-        answers: Number of answers to each clip.
+        answers: Number of answers for each clip.
 
     Raises:
         DatasetError, StoreError, CheckpointError: As `encode_video`.
@@ -108,7 +108,7 @@ def _ranked(predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
 
 
 def _worth(card: Card, prediction: Prediction) -> Iterator[str]:
-    """What an answer is worth, where that is little: a line each."""
+    """Reasons to distrust an answer, one line each."""
     values = dataclasses.asdict(card)
     if is_standin(values):
         yield "the encoder's weights are random stand-ins, so the answer says nothing about the video"

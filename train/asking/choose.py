@@ -1,4 +1,4 @@
-"""Which trained head answers a question, where the command line names none."""
+"""Chooses the trained head that answers a question if the command line names none."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from egopatch.train.rundir.names import CONFIG, WEIGHTS
 from egopatch.train.rundir.results import Run, TableError, gather
 from egopatch.train.rundir.run_folder import RunError
 
-# Where `egopatch demo` and `egopatch demo --small` train, from the current directory on.
+# Folders in which `egopatch demo` and `egopatch demo --small` train, relative to the current directory.
 DEMO_FOLDERS = (Path("runs/demo"), Path("runs/demo-small"))
 
 
 def best_run(folders: Sequence[Path], split: str | None = None, features: Fingerprint | None = None) -> Path:
     """The folder of the best trained head below the first of `folders` that has one.
 
-    A head on an encoder with real weights comes before any on random ones; then accuracy on *val* decides.
+    Heads on an encoder with real weights come before those on random weights; then accuracy on *val* decides.
 
     Args:
         folders: Folders of runs, as the results table gathers them.
@@ -30,7 +30,7 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
         features: Fingerprint of the store that the head was trained on; None for any.
 
     Raises:
-        RunError: There is none that reads video and has an answer vocabulary.
+        RunError: No trained head there reads video and has an answer vocabulary.
     """
     for folder in folders:
         if runs := [run for run in _runs(folder) if _can_answer(run, split, features)]:
@@ -44,7 +44,7 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
 
 
 def config_of_run(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """The experiment in a run's folder, with options of the command line.
+    """The config in a run's folder, with `overrides` from the command line.
 
     Raises:
         RunError: `run` is not the folder of a run.

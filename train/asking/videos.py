@@ -1,4 +1,4 @@
-"""Features of a video that is asked about: encoded once, in the user's cache, as the head's own store was."""
+"""Encodes a video that is asked about: once, into the user's cache, with the settings of the head's own store."""
 
 import contextlib
 import dataclasses
@@ -26,9 +26,9 @@ class EncodedVideo:
 
     Attributes:
         config: Experiment of their store.
-        folder: Folder of the store and what belongs to it.
+        folder: Folder in the cache that holds the store.
         clips: Clips in the store, by id.
-        quarantined: Reason by id of those that could not be encoded.
+        quarantined: Clips that could not be encoded: reason by id.
         encoded: Number of clips that this call encoded.
     """
 
@@ -54,9 +54,9 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         DatasetError: There is no video.
         StoreError: None of its clips can be decoded; the message gives the first reason.
         CheckpointError, ConfigError: As `extract.run.extract_features`; also if `cache` cannot be written.
-        RunError: The head reads no video, or features that are not encoded from one: imported or derived.
+        RunError: The head reads no video, or its features cannot be encoded here: they were imported or derived.
     """
-    # Imported here, because all else of stage two works where no video library is installed.
+    # Imported here, because the rest of stage two works without a video library.
     from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
     from egopatch.extract.run import extract_features
 
@@ -94,9 +94,9 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
 
 
 def cache_key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
-    """A name for the features of exactly these files, with this length of clips and these settings."""
+    """A name for the features of exactly these files, with this clip length and these settings."""
     found = find_videos(video).values()
-    # A link to a file that is not there has no size; its clip goes to quarantine.
+    # A link to a missing file has no size; its clip is quarantined.
     states = [(path, path.stat() if path.exists() else None) for path in found]
     files = [(str(path.resolve()), state and (state.st_size, state.st_mtime_ns)) for path, state in states]
     made_of = json.dumps([files, dict(fingerprint), clip_s], sort_keys=True)

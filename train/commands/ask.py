@@ -13,7 +13,7 @@ from egopatch.configs.schema import ConfigError
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Print the answers with their probabilities, and what they are worth; write a picture."""
+    """Print the answers with their probabilities and notes on how far to trust them; write a picture."""
     parser.usage = '"QUESTION" --video FILE [--run DIR] | --config FILE [--clip ID] [options]'
     parser.epilog = "Clips are ranked by the probability of their first answer."
     parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
@@ -47,7 +47,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
     for option in parser.read_first:
-        # Left to jsonargparse, the second would be read as a YAML file of that section.
+        # jsonargparse would read the second one as a YAML file for that section.
         if take_option(args, option)[0] is not None:
             raise ConfigError(f"{option} is given twice; give one, such as a folder of videos for --video")
     config, options = parse_options(parser, args)

@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Run the benchmark that the first of `args` names with the other `args`; returns its exit code."""
+    """Run the benchmark that `args` names with the options after its name; returns its exit code."""
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
     if not names:
         raise ConfigError("benchmarks are not part of the installed package; run this command in a checkout")
@@ -45,5 +45,5 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def _exit_code(code: int) -> int:
-    """The code of a script; 1 where a signal ended it."""
+    """The exit code of a script; 1 if a signal ended it."""
     return 1 if code < 0 else code

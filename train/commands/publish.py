@@ -1,4 +1,4 @@
-"""`train publish`: a folder with all that an upload of a head and its store would hold."""
+"""`train publish`: write a folder with everything that an upload of a head and its store needs."""
 
 from collections.abc import Sequence
 

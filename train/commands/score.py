@@ -22,12 +22,12 @@ from egopatch.train.scores.metrics import (
 )
 from egopatch.train.scores.text_metrics import text_metrics
 
-OWN = (".jsonl", *jsonl.TABLES)  # files of one's own questions, which hold all parts
+OWN = (".jsonl", *jsonl.TABLES)  # suffixes of files of your own questions; such a file holds all parts
 
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """A file of questions, and what its folder or its name tells about them.
+    """A file of questions, and what its folder or its name says about them.
 
     Attributes:
         questions: The questions to score.
@@ -111,7 +111,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:
-    """Read a file of questions; of a .jsonl, .csv or .tsv file those of `part`."""
+    """Read a file of questions; from a .jsonl, .csv or .tsv file, only those of `part`."""
     if path.suffix.lower() in OWN:
         parts = jsonl.read_questions(path)
         known = [question.spelling for question in parts["train"]]

@@ -37,7 +37,7 @@ class Batch:
     Attributes:
         stored: Tokens of the C clips, or of all resident clips where `clip_rows` selects the C; None for heads that
             read no video.
-        clip_rows: [C] long, row of `stored` of each clip; None where the rows are the clips.
+        clip_rows: [C] long, each clip's row of `stored`; None if `stored` holds just the C clips, in order.
         clip_index: [B] long, the clip that each question is about.
         states: [U, L, D] text states; a text that many questions share is read once.
         mask: [U, L] bool, true on tokens.
@@ -46,11 +46,11 @@ class Batch:
         answers: [B] long, class or `NO_CLASS`.
         options: The options of multiple-choice questions, whose classes are their indices; None for other questions.
         rows: Positions of the questions in their table, [B] unless the batch is padded.
-        rank_slice: Position of these rows in the whole batch, whose other rows other ranks have; None: the whole batch.
-        variants: The batch with each question's paraphrase, and that with its counterfactual, whose answers are not
-            known; None if they were not requested.
-        derived: [clips, ...], for each row of `stored`, what the head would otherwise derive of it in every batch, such
-            as `CoarseLevel.derive`; None if it does.
+        rank_slice: Position of these rows in the whole batch, if other ranks have the rest; None for a whole batch.
+        variants: Two batches: one with each question's paraphrase, one with its counterfactual, whose answer is
+            unknown; None if they were not requested.
+        derived: [clips, ...], for each row of `stored`, what the head derives from it, as `CoarseLevel.derive` does,
+            computed once; None if the head derives it in every batch.
         padded: Whether clips, texts and questions are repeated at the end, to give all batches one shape. The repeated
             questions have no position in `rows` and no class.
     """

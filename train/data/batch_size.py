@@ -1,4 +1,4 @@
-"""What batches are padded to, so that all of an epoch have one shape: a CUDA graph of a step has a fixed one."""
+"""The size that batches are padded to: a CUDA graph of a step needs all batches of an epoch in one shape."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from egopatch.train.data.question_table import NO_OPTION, QuestionTable
 
-# Other epochs put other clips together, with a few more clips or texts.
+# Headroom: other epochs combine other clips, so a batch may hold a few more clips or texts.
 ROOM = 1.1
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How much a batch holds.
+    """Size of a batch: how much it holds.
 
     Attributes:
         questions: Questions.
         clips: Unique clips.
-        texts: Unique texts, of the questions or of one of their variants.
+        texts: Unique texts of the questions or of one kind of variant, whichever are more.
         options: Unique texts of options; 0 without options.
     """
 
@@ -41,13 +41,13 @@ class BatchSize:
 
     @classmethod
     def covering(cls, table: QuestionTable, plan: Sequence[np.ndarray], most: int) -> "BatchSize":
-        """A size for the batches of `plan` of at most `most` questions, with room for those of other orders.
+        """A size that fits the batches of `plan` with at most `most` questions, with headroom for other orders.
 
-        A batch is larger if a single clip is; a size for it would make all other batches as large.
+        A batch exceeds `most` only if a single clip does; to cover it would pad all other batches to its size.
         """
         sizes = [cls.of(table, torch.from_numpy(rows)) for rows in plan]
         sizes = [size for size in sizes if size.questions <= most] or sizes
-        # Batches are closed by their number of questions, which hence varies least.
+        # The number of questions closes a batch, so it varies least and needs no headroom.
         return cls(
             max(size.questions for size in sizes),
             *(math.ceil(ROOM * max(getattr(size, name) for size in sizes)) for name in ("clips", "texts", "options")),

@@ -22,7 +22,7 @@ from egopatch.train.processes.rank_slice import RankSlice
 
 # Clips read at once while filling the GPU; bounds the extra memory.
 READ_CLIPS = 64
-# Clips that a head derives from at once, in float32, which takes several times the memory of its tokens.
+# Clips that a head derives from at once: float32 takes several times the memory of their tokens.
 DERIVED_CLIPS = 32
 # Threads that read the clips of one batch.
 READ_THREADS = 2
@@ -112,10 +112,10 @@ class Features:
         return PatchTokens(**resident)
 
     def derive(self, call: Callable[[Tensor, Tensor | None], Tensor]) -> None:
-        """Make `Batch.derived` of all clips once, where they are on a GPU that has room for it.
+        """Compute `Batch.derived` of all clips once, if they are on a GPU that has room for it.
 
         Args:
-            call: From patches [c, T, n, D] and their scale [c, T, n], if any, to a tensor [c, ...].
+            call: Maps patches [c, T, n, D] and their scale [c, T, n], if any, to a tensor [c, ...].
         """
         resident = self._resident
         if resident is None or self._derived is not None or self.residency != "gpu":
@@ -147,21 +147,21 @@ class Features:
         return tokens
 
     def tokens(self, clips: Sequence[str]) -> PatchTokens:
-        """A copy of the tokens of encoded clips, on the device; read from the store where other ranks hold some."""
+        """A copy of the tokens of encoded clips, on the device; read from the store unless this rank holds them all."""
         if self._resident is None or not self._clip_rows.keys() >= set(clips):
             return self._read(clips).to(self.device)
         rows = self._rows(clips).to(self._resident.cls.device)
         return PatchTokens(**{name: tensor[rows] for name, tensor in self._resident.tensors().items()}).to(self.device)
 
     def _send(self, tensor: Tensor) -> Tensor:
-        """`tensor` on the device. Without pinned memory, a copy would wait for all that the GPU has yet to do."""
+        """`tensor` on the device. Without pinned memory, a copy would wait for all pending work of the GPU."""
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     @property
     def _in_place(self) -> bool:
-        """Whether heads read the resident clips where they are."""
+        """Whether heads read the resident clips in place, without a copy."""
         return self._resident is not None and (self.residency == "gpu" or self.device.type == "cpu")
 
     def _rows(self, clips: Sequence[str]) -> Tensor:
@@ -181,7 +181,7 @@ class Features:
     def batch(
         self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None, size: BatchSize | None = None
     ) -> Batch:
-        """The batch of these rows of `table`, or the rows of this rank: `rank_clips` [C] bool marks its clips.
+        """The batch of these rows of `table`; only this rank's rows if `rank_clips` [C] bool marks its clips.
 
         It is padded to `size`, unless it is larger.
         """
@@ -221,13 +221,13 @@ class Features:
         return replace(batch, variants=(paraphrases, counterfactuals))
 
     def _texts(self, texts: Tensor, size: BatchSize | None) -> tuple[Tensor, Tensor, Tensor]:
-        """States [U, L, D] and mask [U, L] of the unique ones of `texts` [B], and the row of each [B]."""
+        """States [U, L, D] and mask [U, L] of the unique `texts` [B], and the row of each text [B]."""
         unique, index = texts.unique(return_inverse=True)
         unique = self._send(unique if size is None else _repeated(unique, size.texts))
         return self._states[unique], self._mask[unique], self._send(index)
 
     def _with_texts(self, batch: Batch, index: "_BatchIndex", texts: Tensor) -> Batch:
-        """The batch with other texts, given for every question of the table [Q]."""
+        """The batch with other texts; `texts` [Q] has one for every question of the table."""
         states, mask, text_index = self._texts(texts[index.rows], index.size)
         rank_slice = None
         if index.rank_slice is not None:
@@ -247,11 +247,11 @@ class Features:
     def stream(
         self, table: QuestionTable, plan: Sequence[np.ndarray], size: BatchSize | None = None
     ) -> Iterator[Batch]:
-        """The batches of `plan` in order; of each, the rows of this rank, which may be none.
+        """The batches of `plan` in order, each with only the rows of this rank, which may be none.
 
-        Where batches are formed of resident clips in place, they are padded to `size`, unless they are larger.
+        Batches that read resident clips in place are padded to `size`, unless they are larger.
 
-        Where clips are copied to the device, or are on disk, the next batches are read while one is worked on, into
+        If clips are copied to the device or read from disk, the next batches are read ahead, into
         memory that is reused: a batch is valid until the next one is requested. Nothing here waits for a GPU's work.
         """
         rank_clips = None
@@ -280,7 +280,7 @@ class _BatchIndex:
         clip_index: [B] index into `clips`.
         rank_slice: As in `Batch`.
         questions: Number of questions; the rows after these pad the batch.
-        size: What the batch is padded to; None if it is not.
+        size: Size that the batch is padded to; None without padding.
     """
 
     rows: Tensor
@@ -305,7 +305,7 @@ class _BatchIndex:
     def padded_to(self, size: BatchSize) -> "_BatchIndex":
         """The batch with its first question and clip repeated."""
         more = size.questions - len(self.rows)
-        # All questions of a clip are worked on together, so that many of one clip would take longer.
+        # The questions of a clip are computed together, so many about a single clip would take longer.
         spread = torch.arange(more) % size.clips
         return replace(
             self,
@@ -322,7 +322,7 @@ def _repeated(numbers: Tensor, count: int) -> Tensor:
 
 
 def quarantined_clips(store: Store, clip_ids: Sequence[str]) -> frozenset[str]:
-    """Those of `clip_ids`, each given once, that could not be encoded.
+    """The clips in `clip_ids`, which lists each once, that could not be encoded.
 
     Raises:
         StoreError: A clip has neither a row nor an entry in the quarantine.

@@ -1,4 +1,4 @@
-"""The questions of one part as arrays, and the batches that one pass over them makes.
+"""The questions of one part as arrays, and the plan of batches for one pass over them.
 
 Shape legend: Q questions.
 """
@@ -49,7 +49,7 @@ class QuestionTable:
     def from_questions(
         cls, questions: Sequence[Question], dataset: Dataset, text_rows: Mapping[str, int], variants: bool = False
     ) -> "QuestionTable":
-        """Table of `questions`, with the `variants` that each must have then; `text_rows` maps each text to its row."""
+        """Table of `questions`, all with variants if `variants` is set; `text_rows` maps each text to its row."""
         classes = {answer: index for index, answer in enumerate(dataset.answers)}
         choices = dataset.choices
 
@@ -114,7 +114,7 @@ class QuestionTable:
 
 
 def plan_batches(table: QuestionTable, size: int, seed: int | None, epoch: int = 0) -> list[np.ndarray]:
-    """Rows of each batch of one pass: whole clips, closed before they exceed `size` questions.
+    """Rows of each batch of one pass. A batch holds whole clips, and is closed before it exceeds `size` questions.
 
     The order follows from `seed` and `epoch` alone, so a resumed run finds its position by counting batches. Without a
     seed the clips keep their order. A clip with more than `size` questions is a batch of its own.

@@ -21,7 +21,7 @@ _DESCRIPTIONS = {"disk": "on disk, read batch by batch", "ram": "in memory", "gp
 def choose_residency(
     wanted: str, nbytes: int, device: torch.device, ranks: Distributed = ALONE
 ) -> tuple[Residency, str]:
-    """Where to keep `nbytes` of features, of which each rank holds an equal share, and a log line about it.
+    """Decide where to keep `nbytes` of features, shared equally by the ranks; returns that and a log line.
 
     Raises:
         ValueError: `wanted` is `gpu` without a CUDA device.
@@ -42,7 +42,7 @@ def choose_residency(
 
 @dataclass(frozen=True)
 class ClipsInMemory:
-    """Clips in memory that `read_ahead` reads as it reads a store, so that a GPU copies them from pinned memory.
+    """In-memory clips that `read_ahead` can read like a store, so that a GPU copies them from pinned memory.
 
     Attributes:
         tokens: Tokens of all clips, on the CPU.
@@ -59,7 +59,7 @@ class ClipsInMemory:
         return self.store.buffers(rows, pin)
 
     def read(self, ids: Sequence[str], *, out: PatchTokens, threads: int) -> PatchTokens:
-        """As `Store.read`; torch decides on the threads."""
+        """As `Store.read`, except that torch chooses the number of threads."""
         rows, buffers = torch.tensor([self.rows[name] for name in ids], dtype=torch.long), out.tensors()
         for name, tensor in self.tokens.tensors().items():
             buffers[name] = torch.index_select(tensor, 0, rows, out=buffers[name][: len(rows)])

@@ -1,4 +1,4 @@
-"""Does a head look where the answer is? Kept patches against EgoSynth's known places of the objects asked about.
+"""Compares a head's kept patches with the places of the objects asked about, which are known for EgoSynth.
 
 Shape legend: T frames, k patches kept a frame.
 """
@@ -30,7 +30,7 @@ class Agreement:
 
 
 def known_places(question: Question, frames: int, read: Sequence[int], grid: tuple[int, int]) -> Places | None:
-    """The places in the frames `read`, of `frames` uniform ones, for a question of EgoSynth; None for any other."""
+    """The places in those of `frames` uniform frames that `read` lists, for EgoSynth questions; None for others."""
     scene = scene_of(question.clip_id)
     if scene is None:
         return None
@@ -65,7 +65,7 @@ def agreement_of(selections: Iterable[tuple[NDArray, Places]], patches: int) -> 
 
 
 def pointing(best: Iterable[tuple[NDArray, Places]]) -> float | None:
-    """The pointing game: in how many percent of the frames with an object asked about the best patch is its place.
+    """The pointing game: of the frames with an object asked about, the percentage whose best patch is its place.
 
     Args:
         best: For each question the patch with the highest score in each frame [T], and the places.

@@ -23,8 +23,8 @@ def curves(
     """The deletion and the insertion curve of each question, [S, B] each.
 
     Args:
-        probability: From the patches that are present [P, B, T, N] bool to the probability of each answer [P, B].
-        scores: [B, T, N]. Ties go to the lowest N.
+        probability: Maps the patches that are present [P, B, T, N] bool to the probability of each answer [P, B].
+        scores: [B, T, N]. Ties go to the lowest index.
         shares: Shares of the patches of each frame, rising from 0 to 1.
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)

@@ -33,9 +33,9 @@ from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.scores.statistics import Interval, compare
 from egopatch.train.steps.stacked_heads import StackedHeads
 
-# Questions of a batch: each has tokens of its own here, and not its clip's.
+# Questions of a batch: here each question has its own copy of its clip's tokens.
 BATCH = 32
-# Bytes of tokens that a forward pass of the head reads, about.
+# Approximate bytes of tokens that one forward pass of the head reads.
 PASS_BYTES = 1 << 27
 RANDOM, KNOWN = "random", "known places"
 
@@ -59,10 +59,10 @@ def explain(config: Config, questions: int = 200) -> Explanation:
 
     Args:
         config: The experiment that the head was trained with.
-        questions: Number of questions at least, drawn clip by clip with a fixed seed; all if there are fewer.
+        questions: Minimum number of questions, drawn clip by clip with a fixed seed; all if there are fewer.
 
     Raises:
-        RunError: There is no trained head in `run.dir`, its files are damaged or not of one training, or the GPU's
+        RunError: There is no trained head in `run.dir`, its files are damaged or from different trainings, or the GPU's
             memory is too small.
         ConfigError: The head reads no video, or `questions` is less than 1.
         StoreError, DatasetError, FingerprintMismatch: As `open_experiment`.
@@ -117,7 +117,7 @@ class _Explainer:
         clips: list[str],
         places: list[Places | None],
     ) -> Ranking:
-        """A ranking over all batches, compared with `chance`, what the random one measured."""
+        """A ranking over all batches, compared with `chance`, the measurements of the random one."""
         kept = [row for batch in measured for row in batch.kept]
         known = [(row, place) for row, place in zip(kept, places, strict=True) if place is not None]
         deletion, insertion = [batch.deletion for batch in measured], [batch.insertion for batch in measured]
@@ -132,7 +132,7 @@ class _Explainer:
         )
 
     def _batches(self, table: QuestionTable) -> Iterator[Batch]:
-        """Small batches with the tokens of the frames that the head reads, as numbers without a scale."""
+        """Small batches with the tokens of the frames that the head reads; any scale is already applied."""
         for batch in self.experiment.features.stream(table, plan_batches(table, BATCH, seed=None)):
             tokens = batch.tokens if self.psa is None else self.psa.select_frames(batch.tokens)
             plain = {name: tensor for name, tensor in tokens.tensors().items() if name != "scale"}
@@ -157,12 +157,12 @@ class _Explainer:
         draw = torch.from_numpy(np.random.default_rng((0, number)).random(saliency.shape, dtype=np.float32))
         scores[RANDOM] = draw.to(saliency.device)
         if any(places):
-            # Only their order counts; patches of one rank are in a random order.
+            # Only the order of scores counts; the random scores order patches that tie.
             scores[KNOWN] = scores[RANDOM] + self._known(batch, places)
         return scores
 
     def _known(self, batch: Batch, places: list[Places | None]) -> Tensor:
-        """[B, T, N] 1 where an object stands that the question asks about."""
+        """[B, T, N]: 1 where there is an object that the question asks about, else 0."""
         tokens = batch.tokens
         whole = torch.zeros(len(batch), tokens.patches.shape[1], self.grid[0] * self.grid[1])
         for row, place in enumerate(places):
@@ -201,13 +201,13 @@ class _Explainer:
         return _Measured(deletion.cpu(), insertion.cpu(), kept.cpu().numpy())
 
     def _places(self, question: Question) -> Places | None:
-        """Where the objects stand that a question of EgoSynth asks about; None for other data sets."""
+        """Places of the objects that an EgoSynth question asks about; None for other data sets."""
         frames = self.experiment.sizes.frames
         return known_places(question, frames, range(frames) if self.psa is None else self.psa.frame_indices, self.grid)
 
 
 def _sample(table: QuestionTable, questions: int) -> QuestionTable:
-    """The questions about clips that are drawn until there are enough questions."""
+    """Draw clips until they have at least `questions` questions; returns all questions about them."""
     if len(table) <= questions:
         return table
     counts, drawn, count = np.bincount(table.clip.numpy(), minlength=len(table.clips)), set[str](), 0
@@ -222,7 +222,7 @@ def _sample(table: QuestionTable, questions: int) -> QuestionTable:
 
 
 def _repeat(batch: Batch, times: int) -> Batch:
-    """The questions of a batch several times over, each about a clip of its own; their texts are read once."""
+    """Repeat the questions of a batch, each about a clip of its own; their texts are not repeated."""
     repeated = {name: getattr(batch, name).repeat(times) for name in ("text_index", "forms", "answers", "rows")}
     options = batch.options
     if options is not None:
@@ -232,11 +232,11 @@ def _repeat(batch: Batch, times: int) -> Batch:
 
 
 def _gap(ours: list[Tensor], chance: list[Tensor], clips: list[str]) -> Interval:
-    """How far the areas below our curves, [S, B] of each batch, are above those below the random ones."""
+    """Mean area below our curves minus that below the random ones, with its interval. Curves are [S, B] a batch."""
     our_areas, chance_areas = (torch.cat([area(curve) for curve in batches]) for batches in (ours, chance))
     return compare(our_areas[None].numpy(), chance_areas[None].numpy(), clips).difference
 
 
 def _percents(curves: list[Tensor]) -> tuple[float, ...]:
-    """The mean curve, of those [S, B] of each batch."""
+    """The mean of the curves, [S, B] for each batch, in percent."""
     return tuple(round(100 * value, 3) for value in torch.cat(curves, dim=1).double().mean(dim=1).tolist())

@@ -22,18 +22,18 @@ class ExplanationError(ValueError):
 
 @dataclass(frozen=True)
 class Ranking:
-    """What is known about one score that ranks patches.
+    """Measurements of one score that ranks patches.
 
     Attributes:
-        name: `selection` (what psa keeps by), `question`, `saliency` or `prior` (its parts), `known places` (those of
-            EgoSynth) or `random`.
+        name: `selection` (the score by which psa keeps patches), `question`, `saliency` or `prior` (its parts),
+            `known places` (EgoSynth's) or `random`.
         deletion: Probability of the head's answer at each share of deleted patches, in percent, mean over questions.
         insertion: The same at each share of inserted patches.
         deletion_gap: Points by which the area below the deletion curve is above that of a random order, with its 95%
             interval over clips; None for `random`.
         insertion_gap: The same for insertion.
-        agreement: Of the k patches with the highest scores in each frame, with the known places of EgoSynth.
-        pointing: In how many percent of frames the highest score is the place of an object asked about.
+        agreement: Agreement of the k patches with the highest scores in each frame with EgoSynth's known places.
+        pointing: Percentage of frames whose patch with the highest score is the place of an object asked about.
     """
 
     name: str

@@ -36,7 +36,7 @@ def answer_table(
     batch_size: int,
     keep_patches: bool = True,
 ) -> list[list[Answers]]:
-    """Answers of every head of every stack to the questions of `table`, whose clips are encoded and read only once."""
+    """Answer `table` with every head of every stack. Its clips must be encoded, and are read only once."""
     classes = [torch.zeros(len(heads), len(table), dtype=torch.long) for heads in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(heads) for heads in stacks]
     plan = plan_batches(table, batch_size, seed=None)
@@ -61,7 +61,7 @@ def answer_table(
 
 
 def _answer(heads: StackedHeads, batch: Batch, number: int, keep_patches: bool) -> tuple[Tensor, list[np.ndarray]]:
-    """Classes [M, B], and for each head the indices [B, T, k] of the kept patches; empty if not requested or kept."""
+    """Classes [M, B], and for each head the indices [B, T, k] of the kept patches; none if not requested or kept."""
     classes, masks = heads.answer(batch, number, keep_patches)
     if masks is None:
         return classes, []
@@ -70,9 +70,9 @@ def _answer(heads: StackedHeads, batch: Batch, number: int, keep_patches: bool) 
 
 
 class PartScorer:
-    """Accuracies of many answers to one part: `open`, `binary` and `all` of `score_part`, in far less time.
+    """Computes `open`, `binary` and `all` for many answers to one part, as `score_part` does but much faster.
 
-    As there, questions without a published answer count nowhere, and an option that is written as the right one is
+    As there, questions without a published answer do not count, and an option with the text of the right one is
     right at every index.
     """
 

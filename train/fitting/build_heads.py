@@ -1,4 +1,4 @@
-"""The untrained heads of a run group, measured on the training data, and how a GPU or a CPU computes their steps."""
+"""Builds the untrained heads of a run group, measures their inputs, and chooses how their steps are computed."""
 
 import math
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ def choose_selection(configs: Sequence[Config], experiment: Experiment) -> tuple
 
 
 def why_not_captured(config: Config, experiment: Experiment) -> str | None:
-    """Why the steps of a run are launched one operation at a time; None if they become a CUDA graph.
+    """The reason why the steps of a run do not become a CUDA graph; None if they do.
 
-    The references of our operations read values back, which a graph cannot do.
+    The reference versions of our operations read values back from the device, which a graph cannot do.
     """
     features, ranks = experiment.features, experiment.ranks
     if experiment.device.type != "cuda":
@@ -58,14 +58,14 @@ def why_not_captured(config: Config, experiment: Experiment) -> str | None:
 
 
 def selected_widths(config: Config, sizes: Sizes) -> list[int]:
-    """Channels of the patches that a head selects from: of the stored ones, and of psa's coarse level."""
+    """Channels of the patches that a head selects from: the stored patches, and those of psa's coarse level."""
     if config.head.name != "psa":
         return []
     return [sizes.width, kernel_width(sizes.width)] if config.head.coarse else [sizes.width]
 
 
 def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
-    """Untrained heads with their optimiser, ready for the first step; a note is printed if they have nothing to learn.
+    """Build untrained heads with their optimiser; prints a note if heads from outside have nothing to learn.
 
     Raises:
         ConfigError: `train.label_smoothing` would reward options that a question does not have.
@@ -85,7 +85,7 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
     if ranks.first and len(experiment.train_table):
         measure_inputs(heads, experiment.features, experiment.train_table)
     head = unwrapped(heads[0])
-    # A head that reads some of the frames copies them, with nothing that was derived of all.
+    # A head that reads only some frames copies them, and cannot use what was derived from all frames.
     if isinstance(head, PSA) and head.coarse is not None and len(head.frame_indices) == experiment.sizes.frames:
         with torch.no_grad():
             experiment.features.derive(head.coarse.derive)
@@ -103,7 +103,7 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
 
 
 def measure_inputs(heads: Sequence[nn.Module], features: Features, table: QuestionTable) -> None:
-    """Measure on the training questions, for heads of one shape: answer counts and the input whitening."""
+    """Measure answer counts and the input whitening on the training questions, for heads of one shape."""
     tokens: PatchTokens | None = None
     if features.store is not None and hasattr(unwrapped(heads[0]), "measure"):
         stride = max(1, len(table.clips) // MEASURED_CLIPS)
@@ -112,7 +112,7 @@ def measure_inputs(heads: Sequence[nn.Module], features: Features, table: Questi
     _measure_head(first, features, table, tokens)
     for other in others:
         head = unwrapped(other)
-        if isinstance(head, PSA) and head.measures_kept_patches:  # which depend on its ratio
+        if isinstance(head, PSA) and head.measures_kept_patches:  # the kept patches depend on its ratio
             _measure_head(other, features, table, tokens)
             continue
         for buffer, measured in zip(other.buffers(), first.buffers(), strict=True):

@@ -39,7 +39,7 @@ class Experiment:
         dataset: Annotations.
         features: Features of all clips and texts of the configured split.
         tables: Questions by part.
-        encoded: Questions by part whose clips are encoded.
+        encoded: Questions whose clips are encoded, by part.
         train_table: Training questions to learn from: clip encoded, answer in the vocabulary.
         sizes: Sizes that a head must fit.
         fingerprint: Fingerprint of the clips' store; None if no head reads it.
@@ -64,13 +64,13 @@ class Experiment:
     @property
     def data_lines(self) -> list[str]:
         """Log lines on where the features are kept, what is unknown about them, which questions of *train* and *val*
-        have no clip, and which answers no head can give.
+        are about quarantined clips, and which answers no head can give.
         """
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
         return [self.features.residency_line, *note, *self._quarantine_lines(), *self._answer_lines()]
 
     def print_quarantined(self) -> None:
-        """Print, on the first rank, what stands in for answers about quarantined clips of *test*, if there are any."""
+        """Print, on the first rank, how many *test* questions get the majority answer because of quarantined clips."""
         asked, encoded = len(self.tables["test"]), len(self.encoded["test"])
         if asked > encoded:
             self.ranks.print_once(
@@ -106,7 +106,7 @@ class Experiment:
 
     @cached_property
     def data_record(self) -> DataRecord:
-        """The answers and questions that training follows from; those of *test* may change until it ends."""
+        """The answers and questions that training depends on; those of *test* may change until it ends."""
         encoded = {question.question_id for question in self.encoded["val"].questions}
         left_out = [question for question in self.tables["val"].questions if question.question_id not in encoded]
         questions = {
@@ -117,20 +117,20 @@ class Experiment:
         return record_data(self.dataset.answers, questions)
 
     def require_trained_on(self, run: Path) -> None:
-        """Refuse a run that was trained on rows which have been replaced since, as `require_same_clips` does."""
+        """Refuse a run whose training clips were encoded again since, as `require_same_clips` does."""
         store = self.features.store
         if store is not None:
             self.ranks.broadcast(lambda: require_same_clips(run, store))
 
     def answer_of(self, question: Question, answer: int) -> str:
-        """The answer of a class: a word of the vocabulary, or one of the question's options."""
+        """The text of class `answer`: an entry of the vocabulary, or one of the question's options."""
         return question.options[answer] if question.options else self.dataset.answers[answer]
 
     def fallback_answer(self, question: Question) -> str:
-        """The answer that stands in for a head's where a clip is quarantined: the most frequent one in training.
+        """The majority answer, which replaces a head's answer if the clip is quarantined.
 
-        Of the question's form, or of all forms together where the form has no training question; of a multiple-choice
-        question, the option at the index that is right most often.
+        It is the most frequent training answer to the question's form, or to all forms if the form has no training
+        question. For multiple choice, it is the option at the index that is right most often.
         """
         if question.options:
             return question.options[min(self._majority[question.form], len(question.options) - 1)]
@@ -218,7 +218,7 @@ def _load_annotations(config: Config) -> Dataset:
 
 
 def _open_stores(config: Config, card: Card | None) -> tuple[Store | None, Store | None]:
-    """The stores of clips and of texts that the head reads; None for one that it does not."""
+    """The stores of clips and of texts that the head reads; None for a store that it does not read."""
     store = text_store = None
     if reads_video(config.head.name):
         store = open_features(config, "patches", None if card is None else card.fingerprint)
@@ -291,7 +291,7 @@ def pick_device(name: str, ranks: Distributed = ALONE) -> torch.device:
 
 @contextmanager
 def caller_state_kept(device: str) -> Iterator[None]:
-    """Give torch's random generators and its number of threads back to the caller as they were before the block.
+    """Restore torch's random generators and its number of threads after the block.
 
     Each step seeds torch's own generator for heads from outside, and opening an experiment limits the threads.
 
@@ -299,7 +299,7 @@ def caller_state_kept(device: str) -> Iterator[None]:
         device: `train.device`.
     """
     threads = torch.get_num_threads()
-    # To seed torch is to seed every GPU. Reading their states starts CUDA, which a run on the CPU must not do.
+    # Seeding torch seeds every GPU. Saving the GPUs' states starts CUDA, which a run on the CPU must not do.
     cuda = torch.cuda.is_initialized() or pick_device(device).type == "cuda"
     with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else ()):
         try:
@@ -313,7 +313,7 @@ def open_features(config: Config, kind: str, expect: Mapping[str, object] | None
 
     Raises:
         FingerprintMismatch: The store was created with other settings than the config's, or its fingerprint is not
-            `expect`, the one of a head's features.
+            `expect`, that of the features a head was trained on.
         StoreError: The store is missing, damaged or of another kind.
     """
     path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
@@ -336,7 +336,7 @@ def _check_config(config: Config, store: Store) -> None:
     # A store outlives the config that created it: training on it with other settings would mislabel the run.
     created = store.fingerprint.fields
     if config.encoder.arch != created.get("arch"):
-        find_network(config.encoder.arch)  # a misspelled name is refused with the nearest one
+        find_network(config.encoder.arch)  # refuses a misspelled name, and suggests the nearest one
     differences = [
         f"{name}: store has {created[name]!r}, requested {value!r}"
         for name, value in configured(config).items()
@@ -355,9 +355,9 @@ def _about(some: int, asked: int, part: str) -> str:
 
 
 def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Collection[str]) -> int:
-    """Refuse rows that were not made of what the annotations say; returns the number of those that cannot be compared.
+    """Refuse rows that do not match the annotations of their clips; returns the number that cannot be compared.
 
-    Clips that these questions do not ask about may be stale.
+    Clips outside `clip_ids` may be stale.
     """
     requested = set(clip_ids)
     clips = (clip for clip in dataset.clips if clip.clip_id in requested)
@@ -368,7 +368,7 @@ def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Coll
 
 
 def sizes_of(store: Store | None, text_store: Store | None, answers: int, choices: int) -> Sizes:
-    """What a head on these stores must fit; `answers` and `choices` as in `Sizes`."""
+    """The sizes that a head on these stores must fit; `answers` and `choices` as in `Sizes`."""
     frames, patches, width = (1, 1, 1) if store is None else store.spec.array("patches").shape
     grid = (1, 1) if store is None else store.spec.grid
     assert grid is not None

@@ -1,6 +1,6 @@
 """Training and evaluating heads. `train_together` is the loop; it reads from top to bottom.
 
-A run's folder is claimed by one setting and leased by one process. After a signal, a crash or a kill, the same command
+One config claims a run's folder, and one process leases it. After a signal, a crash or a kill, the same command
 resumes training and gives exactly the losses of an uninterrupted run (bit for bit on a CPU).
 """
 
@@ -42,11 +42,11 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         ranks: Processes that train together, each with this same call; the first one writes.
 
     Returns:
-        Metrics on *test*. A finished run is only evaluated again, and so is one that another process is training:
-        this process waits until it is finished, or trains on where that process ends before.
+        Metrics on *test*. A finished run is only evaluated again. While another process trains the run, this one
+        waits until it is finished, and evaluates it; if that process ends early, this one resumes the training.
 
     Raises:
-        ConfigError: The run's folder holds another setting, or cannot be written.
+        ConfigError: The run's folder holds a run with other settings, or cannot be written.
         RunError: There is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
             GPU's memory is too small, or clips were encoded again after the run had been trained on them.
         StoreError, DatasetError: Features or annotations are missing or damaged.
@@ -65,7 +65,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             return _evaluate(config, ranks, folder)
         started = time.monotonic()
         experiment = open_experiment(config, ranks=ranks)
-        # Only now: a config whose data cannot be read, such as one with a misspelled path, claims no folder.
+        # Only now: a config whose data cannot be read, such as one with a misspelled path, must not claim a folder.
         ranks.broadcast(lambda: run_folder.claim(folder, config))
         for line in experiment.data_lines:
             ranks.print_once(line)
@@ -110,7 +110,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
         ProgressDisplay(label, steps, "steps", done=first_step, summary=False, silent=not ranks.first) as display,
         # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.
         stop_signals(second_raises=ranks.size == 1) as stopping,
-        # Threads of a CPU add up the gradients of indexed tensors in any order, from 32,768 numbers on.
+        # CPU threads add up the gradients of indexed tensors in any order, if these have 32,768 numbers or more.
         deterministic(train.deterministic or experiment.device.type == "cpu"),
     ):
         for epoch in range(min(group.position[0] for group in groups), epochs):
@@ -142,8 +142,8 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
 
 
 def evaluate_groups(groups: Sequence[RunGroup], experiment: Experiment, command: str) -> list[Metrics]:
-    """Write the cards and the answers to *test* of the best epoch of every run that has not failed; returns their
-    metrics, in order. `test.json` is the last file of each folder.
+    """Write the card and the best epoch's answers to *test* for every run that has not failed; returns their
+    metrics, in order. `test.json` is written last in each folder.
     """
     groups = [group for group in groups if not group.failed]
     if not groups:
@@ -202,7 +202,7 @@ def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source
         hold_when_free(out, ranks, lambda: run_folder.require_untrained(out)),
         shortage_explained(config.train, out),
     ):
-        # Head, training and its data are those of the head that is evaluated: the table tells runs apart by them.
+        # The card keeps the evaluated head's options, training and data: the table tells runs apart by them.
         trained = {section: card.config[section] for section in ("head", "train")}
         here = run_folder.plain(config) | trained
         new_card = replace(
@@ -227,7 +227,7 @@ def _evaluate(config: Config, ranks: Distributed, source: Path, new_card: Card |
     _, heads = open_head(config, source, card, experiment.sizes, experiment.device, ranks)
     ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
     if new_card is not None and ranks.first:
-        # Results of a head that was evaluated into this folder before would pass for those of the new card.
+        # Results of a head that was evaluated into this folder before would be taken for those of the new card.
         (config.run.dir / TEST).unlink(missing_ok=True)
         new_card.write(config.run.dir)
     metrics = TrainingRun(config, experiment).write_results(answers)

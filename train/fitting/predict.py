@@ -1,4 +1,4 @@
-"""The answers of a trained head to any question about stored clips, without annotation files."""
+"""Answers any question about stored clips with a trained head, without annotation files."""
 
 import difflib
 import re
@@ -64,7 +64,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
         answers: Number of answers to return for each clip.
 
     Raises:
-        RunError: There is no trained head in `run.dir`, or its files are damaged or not of one training.
+        RunError: There is no trained head in `run.dir`, or its files are damaged or from different trainings.
         ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
         StoreError: The store has no clips.
@@ -111,7 +111,7 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
 
 
 def _batch(tokens: PatchTokens, states: Tensor, mask: Tensor) -> Batch:
-    """The same question, with its states and mask, about each clip of `tokens`."""
+    """A batch that asks one question, given as states and mask, about each clip of `tokens`."""
     each = torch.arange(len(tokens.cls), device=tokens.cls.device)
     same = torch.zeros_like(each)
     return Batch(
@@ -133,7 +133,7 @@ def _positions(kept: Tensor) -> tuple[tuple[int, ...], ...]:
 
 
 def _ranked(logits: Tensor, vocabulary: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """The answers by falling probability, without the two that stand for unknown ones."""
+    """The answers by falling probability, without the two that mean an unknown answer."""
     ranked = zip(vocabulary, logits.float().softmax(dim=-1).tolist(), strict=True)
     known = [(answer, share) for answer, share in ranked if answer not in UNKNOWN_ANSWERS]
     return tuple(sorted(known, key=lambda pair: -pair[1]))

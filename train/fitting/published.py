@@ -1,4 +1,4 @@
-"""Evaluation of a published network as its authors fine-tuned it, through both stages and without any training."""
+"""Evaluates a published network as its authors fine-tuned it, through both stages and without any training."""
 
 import shlex
 from dataclasses import replace
@@ -24,7 +24,7 @@ SYSTEMS = ("egovlpv2", "mfas")
 
 
 def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metrics:
-    """Evaluate `head.checkpoint` on *val* and *test*, after a report on the tensors in the file.
+    """Print a report on the tensors in `head.checkpoint`, then evaluate it on *val* and *test*.
 
     The lower half of the network created the store, its upper half is the head, and the classes of its classifier are
     those of the answer set.

@@ -1,4 +1,4 @@
-"""The folder of one run, while its head is trained and when it is evaluated."""
+"""Writes the folder of one run while its head is trained and evaluated."""
 
 import io
 import json
@@ -76,7 +76,7 @@ class TrainingRun:
         return self.experiment.ranks.first
 
     def open_log(self, step: int, resumed: bool) -> None:
-        """Start the log after `step`; later lines of an interrupted run are dropped, all of one that is not resumed."""
+        """Open the log after `step`. A resumed run drops the log's later lines; any other run starts a new log."""
         if not self._writes:
             return
         folder, name = self.config.run.dir, self.config.run.tracker
@@ -137,7 +137,7 @@ class TrainingRun:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Resume from `state`, whose best weights replace those in the folder where these are of another epoch.
+        """Resume from `state`; its best weights replace those in the folder if these are of another epoch.
 
         Raises:
             RunError: An earlier version saved `state`, and the weights in the folder do not belong to it.
@@ -151,7 +151,7 @@ class TrainingRun:
 
     def _restore_weights(self, epoch: int, weights: dict[str, Tensor] | None) -> None:
         folder = self.config.run.dir
-        if weights is None:  # an earlier version saved the state, and the weights in their own file alone
+        if weights is None:  # saved by an earlier version, which kept the weights only in their own file
             self._best_weights = run_folder.load_weights(folder, epoch)
             return
         self._best_weights = weights
@@ -166,8 +166,8 @@ class TrainingRun:
             run_folder.save_weights(folder, weights, epoch)
 
     def log_convergence(self) -> None:
-        """Log when the accuracy on *val* first reached 95% of its best: `steps` and `seconds` of training, with all
-        runs that trained as one stack.
+        """Log when the accuracy on *val* first reached 95% of its best: `steps` and `seconds` of training of
+        the whole stack.
         """
         if self.best is None:
             return
@@ -178,7 +178,7 @@ class TrainingRun:
                 return
 
     def _seconds(self) -> float:
-        """Seconds of training so far, without those between interruptions."""
+        """Seconds of training so far, without the time between an interruption and resuming."""
         return time.monotonic() - self._started
 
     def write_card(self, command: str, parameters: int) -> None:
@@ -216,7 +216,7 @@ class TrainingRun:
             names = np.array([question.question_id for question in table.questions])
             np.savez_compressed(content, question_ids=names, kept=answers.kept)
             run_folder.write_whole(out / SELECTION, content.getvalue())
-        else:  # that of another head, which was evaluated into this folder before
+        else:  # another head with a selection may have been evaluated into this folder before
             (out / SELECTION).unlink(missing_ok=True)
         config = self.config
         result = {
@@ -238,7 +238,7 @@ class TrainingRun:
 
 
 def _write_submission(out: Path, questions: Sequence[Question], answers: Mapping[str, str]) -> None:
-    """Write the options' indices for the server of a benchmark, where it keeps right answers to itself.
+    """Write the chosen options' indices for the server of a benchmark that does not publish all right answers.
 
     `submission.json` is `{question_id: index}`, `submission.csv` has the columns `q_uid,answer`.
     """

@@ -26,7 +26,7 @@ from egopatch.train.scores.metrics import Metrics
 from egopatch.train.steps.optim import learning_rate
 from egopatch.train.steps.stacked_heads import LearnedStep
 
-# Steps whose losses are read back from the device together: a GPU stands still while its host waits for them.
+# Steps whose losses are read back from the device together: a GPU idles while its host waits for them.
 STEPS_READ_TOGETHER = {"cpu": 1, "cuda": 16}
 # Fraction of the time that saving at the end of epochs may take.
 SAVING_SHARE = 0.05
@@ -128,7 +128,7 @@ class RunGroup:
         """Score the answers of each run to *val*, keep the best weights, and save the position."""
         epoch = self.position[0] + 1
         for number, finite in enumerate(self.heads.finite()):
-            if not finite:  # the last step of the epoch made them so, and no later loss has shown it
+            if not finite:  # the last step of the epoch made them so, and no later loss can show it
                 self._diverged(number, "a weight is not finite", self.heads.step)
         for number, (run, run_answers) in enumerate(zip(self.runs, answers, strict=True)):
             if run.active:
@@ -237,7 +237,7 @@ class RunGroup:
         self.position = saved.position
 
     def _changed_since_earlier(self, saved: ResumeState) -> list[str]:
-        """What shows that the questions are not those of a state that recorded none: its steps have to follow from its
+        """Evidence that the questions differ from those of a state that recorded none: its step count contradicts its
         position in the batches.
         """
         if not self.heads.steps:
@@ -259,5 +259,5 @@ class RunGroup:
 
 
 def _head_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of one head's tensors, by name, in a stack of several."""
+    """Shape of each tensor of a single head, by name, from the tensors of a stack."""
     return {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What to do when training runs out of a GPU's memory or of disk space, in one line."""
+"""Errors of one line that say what to do when training runs out of GPU memory or disk space."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ def shortage_explained(train: TrainConfig, folder: Path, option: str = "--run.di
 
     Args:
         folder: Folder of the run or sweep that is written.
-        option: What chooses another folder, for the message.
+        option: Option that chooses another folder, for the message.
     """
     try:
         with write_errors_explained(f"writing to {folder}", kept="the last saved state is intact"):

@@ -23,7 +23,7 @@ def trained_config(config: Config, card: Card) -> Config:
 
 
 def head_of(card: Card, config: HeadConfig) -> HeadConfig:
-    """The card's options, except those of `config` that only decide how fast the head is computed."""
+    """The card's options of the head; those that only decide how fast it is computed come from `config`."""
     options: dict[str, Any] = {}
     for field in fields(HeadConfig):
         value = card.config["head"].get(field.name, getattr(config, field.name))
@@ -48,7 +48,7 @@ def require_answers(folder: Path, card: Card) -> None:
 def open_head(
     config: Config, folder: Path, card: Card, sizes: Sizes, device: torch.device, ranks: Distributed = ALONE
 ) -> tuple[nn.Module, StackedHeads]:
-    """The trained head of the run in `folder`, alone and as a stack of one that answers; both have its weights.
+    """The trained head of the run in `folder`, by itself and as a stack of one that answers; both have its weights.
 
     Args:
         config: As from `trained_config`.

@@ -32,7 +32,7 @@ class Head:
 
     Attributes:
         name: Value of `head.name` that selects it.
-        build: From its options and the sizes of features and answers to the untrained module. `forward(batch)` of the
+        build: Maps its options and the sizes of features and answers to the untrained module. `forward(batch)` of the
             module takes a `train.data.batch.Batch` and returns logits `[B, A]`, whose shape is checked. If it has a
             method `measure(tokens)`, that is called once before training, with `PatchTokens` of up to 64 training
             clips, to set its buffers.
@@ -58,11 +58,11 @@ class _BuiltIn:
     """A head of this package.
 
     Attributes:
-        build: From the config and the sizes of features and answers to the untrained module.
+        build: Maps the config and the sizes of features and answers to the untrained module.
         reads_video: As in `Head`.
-        stacks: As in `Head`; false for heads that read every patch, of which one fills a machine, and for those that
+        stacks: As in `Head`; false for heads that read every patch, since one fills a machine, and for those that
             learn nothing.
-        chooses: Whether it scores the options of multiple-choice questions by itself; others do so as a `Choice`.
+        chooses: Whether it scores the options of multiple-choice questions by itself; others are wrapped in a `Choice`.
         published: Whether it starts from `head.checkpoint`.
     """
 
@@ -105,7 +105,7 @@ HEADS: Mapping[str, _BuiltIn] = {
     "question-only": _BuiltIn(lambda config, sizes: QuestionOnly(config.head, sizes), reads_video=False),
     "pooled": _POOLED,
     "attention": _BuiltIn(lambda config, sizes: Attention(config.head, sizes), stacks=False),
-    "egovlp": _POOLED,  # of the published system
+    "egovlp": _POOLED,  # as in the published system
     "egovlpv2": _FUSED,
     "mfas": _FUSED,
     "psa": _BuiltIn(lambda config, sizes: PSA(config.head, sizes)),
@@ -130,7 +130,7 @@ def register_head(head: Head, replace: bool = False) -> None:
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken, or `head` is no `Head`.
+        ConfigError: The name is taken, or `head` is not a `Head`.
     """
     if not isinstance(head, Head):
         raise ConfigError(f"register_head was given {head!r}, which {_fault('', head)}")
@@ -141,7 +141,7 @@ def check_head(config: HeadConfig) -> None:
     """Check the head's name and the options of a registered head, before any data is read.
 
     Raises:
-        ConfigError: The name is unknown, what registers it is broken, or an option is unknown or of another type.
+        ConfigError: The name is unknown, its registration is broken, or an option is unknown or of the wrong type.
     """
     head = _PLUGINS.find(config.name)
     if head is not None:
@@ -175,7 +175,7 @@ def can_capture(name: str) -> bool:
 
 
 def package_versions(name: str) -> dict[str, str]:
-    """Version by name of the package that registers the head; empty if none does."""
+    """Name and version of the package that registers the head; empty if none does."""
     package = _PLUGINS.package_of(name)
     return {} if package is None else dict([package.rsplit(" ", 1)])
 
@@ -199,7 +199,7 @@ def _options_of(head: Head, config: HeadConfig) -> Any:
 
 
 def build_head(config: Config, sizes: Sizes) -> nn.Module:
-    """The untrained head named `head.name`; of multiple-choice questions (`sizes.choices`), it scores the options.
+    """The untrained head named `head.name`; for multiple-choice questions (`sizes.choices`), it scores the options.
 
     `egovlpv2` and `mfas` start from `head.checkpoint`, or from `encoder.checkpoint` if that is null.
 
@@ -219,7 +219,7 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
 
 
 def errors_kept(head: nn.Module) -> AbstractContextManager[None]:
-    """`traceback_kept` around code of a head from outside this package; errors of the heads here are one line each."""
+    """`traceback_kept` for code of a head from outside this package; errors of our own heads stay one line each."""
     read = unwrapped(head)
     return nullcontext() if of_this_package(read) else traceback_kept(f"the head {type(read).__name__}")
 
@@ -260,7 +260,7 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
 
 
 def _require_logits(name: str, answers: int, module: nn.Module, inputs: tuple[Batch], logits: object) -> None:
-    """Refuse what is not logits [B, A]: more columns than answers would go unnoticed until one of them wins."""
+    """Refuse anything but logits [B, A]: surplus columns would go unnoticed until one of them wins."""
     index = inputs[0].text_index
     expected = (len(index), answers)
     if not isinstance(logits, Tensor) or logits.shape != expected or not logits.is_floating_point():

@@ -1,4 +1,4 @@
-"""What operations of M stacked heads share: their calls under `torch.vmap`, and their numbers on the device."""
+"""Helpers for operations of M stacked heads: one call for all heads under `torch.vmap`, and numbers on the device."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def for_all_heads(call: Callable[..., Any], *inputs: Tensor) -> Any:
-    """Under a `vmap` over M heads, the result of one `call` for all of them, instead of what `vmap` would make of it.
+    """Under a `vmap` over M heads, run `call` once for all of them, instead of letting `vmap` transform it.
 
     Args:
         call: Receives `inputs` stacked, and returns tensors [M, ...]; it may use tensors that all heads share.
-        inputs: The head's own tensors, at least one of them mapped.
+        inputs: Tensors of a head, at least one of which `vmap` maps.
     """
     return _UnderVmap.apply(call, *inputs)
 

@@ -35,7 +35,7 @@ class Distributed:
         local_size: Number of ranks on its machine.
 
     Raises:
-        RankLost: From every method, where another rank is gone.
+        RankLost: From every method, if another rank is gone.
     """
 
     rank: int = 0
@@ -97,8 +97,8 @@ class Distributed:
     def sum_tensors(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """Sums over the ranks of tensors in the shapes of `like`; None counts as zero; all None gives None.
 
-        All tensors are sent as one: the gradients of a head are many small tensors. The CPUs tell each other which of
-        them there are, because reading that from a GPU would wait for the whole batch.
+        All tensors are sent as one: the gradients of a head are many small tensors. The CPUs exchange which tensors
+        exist, because reading that from a GPU would wait for the whole batch.
         """
         counts = torch.tensor([int(t is not None) for t in tensors])
         pieces = [torch.zeros_like(other) if t is None else t for t, other in zip(tensors, like, strict=True)]
@@ -146,7 +146,7 @@ def join(cuda: bool) -> Iterator[Distributed]:
 
     Raises:
         ConfigError: This machine has more ranks than CUDA devices, or `WORLD_SIZE` is set without torchrun's other
-            variables, or one of them is no number or a rank that does not exist.
+            variables, or one of them is not a number or not a valid rank.
     """
     size = _number("WORLD_SIZE", "1")
     if size == 1:
@@ -172,8 +172,8 @@ def join(cuda: bool) -> Iterator[Distributed]:
                 f"expected --nproc-per-node {devices} at most, or --train.device cpu"
             )
         torch.cuda.set_device(ranks.local)
-    # The default arguments of this module hold whatever process group exists when it is first imported. Import it
-    # before there is one: a reference to the group keeps gloo's threads alive, and these may use Python while the
+    # The default arguments of this module keep whatever process group exists at its first import. Import it before
+    # there is one: a reference to the group keeps gloo's threads alive, and these may use Python while the
     # interpreter exits, which aborts the process.
     from torch.distributed.nn import functional  # noqa: F401
 

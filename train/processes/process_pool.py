@@ -1,4 +1,4 @@
-"""Calls side by side on the cores of a CPU, each in a forked process."""
+"""Runs calls in parallel on the cores of a CPU, each in a forked process."""
 
 import multiprocessing
 import signal
@@ -34,7 +34,7 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     the GIL. Forked processes do neither, and share memory copy-on-write.
 
     Each signal of `stop_signals` reaches the processes as SIGTERM, which raises KeyboardInterrupt there, so a call can
-    stop where it chooses; Ctrl-C as a second signal kills them.
+    choose where to stop; Ctrl-C as a second signal kills them.
 
     Args:
         calls: Their results and exceptions are pickled; the calls themselves are not. An exception that cannot be
@@ -96,7 +96,7 @@ def _start(call: Callable[[], object]) -> tuple[Connection, ForkProcess]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with warnings.catch_warnings():
-            # Python 3.12 warns of forks beside any thread: torch's threads are idle, and the fork does not use them.
+            # Python 3.12 warns of forks beside threads: torch's threads are idle, and the fork does not use them.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     finally:
@@ -118,7 +118,7 @@ def _run(call: Callable[[], object], connection: Connection) -> None:
 
 
 def _receive(connection: Connection, process: ForkProcess) -> Any:
-    """Result of a process that has ended or sent one; raises the exception that the process raised."""
+    """The result of a process that has sent one or has ended; raises the exception that the process raised."""
     try:
         result, failure = connection.recv()
     except EOFError:

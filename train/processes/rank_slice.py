@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RankSlice:
-    """The questions, clips and texts of a rank's batch as rows of the whole batch, rising.
+    """The rows of the whole batch, in rising order, that hold a rank's questions, clips and texts.
 
     Attributes:
         questions, clips, texts: [n] long.
@@ -32,10 +32,10 @@ class RankSlice:
         return replace(self, texts=_unique_rows(texts, texts[self.questions]))
 
     def sent(self, send: Callable[[Tensor], Tensor]) -> "RankSlice":
-        """The same slice with the rows that `send` returns for each tensor of rows."""
+        """The same slice with each tensor of rows replaced by what `send` returns for it."""
         return RankSlice(send(self.questions), send(self.clips), send(self.texts), self.total)
 
 
 def _unique_rows(whole: Tensor, selected: Tensor) -> Tensor:
-    """Where the unique values of `selected` stand among those of `whole`."""
+    """Positions of the unique values of `selected` among the unique values of `whole`."""
     return torch.searchsorted(whole.unique(), selected.unique())

@@ -1,4 +1,4 @@
-"""Signals as requests to stop: training ends after the current step, and the exit code says who asked."""
+"""Signals as requests to stop: training ends after the current step, and the exit code says who sent the signal."""
 
 import signal
 import threading
@@ -24,13 +24,13 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | None = None) -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGUSR1 set inside the block, so that no step is interrupted half-way.
+    """Yield an event that SIGINT, SIGTERM and SIGUSR1 set inside the block, so that no step is interrupted half-way.
 
     A `Stopped` that leaves the block gets the exit code of the first signal. Outside of the main thread, which alone
     receives signals, the event is never set.
 
     Args:
-        second_raises: Whether SIGINT raises KeyboardInterrupt if it is not the first signal. Schedulers repeat theirs.
+        second_raises: Whether SIGINT as a later signal raises KeyboardInterrupt; schedulers repeat their own signals.
         on_first: Called at the first signal.
     """
     stopping = threading.Event()

@@ -94,7 +94,7 @@ def _text(front: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
 
 
 def _data_name(card: Card) -> str:
-    """The data set; EgoSynth has EgoTaskQA's layout, and must not pass for it."""
+    """Name of the data set. EgoSynth has EgoTaskQA's layout and must not be taken for it."""
     return "EgoSynth" if is_synthetic(asdict(card)) else str(card_option(asdict(card), "data", "name"))
 
 

@@ -1,4 +1,4 @@
-"""A folder with all that an upload would hold. Nothing is sent anywhere."""
+"""Writes folders with everything that an upload needs. Nothing is sent anywhere."""
 
 import dataclasses
 import re
@@ -24,11 +24,11 @@ PUBLISHED = (WEIGHTS, CARD, CONFIG, TEST)
 
 @dataclass(frozen=True)
 class Publication:
-    """What was written.
+    """The folders that were written.
 
     Attributes:
         folders: One folder for each upload.
-        notes: What to look at before uploading.
+        notes: Points to check before uploading.
     """
 
     folders: tuple[Path, ...]
@@ -36,16 +36,17 @@ class Publication:
 
 
 def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool = False) -> Publication:
-    """Write `to/head`, the run in `run.dir`, and unless `head_only` `to/store`, the features that it was trained on.
+    """Write the run in `run.dir` to `to/head` and, unless `head_only`, its training features to `to/store`.
 
     Args:
         to: Folder to write. Files of an earlier call are replaced, and an interrupted copy of a store resumes.
-        terms: Licences of weights and data of which none is known: `NAME: LICENCE`, where the name is a part of what
-            the error lists; any other text stands for all that no name fits.
+        terms: Licences of weights and data without a known one: `NAME: LICENCE`, where NAME is part of a name that the
+            error lists; any other text applies to all that no NAME fits.
         head_only: Whether to leave out the store.
 
     Raises:
-        ConfigError: Weights or data have no known licence and `terms` states none, or are not what their name says.
+        ConfigError: Weights or data have no known licence and `terms` states none, or have a published name
+            but other contents.
         RunError: `run.dir` has no finished run, or one of its files is damaged.
         FingerprintMismatch: The store is not the one that the head was trained on.
         StoreError: A clip of the store is damaged.
@@ -87,7 +88,7 @@ def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
     named: dict[str, list[str]] = {what: [] for what in unknown}
     others = []
     for text in terms:
-        words = text.split(": ")  # a name may hold a colon, and so may a licence: the longest name decides
+        words = text.split(": ")  # names and licences may contain colons: the longest fitting name wins
         for cut in range(len(words) - 1, 0, -1):
             name, licence = ": ".join(words[:cut]), ": ".join(words[cut:])
             if fits := [what for what in unknown if name and name in what]:
@@ -100,7 +101,7 @@ def _stated(unknown: Sequence[str], terms: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(card: Card) -> Iterator[str]:
-    """What the files of a head reveal about this machine."""
+    """Notes on what the files of a head reveal about this machine."""
     paths = {
         f"{section}.{name}": value
         for section, options in card.config.items()
@@ -110,14 +111,15 @@ def _notes(card: Card) -> Iterator[str]:
     if paths:
         named = ", ".join(f"{name} {value}" for name, value in paths.items())
         yield f"{CARD} and {CONFIG} name folders of this machine: {named}"
-    # A word, or what stands in it after an equals sign, a blank or a quote, as in --store.path=/data/my store.
+    # Absolute paths: a whole word, or the rest of one after an equals sign, a blank or a quote, as in
+    # --store.path=/data/my store.
     found = (re.search(r"(?:^|[\s='\"])(/.+)", word) for word in _words(card.command))
     if in_command := [path[1] for path in found if path]:
         yield f"{README} and {CARD} have the command, which names folders of this machine: {', '.join(in_command)}"
 
 
 def _store_notes(store: Store) -> Iterator[str]:
-    """What the files of a store reveal about this machine."""
+    """Notes on what the files of a store reveal about this machine."""
     videos = (origin.file for origin in store.origins().values() if origin is not None)
     if video := next((name for name in videos if Path(name).is_absolute()), None):
         yield f"the store has the paths of its videos on this machine, such as {video}"
@@ -127,7 +129,7 @@ def _store_notes(store: Store) -> Iterator[str]:
 
 
 def _words(command: str) -> list[str]:
-    """The words of a command without their quotes; those between blanks where a quote is not closed."""
+    """The words of a command without their quotes; if a quote is not closed, split at blanks only."""
     try:
         return shlex.split(command)
     except ValueError:

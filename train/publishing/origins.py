@@ -1,4 +1,4 @@
-"""Where the weights and the data behind a head come from, and under which terms."""
+"""Finds out where the weights and the data behind a head come from, and under which terms."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,8 +18,8 @@ class Origin:
     """Weights or data that a head was made from, with their licence.
 
     Attributes:
-        what: What they are.
-        terms: Their licence; None if nothing here names one.
+        what: Description of them.
+        terms: Their licence; None if unknown.
     """
 
     what: str
@@ -27,10 +27,10 @@ class Origin:
 
 
 def origins(card: Card) -> tuple[Origin, ...]:
-    """Every origin of a head, by its card: the weights of both networks, and the data set.
+    """All origins of a head, read from its card: the weights of both networks, and the data set.
 
     Raises:
-        ConfigError: The checkpoint bears the name of a published file and has other bytes than the locked one.
+        ConfigError: The checkpoint has the name of a published file, but not the SHA-256 in the lock file.
     """
     return (*_weights(card), _data(card))
 
@@ -56,7 +56,7 @@ def _weights(card: Card) -> Iterator[Origin]:
 
 
 def _licence(package: str) -> str | None:
-    """What an installed package says of its licence."""
+    """The licence that an installed package states; None without one."""
     try:
         found = metadata.metadata(package).json
     except metadata.PackageNotFoundError:
@@ -66,7 +66,7 @@ def _licence(package: str) -> str | None:
 
 
 def _checkpoint(what: str, path: Path, used: object) -> Origin:
-    """A file that weights come from; `used` is the SHA-256 of the one that was read, None if it is not known."""
+    """Origin of a checkpoint file; `used` is the SHA-256 of the file that was read, None if unknown."""
     sources = load_sources(DEFAULT_SOURCES)
     source = sources.checkpoint(path.name)
     if source is None:

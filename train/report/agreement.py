@@ -19,7 +19,7 @@ def agreement(
     Args:
         selection: Kept patches [Q, T, k].
         grid: Rows and columns of patches in a frame.
-        frames: Number of stored frames, where the head reads T evenly spaced ones of them; None: it reads all.
+        frames: Number of stored frames, if the head reads T evenly spaced ones of them; None if it reads all.
     """
 
     def known() -> Iterator[tuple[NDArray, Places]]:

@@ -1,4 +1,4 @@
-"""Analysis of one split for the report: the row it is about, its rivals, tags, selections, examples."""
+"""Analysis of one split for the report: the headline row, its rivals, tags, selections and examples."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,8 +53,8 @@ class KeptPatches:
 def headline_row(rows: Sequence[Row]) -> Row:
     """The row that the page is about: psa if it was run, else the best head that reads video.
 
-    A row on real encoder weights comes before one on random stand-ins, the setting of the table before others, and then
-    the one that is best on val.
+    Rows on real encoder weights come before those on random stand-ins, the table's main setting comes before others,
+    then accuracy on val decides.
     """
 
     def rank(row: Row) -> tuple[bool, bool, bool, bool, float]:
@@ -76,7 +76,7 @@ def config_of(row: Row, config: Config) -> Config:
     """`config` with the videos, the encoder and the store of the row's best run, as its card has them.
 
     Raises:
-        SourceError: The card has an option of another type than it should.
+        SourceError: An option in the card has the wrong type.
     """
     of_run, now = row.best.card.get("config") or {}, plain(config)
     # All decoders give the same frames, and this one runs everywhere.
@@ -96,7 +96,7 @@ def config_of(row: Row, config: Config) -> Config:
 
 
 def best_blind_row(rows: Iterable[Row]) -> Row | None:
-    """The row of the blind baseline with the higher accuracy; None without one."""
+    """The blind baseline's row with the highest accuracy; None if there is none."""
     blind = [row for row in rows if row.system in BLIND and row.mean("all") is not None]
     return max(blind, key=lambda row: row.mean("all") or 0.0, default=None)
 
@@ -115,17 +115,17 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
 
 
 def kept_by_ratio(row: Row, sweeps: Sequence[Sweep], questions: Questions) -> tuple[dict[str, KeptPatches], list[str]]:
-    """What a row's best seed and the runs of sweeps kept, by ratio.
+    """The patches that a row's best seed and the runs of sweeps kept, by ratio.
 
-    The selection of the row comes first, for its ratio; of the other ratios the run with the lowest seed counts. Runs
-    without a recorded selection are ignored.
+    For the row's own ratio, its selection is used; for other ratios, that of the run with the lowest seed. Runs without
+    a recorded selection are ignored.
 
     Returns:
         Kept patches by label, such as `0.25`, and one line for each damaged file.
     """
     problems: list[str] = []
     found: dict[str, KeptPatches] = {}
-    # Only psa records a selection, so only its own may be missing.
+    # Only psa records a selection, so only a row of psa can miss one.
     folders = [(ratio_label(row), row.best.dir)] if row.head in OURS else []
     for sweep in sweeps:
         if sweep.split == row.split and sweep.system == row.system:
@@ -178,18 +178,18 @@ def build_examples(
 
 
 def frames_read(row: Row, config: Config) -> list[int]:
-    """Indices of the frames that a row's head reads, of those that the encoder saw."""
+    """Indices of the frames that a row's head reads, among those that the encoder saw."""
     read = row.best.options.get("head.frames")
     return middle_indices(config.video.frames, config.video.frames if read is None else int(read))
 
 
 def frames_chosen_from(row: Row, config: Config) -> int | None:
-    """The number of frames of which a row's head reads some; None if it reads all."""
+    """The number of frames if a row's head reads only some of them; None if it reads all."""
     return None if row.best.options.get("head.frames") is None else config.video.frames
 
 
 def _pictures(clips: Sequence[Clip], config: Config, frames: Sequence[int]) -> Iterable[tuple[tuple[str, ...], str]]:
-    """As `examples.pictures`; an encoder whose transform is not known here gives a reason for every clip."""
+    """As `examples.pictures`; if the encoder's transform is unknown here, every clip gets that reason."""
     try:
         transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
     except (CheckpointError, ConfigError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Right and wrong answers of the rows of the table, and the intervals that follow from them."""
+"""Right and wrong answers of the table's rows, and the intervals computed from them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,9 +113,9 @@ def correctness(row: Row, questions: Questions) -> Correctness:
 
 
 def text_scores(rows: Sequence[Row], questions: Questions) -> tuple[dict[str, dict[str, Interval]], list[str]]:
-    """Metrics of the answers as texts by label, mean over seeds; none unless the data set has free answers.
+    """Text metrics of the answers, by label, mean over seeds; empty unless the data set has free answers.
 
-    A missing library, without which there are none either, is named in a line.
+    They are empty too if a library is missing; then a line names it.
 
     Args:
         rows: Rows whose predictions can be read.
@@ -131,7 +131,7 @@ def text_scores(rows: Sequence[Row], questions: Questions) -> tuple[dict[str, di
 
 
 def accuracy_mismatches(row: Row, correct: Correctness, questions: Questions) -> list[str]:
-    """One line for each run of a row whose predictions do not give its recorded accuracies."""
+    """One line for each run of a row whose predictions do not reproduce its recorded accuracies."""
     lines = []
     masks = column_masks(questions.by_id.values())
     for run, hits in zip(row.runs, correct.by_seed, strict=True):
@@ -182,9 +182,9 @@ def column_masks(questions: Iterable[Question]) -> dict[str, NDArray[np.bool_]]:
 
 
 def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str, Interval]:
-    """The interval of each accuracy of a row, by column, or `tag X` for the tag X; only those with questions.
+    """The interval of each accuracy of a row that has questions, by column, or `tag X` for the tag X.
 
-    A recorded accuracy that differs from that of the answers has none: the interval would be about another number.
+    A recorded accuracy that differs from that of the answers gets none: the interval would describe another number.
     """
     clips, found = np.array(questions.clip_ids), {}
     for column, counted in column_masks(questions.by_id.values()).items():

@@ -81,7 +81,7 @@ class Example:
 def choose(
     clip_of: Mapping[str, str], ours: Mapping[str, bool], others: Sequence[Mapping[str, bool]], count: int
 ) -> list[tuple[str, str]]:
-    """Choose wins (ours is right, others are not), losses (ours is wrong, others are not) and random questions.
+    """Choose wins (ours is right, some other is not), losses (ours is wrong, some other is not) and random questions.
 
     Wins with the fewest other systems right come first, losses with the most. The random questions are drawn before the
     other two kinds and without looking at any answer. No question is chosen twice; wins and losses avoid clips that are
@@ -146,7 +146,7 @@ def shown_frames(frames: int) -> list[int]:
 
 
 def prepare_picture(clip: Clip, video: VideoConfig, cache: "VideoCache", transform: "Transform") -> "PreparedClip":
-    """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder child.
+    """Decode a clip's frames and crop them as for the encoder, but keep them viewable. Runs in a decoder process.
 
     Returns:
         Frames [T, 3, 224, 224] in [0, 1]. The crop is the encoder's, whatever `video.size` is, so that a patch grid
@@ -168,11 +168,11 @@ def prepare_picture(clip: Clip, video: VideoConfig, cache: "VideoCache", transfo
 def pictures(
     clips: Sequence[Clip], video: VideoConfig, transform: "Transform", read: Sequence[int]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """For each clip its shown frames as data URIs and "", or no pictures and the reason.
+    """For each clip, yield its shown frames as data URIs and "", or no pictures and the reason.
 
     Args:
         clips: Clips to show.
-        video: How their frames were chosen.
+        video: Options by which their frames were chosen.
         transform: The encoder's transform.
         read: Indices of the frames that the head reads; of these, `shown_frames` are shown.
     """

@@ -27,8 +27,8 @@ class StoreFacts:
         digest: Digest of the fingerprint.
         fields: Fields of the fingerprint.
         differences: One line for each field of a card's fingerprint that differs from the store's.
-        check: Its clips, compared with the annotations; None if these cannot be read.
-        outdated: One line for each run that was trained on rows which have been replaced since.
+        check: The store's clips compared with the annotations; None if these cannot be read.
+        outdated: One line for each run whose training clips were encoded again or removed since.
     """
 
     path: str
@@ -62,7 +62,7 @@ def store_facts(results: Results, clips: Collection[Clip], root: Path) -> list[S
 
 
 def versions(results: Results) -> dict[str, list[str]]:
-    """Versions of each package in the cards of the runs; several if they differ."""
+    """Versions of each package according to the runs' cards; several if they differ."""
     found: dict[str, dict[str, None]] = {}
     for row in results.rows:
         for run in row.runs:

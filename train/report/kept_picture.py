@@ -26,10 +26,10 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     """Decode the clip's video and write the picture.
 
     Args:
-        config: Config of the store, whose data set says where the clip's video is.
+        config: Config of the store; its data set says where the clip's video is.
 
     Raises:
-        ConfigError: `path` is no picture's name, or the clip's video cannot be shown.
+        ConfigError: `path` is not the name of a picture, or the clip's video cannot be shown.
         DatasetError: The annotations cannot be read.
     """
     require_picture_name(path)
@@ -38,13 +38,13 @@ def draw_prediction(path: Path, prediction: Prediction, config: Config) -> None:
     for index, frame in enumerate(frames):
         shown = mark_kept(frame, prediction.kept[index], prediction.grid) if prediction.kept else frame
         cells.append((shown, prediction.when(index)))
-    picture = io.BytesIO()  # Pillow's own writing of a JPEG file does not notice a disk that is full
+    picture = io.BytesIO()  # Pillow does not notice a full disk when it writes a JPEG file itself
     sheet(cells).save(picture, "PNG" if path.suffix.lower() == ".png" else "JPEG")
     write_whole(path, picture.getvalue())
 
 
 def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
-    """The frames of a clip that its encoder was given, as pictures [T, 3, S, S] in [0, 1] with the encoder's crop.
+    """The frames of a clip as the encoder saw them: pictures [T, 3, S, S] in [0, 1] with the encoder's crop.
 
     Args:
         config: Config of the store, whose data set says where the clip's video is.

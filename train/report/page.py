@@ -47,7 +47,7 @@ _MOST_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Gain:
-    """How far the row of the headline is above the row `other`."""
+    """The lead of the headline row over the row `other`."""
 
     other: Row
     comparison: Comparison
@@ -55,7 +55,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class KeptSummary:
-    """Where the head of the headline looks: the patches that it keeps, over all questions and frames.
+    """Where the headline row's head looks: the patches that it keeps, over all questions and frames.
 
     Attributes:
         frequency: [rows, cols] share of frames in which each patch is kept.
@@ -76,7 +76,7 @@ class SplitPage:
 
     Attributes:
         name: `direct` or `indirect`.
-        title: What the questions are called, as in `train.report.table.title`.
+        title: Title of the questions, as from `train.report.table.title`.
         rows: Rows of the table.
         counts: Sentence on the number of questions.
         ours: Row of the headline: `train.report.analysis.headline_row`.
@@ -84,15 +84,15 @@ class SplitPage:
         tags: Breakdown by reasoning tag.
         examples: Wins, losses and random questions.
         intervals: Interval of each accuracy, by label and column; a row whose predictions cannot be read has none.
-        texts: Metrics of a row's answers as texts, by label and name; none unless answers are free text.
+        texts: Text metrics of a row's answers, by label and name; empty unless answers are free text.
         best: Highest accuracy of a row, by column.
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
         table_ratio: Selection ratio of the head in the table.
-        kept: Where the head looks; None if it recorded no selection.
+        kept: Summary of where the head looks; None if it recorded no selection.
         explanation: Which patches matter to its answers; None if `train explain` was not run.
         clips: Clips of the annotations; none if these cannot be read.
-        questions: Number of questions with their digest; None if the annotations cannot be read.
+        questions: Number of questions and their digest; None if the annotations cannot be read.
         data: All questions and pairs of systems, for the page's script.
         problems: One line for each file that could not be read or shown.
     """
@@ -122,7 +122,7 @@ class SplitPage:
 def write_report(config: Config, folder: Path) -> Path:
     """Write `report.html` into `folder` from the runs and sweeps below it.
 
-    What cannot be read, such as a missing video, is reported in its place on the page and on stderr, one line each.
+    Anything that cannot be read, such as a missing video, is reported on the page and on stderr, one line each.
 
     Args:
         config: Config of one of the runs, with the paths of annotations, videos and the store.
@@ -226,7 +226,7 @@ def _split_page(config: Config, results: Results, split: str, sweeps: Sequence[S
 
 
 def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None) -> KeptSummary:
-    """Where a head looks, by its selection; `frames` as for `agreement`."""
+    """Summary of where a head looks, from its selection; `frames` as for `agreement`."""
     patches = grid[0] * grid[1]
     return KeptSummary(
         frequency=selection.frequency(patches).reshape(grid),
@@ -269,7 +269,7 @@ def _sweeps(folder: Path) -> tuple[list[Sweep], list[str]]:
 
 
 def _colours(splits: Sequence[SplitPage]) -> dict[str, int]:
-    """A colour for each row, by label: the first one for the rows of the headline."""
+    """A colour for each row, by label; the headline rows get the first ones."""
     labels = dict.fromkeys([split.ours.label for split in splits])
     labels |= dict.fromkeys(row.label for split in splits for row in split.rows)
     return {label: number % COLOURS for number, label in enumerate(labels)}
@@ -401,7 +401,7 @@ def _render(**content: object) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     template = environment.get_template("report.html.j2")
-    # Only these two files of the package, which are no data, are inserted unescaped.
+    # Only these two files of the package, which contain no data, are inserted unescaped.
     return template.render(policy=policy, css=Markup(css), script=Markup(script), **content)
 
 

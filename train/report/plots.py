@@ -33,9 +33,9 @@ OTHER_COLOUR = "#000000"
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _FAINT = "#1f2328", "#d8dce1"
 _LOSS_POINTS = 120
-# Letters in a line of a setting's name beside the axis, and of a legend.
+# Letters in a line: of a setting's name beside the axis, and per inch of a legend.
 _LETTERS, _LETTERS_PER_INCH = 40, 10
-# The least distance of two numbers on a logarithmic axis, as a share of its length.
+# The smallest distance between two tick labels on a logarithmic axis, as a share of its length.
 _APART = 0.09
 
 
@@ -105,7 +105,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def spaced(ratios: Collection[float]) -> list[float]:
-    """The ratios, rising, without those whose number would touch that of the one before; the last is always there."""
+    """The ratios in rising order, without those whose label would touch the previous one; the last is always kept."""
     rising = sorted(ratios)
     kept: list[float] = []
     for ratio in rising:
@@ -135,7 +135,7 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all panels, below them, where it hides no line, in as many columns as the figure has room for."""
+    """Draw one legend for all panels below them, where it hides no line, in as many columns as fit."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     names = [textwrap.fill(label, int(_LETTERS_PER_INCH * figure.get_figwidth())) for label in found]
     for columns in range(min(len(found), 6), 0, -1):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from egopatch.train.rundir.names import TEST
 from egopatch.train.rundir.results import START_AGAIN, value_text
 
-# Options that a sweep's runs state beside their setting, and the folder.
+# Options outside a sweep run's setting: those that it states separately, and the folder.
 _OUTSIDE_SETTING = {"head.ratio", "train.seed", "run.dir"}
 
 
@@ -90,7 +90,7 @@ class Sweep:
     """Runs of one sweep, sorted by setting, ratio and seed.
 
     The `setting` of a run names its options other than the ratio and the seed; it is empty for a plain ratio sweep.
-    `intervals` has the 95% interval of each setting and ratio, `command` what made the sweep.
+    `intervals` has the 95% interval of each setting and ratio, `command` the command that made the sweep.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Selection:
     def shared(self, clip_of: Mapping[str, str], patches: int) -> float | None:
         """Share of a question's kept patches that another question about the same clip keeps too: mean over pairs.
 
-        1 where the selection ignores the question; None where no clip has two questions.
+        1 if the selection ignores the question; None if no clip has two questions.
 
         Args:
             clip_of: Clip of each question id.
@@ -202,7 +202,7 @@ def read_sweep(path: Path) -> Sweep:
     """
     try:
         value = json.loads(_read_text(path))
-        # Where no test question has a published answer, runs have no accuracy.
+        # If no test question has a published answer, runs have no accuracy.
         runs = [_sweep_run(entry, path.parent) for entry in value["members"] if entry["all"] is not None]
         runs.sort(key=lambda run: (run.setting, run.ratio, run.seed))
         intervals = {
@@ -230,7 +230,7 @@ def read_selection(path: Path) -> Selection:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             ids, kept = arrays["question_ids"], arrays["kept"]
-    # What zipfile cannot read, it refuses by errors of many kinds; a wrong shape in a header asks for all memory.
+    # zipfile raises errors of many kinds for damaged files; a wrong shape in a header asks for all memory.
     except (
         OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error
     ) as error:  # fmt: skip
@@ -265,7 +265,7 @@ def _percent(value: Any) -> float:
 
 
 def _system_of(runs: Sequence[SweepRun]) -> str | None:
-    """System of a sweep that an earlier version wrote, which only its runs name; None if none can be read."""
+    """System of a sweep written by an earlier version, read from its runs' results; None if none can be read."""
     for run in runs:
         try:
             return str(json.loads(_read_text((run.dir or Path()) / TEST))["model"])
@@ -282,14 +282,14 @@ def _setting(overrides: Mapping[str, Any]) -> str:
 
 
 def _existing(value: object, folder: Path) -> Path | None:
-    """Folder of a run, written relative to the sweep's folder or to the working directory."""
+    """Folder of a run, given relative to the sweep's folder or to the working directory; None if missing."""
     if not value:
         return None
     return next((path for path in (folder / str(value), Path(str(value))) if path.is_dir()), None)
 
 
 def _drawable(value: object) -> bool:
-    """Whether a number is finite in float32, as every loss and accuracy of a run is that has not diverged."""
+    """Whether a number is finite in float32, as all losses and accuracies are unless a run has diverged."""
     return isinstance(value, int | float) and abs(value) < 2.0**128
 
 

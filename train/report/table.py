@@ -63,9 +63,9 @@ def write_table(config: Config, folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What the answers of one split's rows give: intervals and metrics of texts by label, types of questions, problems.
+    """Results from the answers of one split's rows: intervals and text metrics by label, question types, problems.
 
-    Questions of multiple choice are of types; other data sets have too many tags for a table.
+    Only multiple-choice questions are counted by type; other data sets have too many tags for a table.
     """
 
     intervals: Mapping[str, RowIntervals]
@@ -144,7 +144,7 @@ def cell(row: Row, part: str, intervals: RowIntervals) -> str:
 
 
 def tag_cell(row: Row, tag: str, intervals: RowIntervals) -> str:
-    """As `cell`, of the questions with a tag."""
+    """As `cell`, for the questions with a tag."""
     return _with_interval(row.tag_mean(tag), intervals.get(f"tag {tag}"))
 
 
@@ -155,7 +155,7 @@ def _with_interval(mean: float | None, interval: Interval | None) -> str:
 
 
 def text_cells(row: Row, texts: Texts) -> list[str]:
-    """The metrics of a row's answers as texts, in the order of `NAMES`."""
+    """The text metrics of a row's answers, in the order of `NAMES`."""
     found = texts.get(row.label)
     return ["–" if found is None else _with_interval(found[name].mean, found[name]) for name in NAMES]
 
@@ -167,13 +167,13 @@ def training_cells(row: Row) -> tuple[str, str]:
 
 
 def title(split: str, rows: Sequence[Row]) -> str:
-    """What the questions of `rows` are called: EgoTaskQA's split, or the folder of another data set."""
+    """Title of the questions of `rows`: EgoTaskQA's split, or the folder of another data set."""
     name = data_title(split, [row.best.card for row in rows])
     return name.capitalize() if name == split else name
 
 
 def question_counts(rows: Sequence[Row]) -> str:
-    """Number of questions in the accuracies of one split; of each row if the rows differ."""
+    """Sentence with the number of questions of one split; if the rows differ, with each row's number."""
     counts = {tuple(row.n(part) for part in ("all", "open", "binary")): row.label for row in rows}
     texts = [f"n = {a:,} questions: {o:,} open, {b:,} binary" for a, o, b in counts]
     if len(texts) == 1:
@@ -232,7 +232,7 @@ def is_synthetic(card: Mapping[str, Any]) -> bool:
     """Whether a card describes rendered data."""
     if (recorded := card.get("synthetic")) is not None:
         return bool(recorded)
-    # An earlier version's card has only the path, which may lead nowhere from here.
+    # An earlier version's card has only the path, which may not exist on this machine.
     root = str(card_option(card, "data", "root"))
     return _stated(card, "synthetic", "egosynth") or (bool(root) and is_rendered(Path(root)))
 

@@ -15,7 +15,7 @@ from egopatch.train.rundir.run_folder import RunError, is_finished, write_whole
 
 @dataclass(frozen=True)
 class Card:
-    """What a head's weights are: enough to open the right store, build the head and read its answers.
+    """Describes a head's weights: enough to open the right store, build the head and read its answers.
 
     Attributes:
         model: The value of `head.name`.
@@ -30,7 +30,7 @@ class Card:
         command: Command that trained the head.
         parameters: Number of learned parameters in the head.
         synthetic: Whether the data set of the config is rendered; None in the cards of earlier versions.
-        trained_on: Section `data` of the config that the head was trained with, where it is not that of `config`
+        trained_on: Section `data` of the config that the head was trained with, if it differs from that of `config`
             (`train evaluate --from`); else None.
     """
 

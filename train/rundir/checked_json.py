@@ -1,4 +1,4 @@
-"""JSON files of a run, which people edit and disks damage: a fault is reported in a single line."""
+"""Reads and checks JSON files of a run, which people edit and disks damage; faults are reported in a single line."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_
 
 T = TypeVar("T")
 
-# The fields of a card that every command reads, and those without which a head cannot be opened or published.
+# The fields of a card that every command reads, and those that opening or publishing a head requires.
 _ALWAYS: Mapping[str, type] = {
     "config": dict,
     "versions": dict,
@@ -32,7 +32,7 @@ def read_object(path: Path) -> Record:
 
     Raises:
         FileNotFoundError, OSError: The file is missing or cannot be read.
-        ValueError: It holds something else; the message does not name it.
+        ValueError: It does not hold a JSON object; the message does not name the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def read_object(path: Path) -> Record:
 
 
 def typed(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
-    """The dataclass `kind` with `values`, whose names and types are checked.
+    """Build the dataclass `kind` from `values`, and check their names and types.
 
     Raises:
         ValueError: A name is unknown, or a value has another type or is out of range; the message calls it
@@ -62,7 +62,7 @@ def require_card_fields(card: Record) -> None:
     """Check the fields of `card.json` that the table and the report read; cards of earlier versions lack some.
 
     Raises:
-        MalformedRecord: A field has another type than it should.
+        MalformedRecord: A field has the wrong type.
     """
     for name, kind in _ALWAYS.items():
         if card.get(name) is not None:

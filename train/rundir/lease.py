@@ -19,7 +19,7 @@ POLL_S = 0.5
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold the lease of a run's folder, which is created, for the length of a block.
+    """Create a run's folder if necessary, and hold its lease inside the block.
 
     Raises:
         ShardOwned: Another process holds it; the message names folder, host and process.
@@ -39,8 +39,8 @@ def hold_when_free(folder: Path, ranks: Distributed, check: Callable[[], object]
     """Hold the lease on the first rank; while another process holds it, say so once and wait.
 
     Args:
-        check: Refuses what the folder holds, on the first rank: at once, so that nothing is created or waited for in
-            vain, and again after the wait, in which the other process may have written to it.
+        check: Raises if the folder holds something unsuitable. The first rank calls it before anything is created or
+            waited for, and again after the wait, since the other process may have written to the folder.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -63,14 +63,14 @@ def hold_when_free(folder: Path, ranks: Distributed, check: Callable[[], object]
 
 
 def busy(folder: Path) -> str | None:
-    """Who holds the folder's lease, and what to do about it; None if it is free."""
+    """Text that says who holds the folder's lease and what to do about it; None if it is free."""
     owner = file_lease.holder(file_lease.lease_path(folder, 0))
     return None if owner is None else file_lease.describe(_name(folder), folder, owner)
 
 
 @contextmanager
 def writable(option: str, folder: Path) -> Iterator[None]:
-    """Turn an error of the file system while `folder` is created into a ConfigError that names its option."""
+    """Turn a file system error while `folder` is created into a ConfigError that names its option."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, which results are read from, and the same numbers for TensorBoard and a tracker."""
+"""The log of a run: JSON lines, from which results are read, and the same numbers for TensorBoard and a tracker."""
 
 import json
 import time
@@ -19,8 +19,8 @@ class RunLog:
     """`log.jsonl` and TensorBoard events of one run.
 
     Args:
-        step: Number of steps done; later events, which an interrupted run had written, are dropped.
-        tracker: The run in an experiment tracker, if it is wanted.
+        step: Number of steps done; later events, left by an interrupted run, are dropped.
+        tracker: The run in an experiment tracker, if one is used.
     """
 
     def __init__(self, folder: Path, step: int, tracker: Tracker | None = None) -> None:

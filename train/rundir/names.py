@@ -1,4 +1,4 @@
-"""Names of the files of runs and sweeps, for all that write, read or look for them."""
+"""Names of the files of runs and sweeps, for all code that writes, reads or looks for them."""
 
 # In a run's folder.
 CARD, CONFIG, WEIGHTS, LAST = "card.json", "config.yaml", "best.safetensors", "last.pt"
@@ -7,6 +7,6 @@ CLIPS, QUESTIONS = "clips.json", "questions.json"
 TEST, PREDICTIONS, SELECTION = "test.json", "predictions.jsonl", "selection.npz"
 SUBMISSION, SUBMISSION_CSV = "submission.json", "submission.csv"
 
-# Below the table's folder, and in a sweep's. The name of the groups' folder is older than that of their class.
+# Below the table's folder, and in a sweep's. The groups' folder keeps the former name of run groups.
 SWEEPS, GROUPS = "sweeps", "crews"
 SWEEP, SWEEP_CSV, SWEEP_PNG = "sweep.json", "sweep.csv", "sweep.png"

@@ -1,4 +1,4 @@
-"""The finished runs below a folder, with the seeds of one setting gathered into one row of the results table.
+"""Reads the finished runs below a folder, and gathers the seeds of one setting into one row of the results table.
 
 A run is a folder with `test.json`, `card.json` and `log.jsonl`. Runs of a sweep (below a folder called `sweeps`) are
 points of the ratio plot, not rows of the table.
@@ -26,7 +26,7 @@ ORDER = (*BLIND, *PUBLISHED, *OURS)
 SPLITS: tuple[Literal["direct", "indirect"], ...] = ("direct", "indirect")
 COLUMNS = ("open", "binary", "all")
 
-# What to do about a finished run with a missing or damaged file: `train fit` alone would only evaluate it again.
+# Remedy for a finished run with a missing or damaged file: `train fit` alone would only evaluate it again.
 START_AGAIN = "delete the folder and train again"
 # Options in which the seeds of one setting may differ: the seed, and options that change only where or how fast a run
 # is computed. `run_folder.py` has a shorter list of options that a resumed run may change; the seed is not one of them.
@@ -95,8 +95,8 @@ class Run:
     def options(self) -> dict[str, Any]:
         """The resolved config as `section.field: value`, without nulls and options in which seeds may differ.
 
-        `trained_on.field` are those of the data that the head was trained on, where it was evaluated on others.
-        `video.decoder` is `pyav` for decord too: a clip has the same frames by either.
+        Entries `trained_on.field` describe the data that the head was trained on, if it was evaluated on other data.
+        `video.decoder` is `pyav` for decord too: both decode the same frames.
         """
         config = {**(self.card.get("config") or {}), "trained_on": self.card.get("trained_on")}
         options = {
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def features(self) -> dict[str, Any]:
-        """The fingerprints of the features that the head was trained on: stores of one config may hold others."""
+        """The fingerprints of the features that the head was trained on: stores of one config may differ."""
         return {
             f"{kind}.{name}": value
             for kind in ("fingerprint", "text_fingerprint")
@@ -283,7 +283,7 @@ def card_option(card: Mapping[str, Any], section: str, name: str) -> object:
 
 
 def data_title(split: str, cards: Iterable[Mapping[str, Any]]) -> str:
-    """What the questions of runs are called: EgoTaskQA's split, or what `own_title` calls another data set."""
+    """Title of the questions of runs: EgoTaskQA's split, or for another data set the title from `own_title`."""
     titles: dict[str, None] = {}
     for card in cards:
         name, root, questions = (card_option(card, "data", option) for option in ("name", "root", "questions"))
@@ -325,8 +325,8 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
         label = system
         if group is not groups[0]:
-            # Features differ wherever the options of stage one do, and then the options say enough, unless another row
-            # has the same ones: intervals and answers are looked up by label.
+            # If options of stage one differ, so do the features, and the options say enough, unless another row has the
+            # same ones: intervals and answers are looked up by label.
             enough = options and options_in_use[tuple(options)] == 1
             label = f"{system} ({', '.join(options if enough else options + features)})"
             questions = data_title(split, [run.card for run in runs])
@@ -336,7 +336,7 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
 
 
 def _no_seed_of(first: Run, run: Run) -> str | None:
-    """Why the accuracies of two runs of one setting have no common mean; None if they have."""
+    """The reason why two runs of one setting cannot be averaged; None if they can."""
     kinds = [kind for kind in first.questions if run.questions.get(kind) != first.questions[kind]]
     if kinds and run.questions:  # earlier versions recorded none
         return f"it learned from other data (different: {', '.join(kinds)}); train one of the two again"
@@ -347,7 +347,7 @@ def _no_seed_of(first: Run, run: Run) -> str | None:
 
 
 def _differing(values: Mapping[str, object], base: Mapping[str, object]) -> list[str]:
-    """Each value that is another one in `base`, with its name."""
+    """Name and value of each entry that differs from `base`."""
     names = sorted(name for name in values.keys() | base.keys() if values.get(name) != base.get(name))
     return [f"{name} {value_text(values.get(name))}" for name in names]
 
@@ -372,7 +372,7 @@ def _val(val: object) -> float | None:
 
 
 def _seconds(run: Path) -> float | None:
-    """Seconds until a run converged, from its log; None if they are not there."""
+    """Seconds until a run converged, from its log; None if the log does not say."""
     path = run / LOG
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in reversed(lines):

@@ -1,4 +1,4 @@
-"""What a run group saves so that training can resume, and its file `last.pt`.
+"""The state that a run group saves so that training can resume, and its file `last.pt`.
 
 It holds the position in the batches, the state of each run, and that of their stacked heads with the optimiser. Random
 numbers need no state: they follow from seed and step (`heads.common.noise`).
@@ -18,7 +18,7 @@ from egopatch.extract.datasets import Question
 from egopatch.features.io.files import replacing
 from egopatch.train.rundir.run_folder import RunError
 
-# Number and digest of the answers, and of the questions of each kind, by what they are called.
+# Number and digest of the answers and of each kind of questions, by name.
 DataRecord = Mapping[str, tuple[int, str]]
 _DIGITS = 16
 
@@ -29,10 +29,10 @@ class ResumeState:
 
     Attributes:
         position: (epoch, batch) to learn next.
-        origin: Names of the order of batches, the stores and the runs; another group does not resume from this state.
+        origin: Identifies the order of batches, the stores and the runs; only a group with an equal one can resume.
         runs: State of each run, as from `TrainingRun.state`.
         heads: State of the stacked heads, as from `StackedHeads.state`: tensors and plain values only.
-        data: Answers and questions that the runs learn and are scored by, as from `record_data`; None in files of
+        data: Record of the answers and questions for learning and scoring, as from `record_data`; None in files of
             earlier versions.
     """
 
@@ -57,7 +57,7 @@ class ResumeState:
                 with new.open("wb") as file:
                     torch.save(state, file)
             except RuntimeError as error:
-                # torch raises an error of its own after that of the file system, such as a full disk.
+                # torch hides a file system error, such as a full disk, behind an error of its own.
                 cause: BaseException | None = error
                 while cause is not None and not isinstance(cause, OSError):
                     cause = cause.__context__
@@ -87,11 +87,11 @@ class ResumeState:
 
 
 def record_data(answers: Sequence[str], questions: Mapping[str, Sequence[Question]]) -> DataRecord:
-    """What the classes, the batches and the accuracies of a training follow from.
+    """Record everything that determines the classes, batches and accuracies of a training.
 
     Args:
         answers: The answer vocabulary, in the order of the classes.
-        questions: Questions by what they are called, in the order of their table.
+        questions: Questions by name of their kind, in the order of their table.
     """
     values: dict[str, list[Any]] = {"answers": list(answers)}
     for kind, rows in questions.items():
@@ -103,7 +103,7 @@ def record_data(answers: Sequence[str], questions: Mapping[str, Sequence[Questio
 
 
 def changed_data(saved: DataRecord, now: DataRecord) -> list[str]:
-    """What has changed between two records, such as `train questions: 96 then, 80 now`."""
+    """Lines that describe what has changed between two records, such as `train questions: 96 then, 80 now`."""
     lines = []
     for kind in dict.fromkeys([*saved, *now]):
         (then, digest_then), (count, digest) = saved.get(kind, (0, "")), now.get(kind, (0, ""))

@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """A config in values that JSON and YAML can hold."""
+    """A config as plain values that JSON and YAML can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
@@ -113,10 +113,10 @@ def claim(folder: Path, config: Config) -> None:
 def require_same_settings(folder: Path, config: Config, option: str = "--run.dir") -> None:
     """Check that the folder's `config.yaml`, if there is one, has the same settings.
 
-    An option that an earlier version did not know had the effect of its default.
+    For options that an earlier version did not have, the default counts.
 
     Args:
-        option: What chooses another folder, for the message.
+        option: Option that chooses another folder, for the message.
 
     Raises:
         ConfigError: `folder` is a store; or it holds a run with other settings, and the message names the differing
@@ -157,7 +157,7 @@ def require_same_settings(folder: Path, config: Config, option: str = "--run.dir
 
 
 def require_untrained(folder: Path) -> None:
-    """Check that no head was trained in the folder, nor began to be: results of another head would pass for its own.
+    """Check that no training began in the folder: results of another head would be taken for those of its own.
 
     Raises:
         RunError: There are weights, or the state of an interrupted training.

@@ -1,4 +1,4 @@
-"""The numbers of a run in an experiment tracker, beside its own log: Weights & Biases or MLflow, off by default.
+"""Sends a run's numbers to an experiment tracker, beside its own log: Weights & Biases or MLflow; off by default.
 
 The tracker's own environment variables say where and as whom it logs (`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, ...).
 """
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 
 
 def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker | None:
-    """The run of `folder` in the tracker `name`, created at its first call; None, and a line that says so, if it fails.
+    """Open the run of `folder` in the tracker `name`, or create it; if that fails, print a line and return None.
 
     Args:
         name: `wandb` or `mlflow`.
@@ -65,7 +65,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
 
 
 def report_failure(error: Exception) -> None:
-    """Say that the run continues without its tracker, such as one whose server is gone: its own log is complete."""
+    """Print that the run continues without its tracker, as when its server is gone; the run's own log is complete."""
     reason = " ".join(str(error).split())
     print(f"run.tracker failed, and the run continues without it: {reason:.300}", file=sys.stderr)
 
@@ -97,7 +97,7 @@ class WandbRun:
 
 
 class MlflowRun:
-    """A run of MLflow, by its client: the module's own functions know one run at a time."""
+    """A run of MLflow, through its client: the module's own functions handle only one run at a time."""
 
     def __init__(self, mlflow: ModuleType, folder: Path, config: Mapping[str, Any], id: str | None) -> None:
         self._metric, self._client = mlflow.entities.Metric, mlflow.MlflowClient()
@@ -114,7 +114,7 @@ class MlflowRun:
         self.id = str(id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of one step, together with those of others: each call is a request."""
+        """Collect the values of one step, and send those of several steps together: each call is a request."""
         now = int(time.time() * 1000)
         self._pending += [self._metric(name, value, now, step) for name, value in values.items()]
         if len(self._pending) >= PENDING:

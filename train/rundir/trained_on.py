@@ -1,10 +1,10 @@
-"""What a run was trained on: `clips.json` and `questions.json` in its folder.
+"""Records what a run was trained on: `clips.json` and `questions.json` in its folder.
 
-`extract run --refresh` gives a clip another row. A run that was trained on the former one is neither resumed, which
-would mix the two, nor evaluated, as if its head had been trained on what the annotations say.
+`extract run --refresh` replaces a clip's row. A run that was trained on the former row is not resumed, which would mix
+the two, and not evaluated, which would suggest that its head was trained on the present annotations.
 
-Annotations may change in place. A run that learned from the former ones can be evaluated, but it is no seed or setting
-of a sweep whose other runs learn from the present ones.
+Annotations may change in place. A run that learned from the former ones can be evaluated, but it cannot be a seed or
+setting of a sweep whose other runs learn from the present ones.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _DIGITS = 16
 
 
 def clip_versions(store: Store, names: Collection[str]) -> dict[str, str]:
-    """Id -> digest of video and stretch, for those of `names` that are encoded.
+    """Digest of video and stretch by id, for the clips in `names` that are encoded.
 
     Values are left out: the same clips, encoded on another machine, may differ in their last bits.
     """
@@ -47,7 +47,7 @@ def write_clips(folder: Path, store: Store, names: Collection[str]) -> None:
 def changed_clips(folder: Path, store: Store) -> list[str]:
     """The clips that were encoded again, or removed, since the run in `folder` started to train on them.
 
-    Empty also for runs of earlier versions, which wrote no `clips.json`.
+    The list is also empty for runs of earlier versions, which wrote no `clips.json`.
 
     Raises:
         RunError: `clips.json` is damaged.
@@ -58,7 +58,7 @@ def changed_clips(folder: Path, store: Store) -> list[str]:
 
 
 def require_same_clips(folder: Path, store: Store) -> None:
-    """Refuse a run that was trained on rows which have been replaced since.
+    """Refuse a run whose training clips were encoded again or removed since.
 
     Raises:
         RunError: `changed_clips` finds some, or `clips.json` is damaged.
@@ -84,7 +84,7 @@ def require_same_questions(folder: Path, record: DataRecord, root: Path) -> None
     Runs of earlier versions, which wrote no `questions.json`, are not refused.
 
     Args:
-        record: What its training would follow from now, as from `record_data`.
+        record: Record of the present answers and questions, as from `record_data`.
         root: `data.root`.
 
     Raises:

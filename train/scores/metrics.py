@@ -63,11 +63,11 @@ class Metrics:
     quarantined: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The layout of `train score --json`, without `wrong_form` and `quarantined`, and of most of `test.json`."""
+        """The scores in the layout of `train score --json` and `test.json`, without `wrong_form` and `quarantined`."""
         return {name: value for name, value in asdict(self).items() if name not in ("wrong_form", "quarantined")}
 
     def rows(self) -> list[tuple[str, Score]]:
-        """Every score with its name, in the order in which people read them."""
+        """Every score with its name, in reading order."""
         rows = self.headline_rows()
         if self.split_tag is not None:
             rows.append(("all, split's tag", self.split_tag))
@@ -194,8 +194,8 @@ def score(
 
 
 def count_wrong_form(questions: Sequence[Question], answers: Mapping[str, str]) -> int:
-    """Number of questions with an answer of the other form: to a binary question, one that is neither yes or no nor
-    annotated to a binary question; to an open question, one that is annotated to binary questions alone.
+    """Number of questions with an answer of the other form: for a binary question, one that is not yes, no or the
+    annotated answer of a binary question; for an open question, one that only binary questions have as theirs.
     """
     annotated: dict[str, set[str]] = {"open": set(), "binary": {"yes", "no"}}
     for question in questions:

@@ -1,8 +1,8 @@
-"""Accuracies and their differences with 95% intervals, in which seeds and clips both count as samples.
+"""Accuracies and their differences, with 95% intervals that treat both seeds and clips as samples.
 
 Another training seed and other clips of the same kind would give other accuracies, and questions about one clip are
 not independent. So the answers form a table of seeds by clips, and the variance of their mean has a part for the seeds,
-one for the clips, and one for both together. The part of three seeds is itself uncertain, so each part has Student's
+one for the clips, and one for both together. Three seeds give only a rough variance, so each part has Student's
 quantile for its own number of samples, weighted by its variance. Drawing three seeds with replacement, as a bootstrap
 does, leaves that uncertainty out: its 95% intervals can hold the truth in fewer than 80% of cases, where these hold it
 in 94 to 97% (`tests/train/test_statistics.py`). Where nothing varies at all, as in a small set whose questions are all
@@ -42,11 +42,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one system is above another on the same questions.
+    """Comparison of one system with another on the same questions.
 
     Attributes:
         difference: Difference of the accuracies, in points.
-        p: Two-sided p-value of the same method: below 0.05 where the interval excludes zero.
+        p: Two-sided p-value by the same method: below 0.05 if the interval excludes zero.
     """
 
     difference: Interval
@@ -62,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Power:
-    """How precisely a set of questions compares systems.
+    """Precision with which a set of questions compares systems.
 
     Attributes:
         seed_variance: Variance of a system's accuracy from seed to seed, in squared points.
@@ -73,8 +73,8 @@ class Power:
     clip_variance: float
 
     def seeds_needed(self, points: float) -> int | None:
-        """Seeds of each system with which a true difference of `points` is found in 80% of cases; None if the clips
-        are too few for it, whatever the number of seeds (up to 1,000).
+        """Number of seeds per system that finds a true difference of `points` in 80% of cases; None if the clips are
+        too few for it, whatever the number of seeds (up to 1,000).
         """
         low, high = 2, MOST_SEEDS
         if not self._finds(points, high):
@@ -109,7 +109,7 @@ def interval(scores: ArrayLike, effects: ArrayLike) -> Interval:
 
     Args:
         scores: [S] score of each seed, in percent.
-        effects: [S, C] by how much each clip shifts a seed's score, times C, to first order; a row sums to zero.
+        effects: [S, C] shift of each seed's score by each clip, times C, to first order; each row sums to zero.
     """
     parts = _Parts.of_effects(np.asarray(scores, dtype=float), np.asarray(effects, dtype=float))
     return _interval(parts.mean, parts.spread(parts.clip_effects), bounds=(0, 100))
@@ -125,7 +125,7 @@ def clip_sums(values: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Matrix
 
 
 def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[int]) -> Comparison:
-    """How far `ours` [S, Q] is above `theirs` [R, Q] on the same questions.
+    """The lead of `ours` [S, Q] over `theirs` [R, Q] on the same questions.
 
     Questions are paired. Seeds are not: what a seed does to one setting says little about another.
 
@@ -143,8 +143,8 @@ def compare(ours: ArrayLike, theirs: ArrayLike, clips: Sequence[str] | Sequence[
 
 
 def measure_power(systems: Sequence[ArrayLike], clips: Sequence[str] | Sequence[int]) -> Power | None:
-    """The power of comparisons between such systems, each [S, Q]; None without two systems of at least two seeds, or
-    where all of them answer alike, which says nothing about systems that do not.
+    """The power of comparisons between such systems, each [S, Q]. None without two systems of at least two seeds, or if
+    all of them answer alike, which says nothing about systems that do not.
     """
     parts = [_Parts.of(right, clips) for right in systems]
     parts = [part for part in parts if part.seeds > 1]
@@ -176,7 +176,7 @@ class _Spread:
         return float(self._half_widths(np.array([confidence]))[0])
 
     def unseen_share(self, confidence: float) -> float:
-        """The share of all clips that this sample can have missed: none of C clips is among them with that probability.
+        """The share of all clips that a sample of C clips misses entirely with probability (1 - `confidence`) / 2.
 
         For accuracies of 0 or 100 it gives the interval of C. J. Clopper and E. S. Pearson, Biometrika 26 (1934).
         """
@@ -210,9 +210,9 @@ class _Parts:
     Attributes:
         seeds: S.
         mean: Accuracy over seeds and questions.
-        clip_effects: [C] by how much each clip shifts the mean, times C; their sum is zero.
-        of_seeds: Variance of the mean from the seeds, including that of seeds and clips together.
-        of_both: The latter alone: by how much seeds differ more on some clips than on others.
+        clip_effects: [C] shift of the mean by each clip, times C; they sum to zero.
+        of_seeds: Variance of the mean from the seeds, including that from seeds and clips together.
+        of_both: Variance from seeds and clips together: seeds differ more on some clips than on others.
     """
 
     seeds: int
@@ -233,7 +233,7 @@ class _Parts:
 
     @classmethod
     def of_effects(cls, means: Matrix, effects: Matrix) -> "_Parts":
-        """Those of the means [S] of the seeds, which the clips shift by `effects` [S, C] / C."""
+        """Parts of the variance, from the seeds' means [S] and the clips' shifts of them, `effects` [S, C] / C."""
         seeds, count = effects.shape
         of_clip = effects.mean(axis=0)
         of_seeds = of_both = 0.0
@@ -245,14 +245,14 @@ class _Parts:
         return cls(seeds, float(means.mean()), of_clip, of_seeds, of_both)
 
     def spread(self, clip_effects: Matrix, other: "_Parts | None" = None) -> _Spread:
-        """That of the mean, or of the difference from `other`, for the clips' effects on it."""
+        """Spread of the mean, or of its difference from `other`; `clip_effects` [C] are the clips' effects on it."""
         systems = [self] if other is None else [self, other]
         of_seeds = sum(system.of_seeds for system in systems)
-        # The clips' effects contain the part of seeds and clips together, which is already in that of the seeds.
+        # The clips' effects contain the part of seeds and clips together, which the seeds' part already includes.
         of_both = sum(system.of_both for system in systems)
         of_clips = max(_of_clips(clip_effects) - of_both, 0.0)
         if of_seeds + of_clips < of_both:
-            # The means of the seeds lie close together by chance; what they differ by on single clips remains.
+            # By chance the seeds' means lie close together; their differences on single clips remain.
             uncertain = sum(
                 system.of_both**2 / ((system.seeds - 1) * (len(clip_effects) - 1))
                 for system in systems

@@ -1,10 +1,10 @@
-"""How close answers are to the annotated ones as texts: exact match, BLEU-4, METEOR and ROUGE-L, as for QAEgo4D.
+"""Compares answers with the annotated ones as texts: exact match, BLEU-4, METEOR and ROUGE-L, as for QAEgo4D.
 
 All but exact match are computed by libraries: BLEU by sacrebleu, METEOR by nltk, ROUGE by rouge-score. `pip install
 'egopatch[text-metrics]'` installs them.
 
-BLEU is one of all answers together: a product of powers of sums over them. By how much a clip shifts it, to first
-order, is what the clip adds to the logarithms of these sums, and its interval follows as that of a mean does.
+BLEU is a single number for all answers: a product of powers of sums over them. To first order, a clip shifts it by
+what the clip adds to the logarithms of these sums, and its interval is then computed like that of a mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ class _Texts:
     """The answers of one system, Q of them.
 
     Attributes:
-        values: [Q] from 0 to 1 of each metric that is a mean over answers.
-        correct, total: [4, Q] n-grams of n = 1 to 4 words that are also in the annotated answer, and all.
-        lengths, right_lengths: [Q] words of the answer and of the annotated one.
+        values: [Q] values from 0 to 1, for each metric that is a mean over answers.
+        correct, total: [4, Q] number of n-grams, n = 1 to 4, that are also in the annotated answer, and of all.
+        lengths, right_lengths: [Q] number of words of the answer and of the annotated one.
     """
 
     values: Mapping[str, Matrix]
@@ -49,7 +49,7 @@ class _Texts:
         return float(BLEU.compute_bleu(*counts, int(self.lengths.sum()), int(self.right_lengths.sum())).score)
 
     def bleu_effects(self, clips: Sequence[str]) -> Matrix | None:
-        """[C] by how much each clip shifts BLEU, times C; None where BLEU is 0, and so without a slope."""
+        """[C] shift of BLEU by each clip, times C; None if BLEU is 0, since it then has no slope."""
         if not self.correct.sum(axis=1).all():
             return None
 
@@ -85,11 +85,11 @@ def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> d
 def text_intervals(questions: Sequence[Question], answers: Sequence[Mapping[str, str]]) -> dict[str, Interval]:
     """The metrics of a system, mean over its seeds, with their intervals over seeds and clips.
 
-    Where a seed's BLEU is 0, nothing is known about that of other clips: its interval is from 0 to 100.
+    If a seed's BLEU is 0, nothing is known about that of other clips, so its interval is 0 to 100.
 
     Args:
         questions: As for `text_metrics`.
-        answers: Those of each seed.
+        answers: Answers of each seed, by question id.
 
     Raises:
         TextMetricsError: As `text_metrics`.
@@ -121,7 +121,7 @@ def _compare(questions: Sequence[Question], answers: Mapping[str, str]) -> _Text
     pairs = [(normalise(question.answer), normalise(answers[question.question_id])) for question in questions]
     words = [(right.split(), given.split()) for right, given in pairs]
     rouge = RougeScorer(["rougeL"])
-    # Of each answer only the counts are used: nltk's BLEU counts a missing 4-gram for every answer of fewer than four
+    # Only the counts of each answer are used: nltk's BLEU counts a missing 4-gram for every answer of fewer than four
     # words, also for a right one. `effective_order` keeps sacrebleu from warning about that.
     bleu = BLEU(lowercase=True, smooth_method="none", effective_order=True)
     counted = [bleu.sentence_score(given, [right]) for right, given in pairs]

@@ -1,6 +1,6 @@
 """A training step as a CUDA graph: the host launches all of its kernels at once.
 
-A step of psa is some 360 kernels, which a host takes seven times as long to launch one by one as a GPU to compute
+A step of psa is some 360 kernels. Launching them one by one takes the host seven times as long as they take the GPU
 (docs/kernels.md). A graph has fixed shapes and addresses: it works on batches that are padded to one shape, and reads
 them from one place.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.rundir.run_folder import RunError
 
-# Batches that are learned from before the capture, which may neither compile a kernel nor load one.
+# Batches that are learned from before the capture, during which no kernel may be compiled or loaded.
 EAGER_BATCHES = 2
 # Fields of a batch that are the same for all batches, or for the host alone.
 UNCHANGED = ("stored", "derived", "rows")
@@ -24,8 +24,8 @@ UNCHANGED = ("stored", "derived", "rows")
 class CapturedStep:
     """Runs a step that learns from a batch and returns a tensor; on a GPU as a CUDA graph, after the first batches.
 
-    What the step does follows from the batch, and from tensors that stay where they are; it reads none of them back.
-    Its numbers are those of its operations one by one.
+    The step must depend only on the batch and on tensors that stay at their addresses, and read none of them back.
+    Its results equal those of its operations launched one by one.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class CapturedStep:
         self._captured: tuple[torch.cuda.CUDAGraph, Batch, Tensor] | None = None
 
     def run(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """The result of `step` with the next batch.
+        """Run `step` on the next batch; returns its result.
 
         Args:
-            step: The same in each call.
+            step: The step, the same in each call.
             batch: All batches are padded to one shape and read the same clips.
 
         Raises:
@@ -55,15 +55,15 @@ class CapturedStep:
         return result.clone()
 
     def release(self) -> None:
-        """Free the graph's memory, which is that of a step beside the memory of all other work."""
+        """Free the graph's memory: that of a whole step, in addition to the memory of all other work."""
         self._captured = None
 
 
 def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
     inputs, graph, device = with_own_tensors(batch), torch.cuda.CUDAGraph(), batch.answers.device
     try:
-        # torch's own stream is one of the current GPU, on which nothing is launched if the batch is on another.
-        # A capture that fails leaves its stream the current one, also for later runs: hence the second line.
+        # torch's own stream belongs to the current GPU; if the batch is on another one, nothing is launched on it.
+        # A failed capture leaves its stream the current one, also for later runs: hence the second line.
         # Other threads may use the GPU meanwhile.
         stream = torch.cuda.Stream(device)
         with (

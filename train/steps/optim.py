@@ -1,7 +1,7 @@
-"""Flat parameters, AdamW and its schedule, a function of the step, so that a resumed run needs no scheduler state.
+"""Flat parameters, AdamW, and a schedule that depends only on the step, so that a resumed run needs no scheduler state.
 
-The parameters of M stacked heads lie in a few flat tensors, which optimiser, average and clipping take whole. One
-operation then does what would take one for each parameter: a head has dozens, and each costs a GPU a launch.
+The parameters of M stacked heads lie in a few flat tensors, which optimiser, average and clipping process whole. So one
+operation replaces one for each parameter: a head has dozens, and each costs a GPU a launch.
 
 Shape legend: M heads, P numbers of a head in a flat tensor.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import TrainConfig
 
-# Parameters of a multiple of this come first, so that they begin at addresses that a GPU reads fastest.
+# Parameters whose size is a multiple of this come first, so that they begin at addresses that a GPU reads fastest.
 ALIGNED = 64
 
 
@@ -33,7 +33,7 @@ class Layout:
     decays: bool
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The part of `flat` of each parameter, [M, ...]."""
+        """View of each parameter in `flat`, [M, ...], by name."""
         sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
         pieces = flat.split(sizes, dim=1)
         named = zip(self.shapes.items(), pieces, strict=True)
@@ -48,8 +48,8 @@ class FlatParameters:
 
     Attributes:
         flats: [M, P], one for each combination of decay and dtype.
-        layouts: What lies in each of them.
-        leaves: [M, ...] by name, views of `flats` whose gradients a step asks for.
+        layouts: Layout of each of `flats`.
+        leaves: [M, ...] by name, views of `flats`; a step computes their gradients.
     """
 
     def __init__(self, stacked: Mapping[str, Tensor]) -> None:
@@ -64,7 +64,7 @@ class FlatParameters:
             self.layouts.append(Layout({name: tuple(stacked[name].shape[1:]) for name in names}, decays))
             self.flats.append(torch.cat([stacked[name].reshape(len(stacked[name]), -1) for name in names], dim=1))
         self.leaves = {name: view.requires_grad_() for name, view in self.views(self.flats).items()}
-        # Written in every step: memory that is new each time costs a CPU more than the gradients in it.
+        # Reused in every step: on a CPU, new memory each time costs more than the gradients in it.
         self._gradients = [torch.empty_like(flat) for flat in self.flats]
 
     def views(self, flats: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -75,14 +75,14 @@ class FlatParameters:
         return found
 
     def flatten(self, gradients: Mapping[str, Tensor | None]) -> list[Tensor]:
-        """Gradients of the leaves as tensors like `flats`, in memory of their own if those have a gradient already."""
+        """Gradients of the leaves as tensors like `flats`, in new memory if `flats` already have gradients."""
         found = []
         for layout, flat, own in zip(self.layouts, self.flats, self._gradients, strict=True):
             into = own if flat.grad is None else torch.empty_like(flat)
             views = layout.views(into)
             known = [torch.zeros_like(views[name]) if (g := gradients[name]) is None else g for name in views]
-            # Straight to their places, whatever the order of their dimensions. Without the dimension of a single head
-            # they have the layout of their places, so that a GPU copies all in one launch.
+            # Straight to their places, whatever the order of their dimensions. Without the first dimension of a single
+            # head, their memory layouts match those of the places, so a GPU copies all in one launch.
             torch._foreach_copy_(
                 [view.squeeze(0) for view in views.values()], [gradient.squeeze(0) for gradient in known]
             )
@@ -90,7 +90,7 @@ class FlatParameters:
         return found
 
     def optimiser_state(self, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-        """State of `optimiser` over `flats` in the form that it has over the single parameters, matrices first."""
+        """State of `optimiser` over `flats`, converted to one entry for each parameter, matrices first."""
         states = [optimiser.state.get(flat, {}) for flat in self.flats]
         moments = {key: self.views([state.get(key) for state in states]) for key in ("exp_avg", "exp_avg_sq")}
         steps = {name: state for layout, state in zip(self.layouts, states, strict=True) for name in layout.shapes}
@@ -103,7 +103,7 @@ class FlatParameters:
         }
 
     def load_optimiser_state(self, optimiser: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-        """Set the state of `optimiser` over `flats` from that over the single parameters."""
+        """Set the state of `optimiser` over `flats` from one entry for each parameter."""
         state_of = {name: saved["state"][number] for number, name in enumerate(self._names) if number in saved["state"]}
         for layout, flat in zip(self.layouts, self.flats, strict=True):
             known = [name for name in layout.shapes if name in state_of]
@@ -125,7 +125,7 @@ def build_optimiser(parameters: FlatParameters, train: TrainConfig) -> torch.opt
     ]
     if not groups:
         return None
-    # On a GPU the rate lies there too: a CUDA graph of a step would keep a number.
+    # On a GPU the rate is a tensor there: a CUDA graph of a step would freeze a number.
     cuda = parameters.flats[0].is_cuda
     rate = torch.tensor(train.lr, device=parameters.flats[0].device) if cuda else train.lr
     # Fused: one pass over memory instead of one per operation.

@@ -30,7 +30,7 @@ from egopatch.train.steps.captured import CapturedStep
 from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate, set_rate
 
 GRADIENT_NORM = 1.0
-# Takes the place of the step in the position of noise at evaluation.
+# Replaces the step in the position of noise at evaluation.
 EVALUATION = -1
 # Difference of two cosines that counts as one in the contrast of paraphrase and counterfactual.
 CONTRAST_TEMPERATURE = 0.1
@@ -38,7 +38,7 @@ CONTRAST_TEMPERATURE = 0.1
 
 @dataclass(frozen=True)
 class LearnedStep:
-    """What one step reports. The values stay on the device, because reading them waits for the step to end.
+    """Report of one step. The values stay on the device, because reading them would wait for the step to end.
 
     Attributes:
         number: Number of the step, from 1.
@@ -61,13 +61,13 @@ class StackedHeads:
         train: Hyper-parameters, except the seed.
         steps: Number of steps of the whole training, which the schedule covers.
         device: Device of the batches.
-        ranks: Processes that learn together, each from its slice of a batch; their heads are and stay equal.
+        ranks: Processes that learn together, each from its slice of a batch; their heads always stay equal.
 
     Attributes:
         step: Number of optimiser steps done.
-        tensors: [M, ...] values of parameters and buffers by name; the former are views of `parameters`.
-        parameters: The trainable ones.
-        captured: The step from a padded batch, on a GPU.
+        tensors: [M, ...] values of parameters and buffers by name; trainable parameters are views of `parameters`.
+        parameters: The trainable parameters.
+        captured: Runs the step on a padded batch, on a GPU as a CUDA graph.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class StackedHeads:
             if isinstance(unwrapped(self._head), PSA):
                 return self._map_heads(lambda head: _logits_and_kept(head, batch), tensors)
             logits = self._map_heads(lambda head: head(batch), tensors)
-        if logits.isnan().any() and all(self.finite()):  # `RunGroup` fails a run whose weights are not
+        if logits.isnan().any() and all(self.finite()):  # `RunGroup` fails runs with weights that are not finite
             raise ConfigError(
                 f"the head {type(unwrapped(self._head)).__name__} answers with logits that are NaN, although its "
                 "weights are finite; expected numbers in eval mode as well: correct its forward"
@@ -197,7 +197,7 @@ class StackedHeads:
             average[number] = 0
 
     def weights(self, number: int) -> dict[str, Tensor]:
-        """The weights of one head that are evaluated and kept, under the names of the head."""
+        """The weights of one head for evaluation and for saving, under the head's own names."""
         return {name: tensor[number].detach() for name, tensor in {**self.tensors, **self._average}.items()}
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class StackedHeads:
         caller = _Caller(self._head, call)
         named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._members}.items()}
         if len(self) == 1:
-            # A view, whose gradient is one too: indexing would fill and copy a gradient for every weight.
+            # squeeze gives a view, and so is its gradient: indexing would fill and copy a gradient for every weight.
             out = functional_call(caller, {name: tensor.squeeze(0) for name, tensor in named.items()}, ())
             return tuple(tensor[None] for tensor in out) if isinstance(out, tuple) else out[None]
         # "same": heads from outside that draw from torch's own generator draw the same for all.
@@ -266,7 +266,7 @@ class StackedHeads:
         if len(batch):
             question_losses = self._losses(batch)
             questions: Tensor | int = batch.total_questions
-            if batch.padded:  # a CUDA graph would keep a number
+            if batch.padded:  # a CUDA graph would freeze a number
                 asked = batch.answers != NO_CLASS
                 question_losses, questions = torch.where(asked, question_losses, 0), asked.sum()
             rank_losses = question_losses.sum(dim=1)
@@ -302,7 +302,7 @@ class StackedHeads:
         return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
 
     def _contrast(self, logits: Tensor, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Loss [M, B], small where a question's logits [M, B, A] are closer to its paraphrase's than to its
+        """Loss [M, B], small if a question's logits [M, B, A] are closer to its paraphrase's than to its
         counterfactual's: the cross-entropy of choosing the paraphrase by the cosine of the logits.
 
         Questions and variants have the same dropout, so that they differ in words alone.
@@ -335,7 +335,7 @@ class StackedHeads:
 
     @torch.no_grad()
     def _clip_gradients(self, batches: int) -> Tensor:
-        """Turn sums over `batches` into means and clip the gradient of each head; returns the norms before, [M]."""
+        """Average the sums over `batches` and clip each head's gradient; returns the norms before clipping, [M]."""
         gradients = [flat.grad for flat in self.parameters.flats if flat.grad is not None]
         norms = reduce(torch.hypot, [torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients])
         if batches > 1:
@@ -358,7 +358,7 @@ class StackedHeads:
 
 
 def _logits_and_kept(head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Of psa, alone or in a `Choice`: logits and the kept patches, as `PSA.answer`."""
+    """Logits and kept patches of psa, alone or inside a `Choice`, as from `PSA.answer`."""
     psa = unwrapped(head)
     assert isinstance(psa, PSA)
     logits, kept = psa.answer(batch)
@@ -368,7 +368,7 @@ def _logits_and_kept(head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def cross_entropy(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of M heads' logits [M, B, A] for the answers [B], [M, B].
 
-    That of `functional.cross_entropy`, in fewer operations where labels are smoothed.
+    Equals `functional.cross_entropy`, with fewer operations if labels are smoothed.
     """
     log_shares = logits.log_softmax(dim=-1)
     if not smoothing:  # the shares of options that a question does not have are zero, and their logarithms infinite
@@ -379,7 +379,7 @@ def cross_entropy(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:
 
 
 def _centred(logits: Tensor, options: Options | None) -> Tensor:
-    """Logits without what all answers have in common, which no probability depends on.
+    """Logits minus their mean over the answers, which no probability depends on.
 
     Options that a question does not have are zero: their own logits, far below all others, would make any two questions
     alike.
@@ -393,7 +393,7 @@ def _centred(logits: Tensor, options: Options | None) -> Tensor:
 
 
 class _Caller(nn.Module):
-    """A head whose `forward` is any function of it, so that `functional_call` can substitute its weights."""
+    """Wraps a head so that `forward` calls any function of it, while `functional_call` substitutes its weights."""
 
     def __init__(self, head: nn.Module, call: Any) -> None:
         super().__init__()
@@ -407,7 +407,7 @@ class _Caller(nn.Module):
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Inside the block, use no operation whose results vary from run to run; one without an alternative is refused."""
+    """Inside the block, use operations with equal results from run to run; one without such a version is refused."""
     settings: Any = torch.utils.deterministic
     before, filled = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(before or enabled)

@@ -18,14 +18,14 @@ SHARED = (
     "head.name", "head.options", "head.checkpoint", "train.batch", "train.epochs", "train.accumulate",
     "train.residency", "train.device", "train.deterministic",
 )  # fmt: skip
-# What the names of a registered head's own options start with; the head checks their names and values.
+# Prefix of the names of a registered head's own options; the head checks their names and values.
 HEAD_OPTIONS = "head.options."
 
 Overrides = Mapping[str, Any]
 
 
 class PlannedRun(NamedTuple):
-    """One combination of a sweep, and the config that it makes."""
+    """One combination of a sweep, and its config."""
 
     overrides: Overrides
     config: Config
@@ -42,8 +42,8 @@ def read_axes(
     """Values by option that varies.
 
     Raises:
-        ConfigError: The grid file is missing or malformed, names options that cannot vary, or gives the values of
-            `ratios` or `seeds` once more.
+        ConfigError: The grid file is missing or malformed, names options that cannot vary, or gives values of
+            `ratios` or `seeds` again.
     """
     axes: dict[str, Sequence[Any]] = {}
     if grid is not None:
@@ -74,7 +74,7 @@ def read_axes(
 
 
 def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any]:
-    """The values in the types of the schema, by option and `_key`.
+    """The values, converted to the types of the schema, by option and `_key`.
 
     Raises:
         ConfigError: A value has a wrong type, or is listed twice, such as `1e-3`, a text in YAML, and `0.001`.
@@ -102,7 +102,7 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
-    """`config` with `overrides`, in a folder named after them; `typed` holds the values, parsed.
+    """`config` with `overrides`, in a folder named after them; `typed` holds the parsed values.
 
     Raises:
         ConfigError: A value is out of range, or does not fit the other options.
@@ -127,11 +127,11 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
 
 
 def require_own_folders(runs: Sequence[PlannedRun]) -> None:
-    """Refuse two runs of one folder, of which only one would be trained: folders have few characters in their names,
-    and some file systems do not tell capital letters from small ones.
+    """Refuse two runs that would share a folder, since only one would be trained: folder names allow few characters,
+    and some file systems ignore case.
 
     Raises:
-        ConfigError: Two settings have one folder.
+        ConfigError: Two settings share a folder.
     """
     owners: dict[str, PlannedRun] = {}
     for run in runs:
@@ -149,7 +149,7 @@ def require_own_folders(runs: Sequence[PlannedRun]) -> None:
 
 
 def _key(value: Any) -> str:
-    """A text for a value as the grid has it, which may be a list."""
+    """A text that identifies a value of the grid, which may be a list."""
     return json.dumps(value, default=str)
 
 
@@ -159,18 +159,18 @@ def _slug(value: Any) -> str:
 
 
 class _ValueParser(ConfigParser):
-    """A parser of one value of a sweep, whose errors are the sweep's."""
+    """A parser for one value of a sweep, which reports errors as the sweep's."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigError(f"in the sweep, {self.explain(message)}")
 
 
 def _checked(option: str, value: Any) -> Any:
-    """The value in the type of the schema."""
+    """The value, converted to the type of the schema."""
     parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
     text = value if isinstance(value, str) else _key(value)
-    # What it has to fit, such as `head.heads` the width, is checked with the config that it becomes a part of.
+    # Whether it fits other options, such as `head.heads` and the width, is checked with the complete config.
     parsed = parser.parse_args([f"--{option}={text}"])
     if option.startswith(HEAD_OPTIONS):
         return (parsed["head.options"] or {})[option.removeprefix(HEAD_OPTIONS)]

@@ -56,12 +56,12 @@ STACKED = ("head.ratio",)
 # size their activations leave the cache, and they take a sixth more.
 STACK_SIZE = {"cuda": 24, "cpu": 12}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Why a run that was trained has no results, None if it has some, by the name of its folder.
+# By name of a trained run's folder, the reason why it has no results; None if it has results.
 Outcomes = dict[str, str | None]
 
 
 class GroupPlan(NamedTuple):
-    """File and configs of a run group that is still to train."""
+    """File and configs of a run group that still has to be trained."""
 
     path: Path
     configs: list[Config]
@@ -77,7 +77,7 @@ def run_sweep(
 ) -> Path:
     """Train every combination that is not finished, and write the results.
 
-    Runs that another process trains are waited for; those that it leaves unfinished are trained here.
+    Waits for runs that another process trains, and trains those that it leaves unfinished.
 
     Args:
         config: Config that all runs share.
@@ -85,7 +85,7 @@ def run_sweep(
         seeds: Values of `train.seed`.
         grid: YAML file of further options, `section.field: [values]`.
         name: Name of the sweep's folder, below `sweeps` in the table's folder; the default is split and name of
-            `run.dir`, with _ for what a name cannot have, so each split has a folder of its own.
+            `run.dir`, with _ for characters that a name cannot have, so each split has its own folder.
         command: Command line, for the model cards.
 
     Returns:
@@ -151,7 +151,7 @@ def run_sweep(
         "bytes_read": bytes_read,
     }
     finished = [run for run in runs if run.folder.name not in failed]
-    # Also where nothing was left to train, or where other processes trained some of the runs.
+    # Also if nothing was left to train, or if other processes trained some of the runs.
     for run in finished:
         run_folder.require_same_settings(run.folder, run.config, "--name")
     require_shared_questions([run.folder for run in finished])
@@ -167,7 +167,7 @@ def run_sweep(
 def _train_all(
     config: Config, configs: Sequence[Config], experiment: Experiment, groups_folder: Path, label: str, command: str
 ) -> Outcomes:
-    """Train every run that no other process trains to its end."""
+    """Train every run to its end, except those that other processes finish."""
     outcomes: Outcomes = {}
     announced = False
     on_disk = experiment.features.residency == "disk"
@@ -194,12 +194,12 @@ def _train_all(
         for result in results:
             outcomes |= result
         if not any(results):
-            # A run whose process ends before the run is finished is free again.
+            # If the process that trains a run ends early, the run becomes free again.
             time.sleep(POLL_S)
 
 
 def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, command: str) -> Outcomes:
-    """Train the run groups, all of one seed, that no other process holds, on one reading."""
+    """Train those run groups that no other process holds, on one reading; all must have the same seed."""
     order_seed = plans[0].configs[0].train.seed
     with ExitStack() as leases:
         groups: list[RunGroup] = []
@@ -233,7 +233,7 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
 
 
 def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:
-    """Plans of every run group that is still to train: interrupted groups first.
+    """Plans for all run groups that still have to be trained: interrupted groups first.
 
     Runs of one shape are divided so that each of `cores` has a group, and no group is larger than `STACK_SIZE`.
     """
@@ -268,12 +268,12 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
 
 
 def _of_one_seed(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
-    """The first plan and those with its seed, hence with its order of the batches."""
+    """The first plan, and all plans with the same seed, hence the same order of the batches."""
     return [plan for plan in plans if plan.configs[0].train.seed == plans[0].configs[0].train.seed]
 
 
 def _shape(config: Config) -> str:
-    """Equal for runs that can train as stacked heads."""
+    """A text that is equal for runs that can train as stacked heads."""
     if not can_stack(config.head.name):
         return config.run.dir.name
     plain = run_folder.plain(config)

@@ -28,12 +28,12 @@ from egopatch.train.scores.statistics import Matrix, accuracy, compare, measure_
 from egopatch.train.sweeps.axes import PlannedRun
 
 SEED = "train.seed"
-# Differences, in points, for which a sweep says how many seeds would show them.
+# Differences, in points, for which a sweep reports how many seeds would detect them.
 DIFFERENCES = (1, 3, 5)
 
 
 class Point(NamedTuple):
-    """A setting over its seeds: its entry in `sweep.json`, and which answers are right, [seeds, questions]."""
+    """One setting with all its seeds: its entry in `sweep.json`, and which answers are right, [seeds, questions]."""
 
     summary: dict[str, Any]
     right: Matrix
@@ -81,7 +81,7 @@ def gather_points(
     Args:
         runs: The finished runs.
         questions: The test questions that count, at least one.
-        right: [questions] which answers of each run are right, by its folder.
+        right: Which answers of each run are right, [questions], by the run's folder.
     """
     settings: dict[str, list[PlannedRun]] = {}
     for run in runs:
@@ -106,7 +106,7 @@ def gather_points(
 
 
 def compare_points(points: Sequence[Point], questions: Sequence[Question]) -> list[Any]:
-    """Differences of later points from the first, in points of accuracy over all `questions`, those that count."""
+    """Compare each later point with the first, in points of accuracy over `questions`, all of which count."""
     clips = [question.clip_id for question in questions]
     comparisons = []
     for point in points[1:]:
@@ -127,8 +127,8 @@ def compare_points(points: Sequence[Point], questions: Sequence[Question]) -> li
 
 
 def seeds_needed(points: Sequence[Point], questions: Sequence[Question]) -> dict[str, int | None] | None:
-    """Seeds of each point with which a difference of 1, 3 and 5 points is found in 80% of cases; None for a difference
-    that these questions are too few for. None altogether without two points of at least two seeds, or if all answer
+    """Seeds per point that find a difference of 1, 3 and 5 points in 80% of cases; None for one that needs more
+    questions. The whole result is None without two points of at least two seeds, or if all points answer
     alike.
     """
     power = measure_power([point.right for point in points], [question.clip_id for question in questions])
@@ -175,12 +175,12 @@ def describe(result: Mapping[str, Any]) -> list[str]:
 
 
 def _setting(run: PlannedRun) -> dict[str, Any]:
-    """The options of a run that make its point: all but the seed."""
+    """The options that identify a run's point: all but the seed."""
     return {option: value for option, value in run.overrides.items() if option != SEED}
 
 
 def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
-    """Whether the run in `folder` answers each of the questions that count right."""
+    """For each of the questions that count, 1 if the run in `folder` answers it right, else 0."""
     try:
         answers = read_predictions(folder / PREDICTIONS, asked)
     except PredictionError as error:
@@ -201,7 +201,7 @@ def _record(run: PlannedRun, out: Path, questions: Sequence[Question], right: Ma
     except ValueError as error:
         raise RunError(f"{run.folder}: {error}") from None
     accuracies = {column: scores[column].accuracy for column in COLUMNS}
-    if right is not None:  # as the points count: the annotations may have changed since `test.json` was written
+    if right is not None:  # counted like the points: the annotations may have changed since `test.json` was written
         masks = column_masks(questions)
         accuracies |= {
             column: 100 * int(right[counted].sum()) / int(counted.sum()) for column, counted in masks.items()
@@ -220,7 +220,7 @@ def _draw(out: Path, title: str) -> None:
     # Imported here to save start-up time: matplotlib takes a second, and training does not use it.
     from egopatch.train.report import plots
 
-    sweep = replace(read_sweep(out / SWEEP), split=title)  # which only EgoTaskQA has
+    sweep = replace(read_sweep(out / SWEEP), split=title)  # other data sets have no split, so the plot shows the title
     plots.save(plots.draw_ratio([sweep], {}) if sweep.varies_ratio else plots.draw_settings(sweep), out / SWEEP_PNG)
 
 

@@ -1,4 +1,4 @@
-"""The plain way, without selection: the question's words attend to every patch of every frame.
+"""A plain baseline without selection: the question's words attend to every patch of every frame.
 
 Shape legend: C clips, B questions, U unique texts, L text tokens, T frames, N patches a frame, D token channels,
 W hidden width, A answers.
@@ -22,8 +22,8 @@ POSITION_STD = 0.02
 
 
 class Attention(nn.Module):
-    """Projected patches with learned places and times, and two layers in which the words of the question attend to all
-    of them. Keys and values are computed once a clip.
+    """Projects the patches, adds learned positions and times, and lets the question's words attend to all of them in
+    two layers. Keys and values are computed once per clip.
     """
 
     def __init__(self, config: HeadConfig, sizes: Sizes) -> None:
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """Words attend to the patches of their clip, then to each other, then pass a hidden layer; norms come first."""
+    """Words attend to the patches of their clip, then to each other, then pass a hidden layer; a norm precedes each."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class CrossLayer(nn.Module):
         return words + self.drops[2](self.hidden(self.norms[2](words)))
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """`parts` of [B, heads, L, W / heads] each."""
+        """Split `x` into `parts` tensors [B, heads, L, W / heads]."""
         return rearrange(x, "b l (p h e) -> p b h l e", p=parts, h=self.heads).unbind(0)
 
 

@@ -1,4 +1,4 @@
-"""Multiple choice: any head, made to score the options of its questions.
+"""Multiple choice: makes any head score the options of its questions.
 
 Shape legend: B questions, K options of a question at most, V unique options, W hidden width.
 """
@@ -17,7 +17,7 @@ ABSENT = -1e4
 
 
 class Choice(nn.Module):
-    """Scores of (question, option): options are read like questions, and compared with what the head looks for.
+    """Scores each question's options: options are read like questions, and compared with the head's output.
 
     The head gives W numbers for each question in place of a logit for each answer. The score of an option is their
     scaled product with the option's own W numbers, plus a number that depends on the option alone. So a head reads
@@ -40,7 +40,7 @@ class Choice(nn.Module):
         return self.choose(self.head(batch), batch)
 
     def choose(self, sought: Tensor, batch: Batch) -> Tensor:
-        """Logits [B, K] from what the head looks for, [B, W]."""
+        """Logits [B, K] from the head's output `sought` [B, W]."""
         assert batch.options is not None
         options = self.read(batch.options.states, batch.options.mask)
         index = batch.options.index.clamp_min(0)
@@ -50,7 +50,7 @@ class Choice(nn.Module):
 
 
 class LongestOption(nn.Module):
-    """The option with the most characters, the first of several. It has no trainable parameters."""
+    """Chooses the option with the most characters, the first of those that tie. It has no trainable parameters."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Lengths [B, K] as logits."""
@@ -59,5 +59,5 @@ class LongestOption(nn.Module):
 
 
 def unwrapped(head: nn.Module) -> nn.Module:
-    """The head that reads question and video: of a `Choice` the one inside, else `head` itself."""
+    """The head that reads question and video: the one inside a `Choice`, else `head` itself."""
     return head.head if isinstance(head, Choice) else head

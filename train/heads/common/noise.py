@@ -1,6 +1,6 @@
 """Random numbers of heads as a function of seed, place and step: there is no state to save.
 
-The trainer says before each step what to draw. Stacked heads with the same seed draw the same numbers, so that they are
+Before each step the trainer sets what to draw. Stacked heads with the same seed draw the same numbers, so that they are
 compared on the same noise. A rank with some rows of a batch draws the numbers of those rows, so that the numbers do not
 depend on the number of ranks; nor do they depend on the device (`ops/philox`).
 """

@@ -52,12 +52,12 @@ def absorb_key(queries: Tensor, key: nn.Linear, heads: int) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    """Context for maps that are absorbed into queries: scores differ by little, which bfloat16 would round away."""
+    """Context for maps that are absorbed into queries: bfloat16 would round away the small differences of scores."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or in float64 if it is."""
+    """`tensor` in float32; a float64 tensor is returned unchanged."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -69,7 +69,7 @@ def with_gain(linear: nn.Linear, gain: float) -> nn.Linear:
 
 
 class QuestionReader(nn.Module):
-    """Text states to one vector: attention pooling with a learned score per head, then a hidden layer and its norm.
+    """Pools text states to one vector: attention with a learned score per head, then a hidden layer and its norm.
 
     Args:
         text_width: D, channels of the states.
@@ -91,7 +91,7 @@ class QuestionReader(nn.Module):
         )
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """[U, L, D] and [U, L] bool, true on tokens, to [U, W]."""
+        """Vectors [U, W] from states [U, L, D] and mask [U, L] bool, true on tokens."""
         return read_together([self], states, mask)[0]
 
 
@@ -169,7 +169,7 @@ class Whitening(nn.Module):
             return (full_precision(query).reshape(-1, query.shape[-1]) @ self.matrix).view(query.shape)
 
     def then(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer that maps raw tokens to what `linear` makes of whitened ones."""
+        """Weight and bias of a layer whose output on raw tokens equals that of `linear` on whitened ones."""
         with without_autocast(self.matrix):
             weight = linear.weight @ self.matrix
             return weight, torch.addmv(linear.bias, weight, self.mean, alpha=-1)

@@ -14,8 +14,8 @@ def grow_region(score: Tensor, start: Tensor, top: int) -> Tensor:
     Args:
         score: [B, T, N].
         start: [rows, cols] bool, rows * cols = N.
-        top: Number of patches a frame that may join: those of the `top` highest that touch the region (4-neighbours);
-            in a frame with fewer patches, all of them may.
+        top: Number of patches a frame that may join: of the `top` highest, those that touch the region do
+            (4-neighbours). In a frame with fewer patches, all of them may.
     """
     b, frames, _ = score.shape
     rows, cols = start.shape

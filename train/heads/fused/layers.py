@@ -90,7 +90,7 @@ class FusedBlock(SpaceTimeBlock):
     ) -> Tensor:
         """CLS of `fuse`'s result, [B, 1, D], at a fraction of the cost; for the last block, whose patches are unused.
 
-        It needs no keys and values of every token; see `Attention.attend_cls`.
+        It does not need the keys and values of every token; see `Attention.attend_cls`.
         """
         timed, _ = self.timeattn(self.norm3(x), frames, "time", residual=x)
         spaced = self.attn.proj(self.attn.attend_cls(self.norm1(timed), keep)[0])[:, None]
@@ -152,7 +152,7 @@ class FusedTextLayer(nn.Module):
         self.last_norm = nn.LayerNorm(width, eps)
 
     def forward(self, text: Tensor, text_mask: Tensor, video: Tensor, clip_index: Tensor | None = None) -> Tensor:
-        """[B, L, D] to [B, L, D]; `video` [C or B, S, D], the rest as in `FusedBlock.fuse`."""
+        """Maps `text` [B, L, D] to [B, L, D]; `video` is [C or B, S, D], the rest as in `FusedBlock.fuse`."""
         attended = self.own(text, text, text_mask)
         attended = attended + self.gate * self.video(attended, video, clip_index=clip_index)
         text = self.norm(attended + text)

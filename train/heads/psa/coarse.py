@@ -56,7 +56,7 @@ class CoarseLevel(nn.Module):
         self.gate = nn.Parameter(torch.ones(width), requires_grad=learned)
 
     def forward(self, whiten: Whitening, batch: Batch, question: Tensor, rows: RowPicker) -> tuple[Tensor, Tensor]:
-        """Questions [U, W], of which `rows` picks, to the gate [W] and the values [B, T, W] that it weighs."""
+        """The gate [W] and the values [B, T, W] that it weighs; `rows` picks from the questions [U, W]."""
         tokens, clip_rows = batch.derived, batch.clip_rows
         if tokens is None:
             # In chunks: all clips in float32 would take several times the memory of the stored tokens.
@@ -79,40 +79,40 @@ class CoarseLevel(nn.Module):
         with without_autocast(content):
             content = content @ whiten.matrix
             bias = torch.addmv(self.value.bias, content, whiten.mean, alpha=-1)
-        # Zeros for the channels that only fill the tokens: without these, pooled would be copied, which is far larger.
+        # Zeros for the tokens' padding channels: to drop those from pooled instead would copy it, and it is far larger.
         weight = _widened(torch.cat([content, position], dim=1), tokens.shape[-1])
         by_head = rearrange(weight, "(h e) d -> h e d", h=self.heads)
         values = rearrange(torch.einsum("bthd,hed->bthe", pooled, by_head), "b t h e -> b t (h e)")
         return self.gate, values + bias
 
     def derive(self, patches: Tensor, scale: Tensor | None) -> Tensor:
-        """Merged patches and their positions of stored patches [C, T, N, D] and their scale: [C, T, M, D + P].
+        """Merged patches and their positions, [C, T, M, D + P], from stored patches [C, T, N, D] and their scale.
 
-        On a GPU they have the dtype and the multiple of channels that suit the kernels.
+        On a GPU, dtype and number of channels are those that suit the kernels.
         """
         coarse = self.merge(scaled(patches, scale))
         tokens = torch.cat([coarse, self.positions.expand(*coarse.shape[:3], -1)], dim=-1)
         if not tokens.is_cuda:
             return tokens
-        # The kernels multiply float16 at many times float32's rate; a mean loses no more in it than its tokens did.
+        # The kernels multiply float16 many times faster than float32; a mean loses no more in it than its tokens did.
         dtype = torch.bfloat16 if patches.dtype == torch.bfloat16 else torch.float16
         return _widened(tokens.to(dtype), kernel_width(self.width))
 
     def merge(self, x: Tensor) -> Tensor:
-        """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block, of the patches inside the grid at odd edges."""
+        """[C, T, N, D] to [C, T, M, D]: the mean of each 2x2 block; at odd edges, of its patches inside the grid."""
         channels = rearrange(x, "c t (rows cols) d -> (c t) d rows cols", rows=self.grid[0])
         merged = functional.avg_pool2d(channels, MERGE, ceil_mode=True, count_include_pad=False)
         return rearrange(merged, "(c t) d rows cols -> c t (rows cols) d", c=len(x))
 
 
 def kernel_width(width: int) -> int:
-    """Channels of merged patches of `width` channels, with their positions, where the kernels read them."""
+    """Channels that the kernels read: `width` of the merged patches, their positions, and padding."""
     wide = width + POSITION_WIDTH
     return wide + -wide % KERNEL_CHANNELS
 
 
 def _widened(x: Tensor, channels: int) -> Tensor:
-    """`x` [..., D], with zeros up to this many channels."""
+    """`x` [..., D] padded with zeros to [..., `channels`]."""
     padding = channels - x.shape[-1]
     return functional.pad(x, (0, padding)) if padding else x
 

@@ -50,7 +50,7 @@ GROWTH = 3
 # Several heads attend over the frames, so that the head can separate what precedes an event from what follows it.
 FRAME_HEADS = 2
 FRAME_TEMPERATURE = 4.0
-# Standard deviations of the frames' initial times: of what is added to the frames, and of what is added to their keys.
+# Standard deviations of the initial time embeddings: of those added to the frames, and of those added to their keys.
 # They only have to be small: on val of the demo's EgoSynth (4 frames, seeds 0 and 1), these, (0, 0), (0.02, 0.02),
 # (0.3, 0.02) and (0.3, 0.3) have means within 0.6 points, 86.0 to 86.6; (0.02, 1) has 53.1.
 TIME_STD = 0.02
@@ -193,7 +193,7 @@ class PSA(nn.Module):
                 queries_uhd = self.whiten.absorb(absorb_key(self.query(question), self.key, self.heads))
             else:
                 queries_uhd = question.new_zeros(len(question), self.heads, width)
-            # How well the best patches fit, which the softmax alone would hide, is lse; centred like the tokens.
+            # lse says how well the best patches fit, which the softmax alone would hide; it is centred like the tokens.
             centre = (queries_uhd + selector_ud[:, None]) @ self.whiten.mean
         pooled, lse, kept = self.select(
             Patches(tokens.patches, batch.clip_index, tokens.scale, batch.clip_rows),

@@ -52,7 +52,7 @@ class PatchSelection(nn.Module):
         """The result of `forward` for a single head that keeps `k` patches."""
         tokens, clip_index, scale, clip_rows = patches
         if choose_implementation(tokens, queries.dtype, self.implementation)[0] == "triton":
-            # The kernels know the mask of the kept patches.
+            # The kernels return the mask of the kept patches.
             leaves = (queries[None], selector[None], bias[None])
             ks = on_device((k,), torch.int32, tokens.device)
             pooled, lse, mask = attend_stacked(tokens, clip_index, *leaves, ks, scale, clip_rows)
@@ -87,10 +87,10 @@ class PatchSelection(nn.Module):
 
 
 class _SelectStacked(torch.autograd.Function):
-    """All heads' questions about a clip at once, with dense products, clip by clip so that a clip stays in the cache.
+    """Computes all heads' questions about a clip together, with dense products: one clip at a time stays in the cache.
 
     The questions must be grouped by clip; Q is the number of questions about one. In memory, pooled is ordered by
-    stacked head and attention head, as the value projections that follow multiply it.
+    stacked head and attention head, which is the order that the value projections need.
     """
 
     @staticmethod

@@ -56,7 +56,7 @@ def _launch(kernel: triton.JITFunction, x: Tensor | None, out: Tensor, draw: Dra
 
 
 # Triton would compile the kernels again for the numbers that change with the module or the batch, if it specialised on
-# them. `entries` is a width of the head: rows of whole blocks are read many bytes at a time.
+# them. `entries` is a width of the head, and specialised: rows of whole blocks are read many bytes at a time.
 CHANGING = ["place", "rows"]
 
 
@@ -91,7 +91,7 @@ def uniform_kernel(
 
 @triton.jit
 def _place_of_blocks(rows, entries, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Row and number in the row of this program's blocks, [BLOCKS] each."""
+    """The row of each of this program's blocks, and the block's number in it, [BLOCKS] each."""
     blocks = tl.cdiv(entries, BLOCK)
     index = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     return index // blocks, index % blocks
@@ -128,7 +128,7 @@ def _numbers(words, number, BLOCK: tl.constexpr):
 
 @triton.jit
 def _addresses(row, block, number, rows, entries, BLOCK: tl.constexpr):
-    """Offset of each number's entry and whether there is one, [BLOCKS, BLOCK] each."""
+    """Offset of each number's entry, and whether that entry exists, [BLOCKS, BLOCK] each."""
     entry = block[:, None] * BLOCK + number
     at = (tl.program_id(1).to(tl.int64) * rows + row[:, None]) * entries + entry
     return at, (row[:, None] < rows) & (entry < entries)

@@ -31,7 +31,7 @@ def _save_draw(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dropped_gradient(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    # To draw the numbers again is cheaper than to write and read them.
+    # Drawing the numbers again is cheaper than writing and reading them.
     return None if grad is None else dropout_kernel(grad, *ctx.draw), None, None, None, None, None
 
 

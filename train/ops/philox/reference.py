@@ -1,4 +1,4 @@
-"""Philox4x64-10 of NumPy: the specification of the random numbers, and what a CPU runs.
+"""NumPy's Philox4x64-10: the specification of the random numbers, and the implementation for a CPU.
 
 A counter-based generator encrypts a counter: any block of numbers is drawn without those before it, so that a part of a
 tensor can be drawn alone, and in any order. Philox4x64-10 passes all tests of TestU01's BigCrush (Salmon et al.,
@@ -39,7 +39,7 @@ class Draw:
     Attributes:
         seeds: Seed of each of the M stacked heads.
         place: Number of the module that draws.
-        position: [2] long on the device: numbers that tell one draw of the module from its others, such as the step.
+        position: [2] long on the device: numbers that tell the module's draws apart, such as the step.
             A tensor, because a CUDA graph of a step draws other numbers in each replay.
         rows: [R] long, rising: the rows of the whole tensor to draw; None for all.
     """
@@ -67,17 +67,17 @@ def dropout_factor(shape: tuple[int, ...], draw: Draw, p: float) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Dropout of probability `p` drops the numbers below this."""
+    """Dropout with probability `p` drops the entries whose number is below this."""
     return min(round(p * DROPOUT_RANGE), DROPOUT_RANGE - 1)
 
 
 def dropout_scale(p: float) -> float:
-    """Factor of the entries that dropout keeps, so that their mean stays: `p` rounded to multiples of 2^-16 counts."""
+    """Factor of the entries that dropout keeps, which preserves the mean for `p` rounded to a multiple of 2^-16."""
     return DROPOUT_RANGE / (DROPOUT_RANGE - threshold(p))
 
 
 def _bits(rows: int, entries: int, block: int, draw: Draw, dtype: np.dtype) -> np.ndarray:
-    """[K, R, E] unsigned numbers, of each different seed."""
+    """[K, R, E] unsigned numbers, for each different seed."""
     blocks = -(-entries // block)
     seeds = dict.fromkeys(draw.seeds)
     first, second = (number % WORD for number in draw.position.tolist())
@@ -85,7 +85,7 @@ def _bits(rows: int, entries: int, block: int, draw: Draw, dtype: np.dtype) -> n
     for seed in seeds:
         key = np.array([seed % WORD, draw.place], np.uint64)
         for start, end in _spans(rows, draw.rows):
-            # NumPy counts up before it draws, so that its first block is that of the counter after this.
+            # NumPy increments the counter before it draws, so its first block is that of this counter + 1.
             counter = np.array([start * blocks, first, second, 0], np.uint64)
             drawn.append(np.random.Philox(counter=counter, key=key).random_raw((end - start) * blocks * 4))
     words = drawn[0] if len(drawn) == 1 else np.concatenate([*drawn, np.empty(0, np.uint64)])
@@ -107,7 +107,7 @@ def _spans(rows: int, wanted: Tensor | None) -> Iterator[tuple[int, int]]:
 
 
 def _of_heads(drawn: Tensor, draw: Draw) -> Tensor:
-    """[K, ...] of the different seeds to [M, ...] of the heads, without a copy where one seed is that of all."""
+    """Expand [K, ...] of the different seeds to [M, ...] of the heads, without a copy if all heads share one seed."""
     if len(draw.seeds) == 1:
         return drawn[0]
     if len(drawn) == len(draw.seeds):

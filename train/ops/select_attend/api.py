@@ -1,4 +1,4 @@
-"""The entry point: checks its arguments, chooses the implementation and calls the implementation.
+"""The entry point: validates its arguments, chooses an implementation and calls it.
 
 Shape legend: C clips, S clips that `tokens` holds, B questions, T frames, N patches a frame, D channels, H attention
 heads, k kept patches a frame, M stacked heads.
@@ -20,7 +20,7 @@ class SelectAttendOutput(NamedTuple):
     """The result for B questions.
 
     Attributes:
-        pooled: [B, T, H, D], weighted sum of the kept tokens, in the queries' dtype; the kernels' is ordered by head in
+        pooled: [B, T, H, D], weighted sum of the kept tokens, in the queries' dtype; the kernels order it by head in
             memory.
         lse: [B, T, H] float32 (float64 for float64 queries), log of the softmax's denominator.
         kept: [B, T, k] int64, indices of the kept patches in rising order.

@@ -77,7 +77,8 @@ def logits_kernel(
     direct = tl.load(grad_lse + out, mask=live, other=0.0).to(tl.float32)
 
     # Several blocks take two passes, the first for the mean of the (rounded) products over all of them.
-    # <grad_pooled, pooled> equals that mean too, but does not cancel their rounding, nor lse that of the weights.
+    # <grad_pooled, pooled> equals that mean too, but would not cancel the rounding of the products, nor would lse
+    # cancel that of the weights.
     mean = tl.zeros((R,), tl.float32)
     total = tl.zeros((R,), tl.float32)
     frame = (local.to(tl.int64) * frames + t) * groups + group
@@ -124,9 +125,9 @@ def queries_kernel(
     PRECISION: tl.constexpr, BN: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BD channels of the query gradients of ROWS columns of a tile: what `logits_kernel` wrote times the tokens.
+    """BD channels of the query gradients of ROWS columns of a tile: the output of `logits_kernel` times the tokens.
 
-    One product over the patches of all frames, in order, so that repeats are bit-equal.
+    One product over the patches of all frames, in order, so that repeated calls give equal bits.
     """
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB

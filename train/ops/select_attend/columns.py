@@ -30,7 +30,7 @@ def columns_kernel(
     queries, selector, order, tiles, columns, column_scale, selectors, selector_scale,
     D: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr, QB: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One question of a tile, or zeros where the tile has fewer.
+    """Convert one question of a tile; writes zeros if the tile has fewer questions.
 
     Writes queries + selector to columns [G, H, QB, D], since a token's product with their sum is its logit without the
     bias; and the selector in PARTS parts that add up to it to selectors [G, PARTS, QB, D]; backward needs none. Both
@@ -40,7 +40,7 @@ def columns_kernel(
     slot = tl.program_id(1)
     _clip, first, count, _row = parts.tile_of(tiles, tile)
     _clip, _first, before, _row = parts.tile_of(tiles, tl.maximum(tile - 1, 0))
-    # A group of heads that ends beyond the last head reads into the next tile, whose rows must then be numbers.
+    # A group of heads that ends beyond the last head reads into the next tile, whose rows must then be written too.
     if (count == 0) & (before == 0):
         return
     d = tl.arange(0, WIDTH)

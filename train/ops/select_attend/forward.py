@@ -50,7 +50,7 @@ def forward_kernel(
     asked = slot < count
     question = tl.load(order + first + slot, mask=asked, other=0).to(tl.int64)
     row_of = question * frames + t
-    # Every group selects for itself, in a place of its own; all of them find the same.
+    # Every group selects for itself, in memory of its own; all of them select the same patches.
     score_rows = group.to(tl.int64) * questions * frames + row_of
     tl.store(scores + (score_rows * PITCH)[None, :] + n[:, None], s, mask=(n < PITCH)[:, None] & asked[None, :])
     tl.debug_barrier()  # the code below reads scores that other threads wrote
@@ -189,7 +189,7 @@ def kept_kernel(
     scores, cuts, kept, mask, listed, rows,
     N: tl.constexpr, PITCH: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """What the cuts keep of ROWS frames of questions: their first patches in rising order, and the mask."""
+    """The patches that the cuts keep in ROWS frames of questions: the first ones in rising order, and the mask."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, BN)
     live = row < rows

@@ -120,7 +120,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], all float32.
 
-    Those of pooled and lse are in the order of `forward`'s.
+    `grad_pooled` and `grad_lse` are in the order of `forward`'s outputs.
     """
     _, frames, patches, width = tokens.shape
     questions, heads, _ = queries.shape
@@ -167,7 +167,7 @@ def backward(
 
 
 def launch_of(tokens: Tensor, queries: Tensor) -> Launch:
-    """How the kernels are cut for these arguments on their device."""
+    """Sizes of the kernels' blocks for these arguments on their device."""
     # The interpreter runs what an H100 would.
     generation = torch.cuda.get_device_capability(tokens.device)[0] if tokens.is_cuda else 9
     return plan_launch(tokens.shape[2], tokens.shape[3], queries.shape[1], tokens.element_size(), generation)
@@ -195,7 +195,7 @@ def make_columns(
 
 
 def padded_patches(tokens: Tensor) -> int:
-    """Numbers from one row of the logits' gradients to the next, which the copy engine has to begin at 16 bytes."""
+    """Padded row length of the logits' gradients: the copy engine needs rows that begin at multiples of 16 bytes."""
     per_row = ALIGNMENT // arithmetic_of(tokens).itemsize
     return triton.cdiv(tokens.shape[2], per_row) * per_row
 

@@ -1,8 +1,8 @@
 """Both implementations as operators that autograd and `torch.compile` know.
 
 Each forward returns pooled, lse, kept and the tensors for its backward: the softmax weights [B, T, H, k] for the
-reference; the mask of kept patches, whose rows are padded, and the schedule for Triton, whose pooled and lse are in
-another order.
+reference; the mask of kept patches, whose rows are padded, and the schedule for Triton, whose pooled and lse are
+ordered differently.
 """
 
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ def tile_of(tiles, tile):
 
 @triton.jit
 def outputs(order, first, count, group, t, frames, each, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
-    """The rows of each column of a head group in outputs [M, H, B / M, T] and in [B, T], and whether it is used.
+    """Each column's row in outputs [M, H, B / M, T] and in [B, T], for a head group, and whether it is used.
 
     `each` is B / M, the questions of a stacked head. 64 bits: outputs may have more than 2^31 elements.
     """
@@ -58,7 +58,7 @@ def decode(x, ARITHMETIC: tl.constexpr, FLOAT8: tl.constexpr):
 @triton.jit
 def add_scores(s, x, selectors, tile, d0, PARTS: tl.constexpr, QB: tl.constexpr, BD: tl.constexpr,
                PRECISION: tl.constexpr):  # fmt: skip
-    """s [BN, QB] and the product of tokens x [BN, BD] with these channels of the selectors' parts."""
+    """s [BN, QB] plus the product of tokens x [BN, BD] with these channels of the selectors' parts."""
     for i in tl.static_range(PARTS):
         part = selectors.load([(tile * PARTS + i) * QB, d0])
         s = tl.dot(x, part.T, s, input_precision=PRECISION)
@@ -68,14 +68,14 @@ def add_scores(s, x, selectors, tile, d0, PARTS: tl.constexpr, QB: tl.constexpr,
 @triton.jit
 def add_logits(a, x, columns, tile, group, d0, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr,
                PRECISION: tl.constexpr):  # fmt: skip
-    """a [BN, HG * QB] and the product of tokens x [BN, BD] with these channels of a head group's columns."""
+    """a [BN, HG * QB] plus the product of tokens x [BN, BD] with these channels of a head group's columns."""
     q = columns.load([(tile * H + group * HG) * QB, d0])
     return tl.dot(x, q.T, a, input_precision=PRECISION)
 
 
 @triton.jit
 def by_column(scales, tile, group, H: tl.constexpr, QB: tl.constexpr, HG: tl.constexpr):
-    """The factors of a head group's columns, which `columns_kernel` took out; 0 for heads that there are not."""
+    """The factors that `columns_kernel` took out of a head group's columns; 0 for heads beyond the last."""
     column = tl.arange(0, HG * QB)
     live = group * HG + column // QB < H
     return tl.load(scales + (tile * H + group * HG) * QB + column, mask=live, other=0.0)
@@ -96,7 +96,7 @@ def chosen(mask, asked, n, live, PITCH: tl.constexpr):
 
 @triton.jit
 def key(scores, inside):
-    """Integers of the same order as the scores; the lowest one outside the frame. Both zeros are one number."""
+    """Integers in the same order as the scores; outside the frame the lowest integer. Both zeros map to one integer."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(inside, ordered, -2147483648)
@@ -104,9 +104,9 @@ def key(scores, inside):
 
 @triton.jit
 def cut(scores, rows, live, k, N: tl.constexpr, PITCH: tl.constexpr, CHUNK: tl.constexpr, QB: tl.constexpr):
-    """Where each question [QB] cuts its scores: the key of its k-th largest, and the last patch kept among equal ones.
+    """The cut of each question [QB]: the key of its k-th largest score, and the last patch kept among equal ones.
 
-    The scores of a question are read as a row of one warp, in one or two chunks, so that a count over a row needs no
+    The scores of a question are read as a row of one warp, in one or two chunks, so that counting over a row needs no
     barrier: sm_80 and newer add up a warp's integers in one instruction. Both numbers are found bit by bit, from the
     highest.
     """
@@ -124,7 +124,7 @@ def cut(scores, rows, live, k, N: tl.constexpr, PITCH: tl.constexpr, CHUNK: tl.c
     if two:
         reach += (b >= 0).to(tl.int32)
     threshold = tl.where(tl.sum(reach, axis=1) >= k, 0, -2147483648)
-    rounds = tl.where(k == N, 0, 31)  # all are kept: any threshold below will do
+    rounds = tl.where(k == N, 0, 31)  # all are kept: any threshold below all keys works
     for i in range(rounds):
         higher = threshold | (1 << (30 - i))
         reach = (a >= higher[:, None]).to(tl.int32)

@@ -1,4 +1,4 @@
-"""The launch plan: which implementation runs, and how its kernels are cut, by shapes, dtypes and the device.
+"""The launch plan: which implementation runs, with which block sizes, for given shapes, dtypes and device.
 
 Shape legend: C clips, B questions, T frames, N patches a frame, D channels, H attention heads.
 """
@@ -17,7 +17,7 @@ from egopatch.features.common import machine
 
 Implementation = Literal["auto", "reference", "triton"]
 
-# Asked once, since torch.compile cannot trace the question.
+# Looked up once, since torch.compile cannot trace the lookup.
 TRITON = version("triton") if find_spec("triton") is not None else None
 SPILLING_TRITON = TRITON is not None and machine.release(TRITON) >= machine.SPILLING_TRITON
 
@@ -81,7 +81,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernels are cut.
+    """Block sizes of all kernels.
 
     Attributes:
         forward: Block sizes of the forward kernel.
@@ -146,7 +146,7 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
 
 @cache
 def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generation: int) -> Launch:
-    """How the kernels are cut; `benchmarks/kernel_budget.py` checks each for spills and memory.
+    """Block sizes of the kernels; `benchmarks/kernel_budget.py` checks each plan for spills and memory.
 
     Args:
         patches: N.
@@ -158,7 +158,7 @@ def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generati
     forward, backward = (_blocks(patches, width, heads, token_bytes, generation, back) for back in (False, True))
     columns = -(-heads // backward.heads) * backward.heads * QUESTIONS
     float32 = token_bytes == 4
-    # The most that spills with no version of Triton.
+    # The largest number that does not spill with any version of Triton.
     patches = 16 if float32 and generation == 10 else 32 if float32 or generation == 8 else 64
     # Three stages spill with Triton 3.9 in the first case, with 3.6 in the second.
     two_stages = (float32 and generation == 10) or (
@@ -180,8 +180,8 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
     block = (64 if float32 else 128) if several else whole
-    # Measured on an H100 with Triton 3.6 (docs/kernels.md); from 3.8 on these sizes spill. Elsewhere as many heads,
-    # channels and stages as compile without spills.
+    # Measured on an H100 with Triton 3.6 (docs/kernels.md); from 3.8 on these sizes spill. Elsewhere, as many heads,
+    # channels and stages are used as compile without spills.
     tuned = generation == 9 and token_bytes == 2 and not SPILLING_TRITON
     together, channels, pool_channels = 4, 64, 64
     if float32:
@@ -208,7 +208,7 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     four_warps = block <= (128 if ampere and backward else 64) and not (ampere and several)
     if registers and four_warps:
         registers = 136  # of which the assembler takes 128; with 128, bfloat16 results spill
-    # With Triton 3.8 these spill if a question's scores are selected from in two halves, and others if they are not.
+    # With Triton 3.8 these spill if the selection reads a question's scores in two halves; others, if it does not.
     unhalved = generation == 10 and SPILLING_TRITON and width > 768
     unhalved = unhalved and (patches == ONE_BLOCK or (token_bytes == 1 and width == _power_of_two(width)))
     return Blocks(
@@ -237,13 +237,13 @@ def _divisor(width: int, channels: int) -> int:
 
 
 def row_pitch(patches: int) -> int:
-    """Numbers from one row of scores, or of the mask of kept patches, to the next.
+    """Row length of the scores and of the mask of kept patches.
 
-    The patches, rounded up so that every row can be read in vectors: an odd pitch makes `logits_kernel` spill.
+    It is `patches` rounded up so that every row can be read in vectors: an odd pitch makes `logits_kernel` spill.
     """
     return -(-patches // 4) * 4
 
 
 def tile_bound(questions: int, clips: int) -> int:
-    """G, the number of tiles that suffices for every assignment of questions to clips."""
+    """G, a number of tiles that suffices however the questions are spread over the clips."""
     return clips + questions // QUESTIONS

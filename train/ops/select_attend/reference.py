@@ -111,8 +111,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries [B, H, D], selector [B, D] and bias [C, T, N], in `weights`' dtype.
 
-    The score s enters every head's logit with factor 1, so the selector's gradient is the sum of the queries' over
-    heads, and the bias's the sum of the logits' over heads and questions.
+    The score s enters every head's logit with factor 1, so the selector's gradient is that of the queries, summed
+    over heads, and the bias's is that of the logits, summed over heads and questions.
     """
     patches = tokens.shape[2]
     k, dtype = kept.shape[-1], weights.dtype
@@ -216,25 +216,25 @@ class _KeptRows:
         self._rows = x.view(-1, d).index_select(0, (kept + frame).view(-1))
 
     def logits(self, queries: Tensor) -> Tensor:
-        """[c, Q, H, D] with the rows: [c, Q, f, H, k]."""
+        """Products of queries [c, Q, H, D] with the rows: [c, Q, f, H, k]."""
         c, q, f, k = self._shape
         rows = self._rows.view(c * q, f * k, -1)
         return torch.bmm(queries.flatten(0, 1), rows.transpose(1, 2)).view(c, q, -1, f, k).transpose(2, 3).contiguous()
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Sum of the rows by [c, Q, f, H, k]: [c, Q, f, H, D]."""
+        """Sum of the rows weighted by [c, Q, f, H, k]: [c, Q, f, H, D]."""
         c, q, f, k = self._shape
         return torch.bmm(weights.flatten(0, 2), self._rows.view(c * q * f, k, -1)).unflatten(0, (c, q, f))
 
     def products(self, values: Tensor) -> Tensor:
-        """[c, Q, f, H, D] with the rows: [c, Q, f, H, k]."""
+        """Products of values [c, Q, f, H, D] with the rows: [c, Q, f, H, k]."""
         c, q, f, k = self._shape
         return torch.bmm(values.flatten(0, 2), self._rows.view(c * q * f, k, -1).transpose(1, 2)).unflatten(
             0, (c, q, f)
         )
 
     def pull(self, grad: Tensor) -> Tensor:
-        """Sum of the rows by [c, Q, f, H, k] over frames too: [c, Q, H, D]."""
+        """Sum of the rows weighted by [c, Q, f, H, k], also over frames: [c, Q, H, D]."""
         c, q, f, k = self._shape
         flat = grad.transpose(2, 3).reshape(c * q, -1, f * k)
         return torch.bmm(flat, self._rows.view(c * q, f * k, -1)).unflatten(0, (c, q))
@@ -291,7 +291,7 @@ def _gathers(k: int, patches: int) -> bool:
 
 
 def _products_with(x: Tensor, kept: Tensor) -> _KeptRows | _AllRows:
-    """The products of the tokens [c, f, N, D] that `kept` [c, Q, f, k] names."""
+    """The cheaper way to multiply by those of the tokens [c, f, N, D] that `kept` [c, Q, f, k] names."""
     return _KeptRows(x, kept) if _gathers(kept.shape[-1], x.shape[2]) else _AllRows(x, kept)
 
 
@@ -319,7 +319,7 @@ def _chunks(
         most = sizes[start]
         per_clip = frames * max(frame_bytes, most * row_bytes)
         stop = start + max(1, CHUNK_BYTES // per_clip)
-        # A clip with under half the questions of the chunk's first starts the next one.
+        # A clip with fewer than half as many questions as the chunk's first clip starts the next chunk.
         stop = next((i for i in range(start, min(stop, len(sizes))) if sizes[i] * 2 < most), min(stop, len(sizes)))
         chosen = busiest[start:stop]
         rows = chosen if clip_rows is None else clip_rows[chosen]

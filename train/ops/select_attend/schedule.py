@@ -12,7 +12,7 @@ from torch import Tensor
 
 from egopatch.train.ops.select_attend.plan import QUESTIONS, tile_bound
 
-# Questions that a program looks at together.
+# Number of questions that a program reads together.
 CHUNK = 1024
 
 
@@ -24,13 +24,13 @@ def schedule(
     Args:
         clip_index: [B] clip of each question.
         clips: Number of clips.
-        clip_rows: [C] row of the tokens of each clip; None if the rows are the clips.
+        clip_rows: [C] each clip's row of the tokens; None if row c holds clip c.
         stored: Number of rows of the tokens; `clips` if it is None.
 
     Returns:
         order [B], the questions sorted by clip; tiles [G, 4], the clip of each tile, its first place in `order`, its
         number of questions (0 in unused tiles) and its row of the tokens; clip_tiles [C, 2], the first tile of each
-        clip and the end of those that it uses. All are int32.
+        clip and the end of the tiles that it uses. All are int32.
     """
     questions, device = len(clip_index), clip_index.device
     stored = clips if stored is None else stored
@@ -57,10 +57,10 @@ def schedule_kernel(
 ):  # fmt: skip
     """Order and tiles of the questions about one clip, and whether its row is one of the tokens' rows.
 
-    The first and the last clip also tell whether any question's clip is below or beyond them.
+    The programs of the first and the last clip also check that no question's clip is out of range.
 
     The tiles of a clip begin at its number plus the number of tiles that earlier questions fill, rounded down. So each
-    clip has room for its own tiles, of which the last may stay unused, and no program needs to know those of others.
+    clip has room for its own tiles, the last of which may stay unused, and no program needs to know the others' tiles.
     """
     clip = tl.program_id(0)
     places = tl.arange(0, CHUNK)

@@ -1,4 +1,4 @@
-"""Sections of the HTML report beyond the table: its charts, the list of all questions, and what repeats the results.
+"""Sections of the HTML report beyond the table: charts, the list of all questions, and how to repeat the results.
 
 `page` uses `charts`, `question_list` and `repeat`.
 """

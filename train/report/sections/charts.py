@@ -12,11 +12,11 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 COLOURS = 12
-# Units of the drawing, which are pixels where the chart is 400 pixels wide.
+# In units of the drawing: one is a pixel if the chart is 400 pixels wide.
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 44
 BAR = 26
-# Letters of a bar's label beside the bar; longer ones are cut in their middle, since settings differ at the end.
+# Letters of a bar's label; longer labels are shortened in the middle, since settings differ at the end.
 LABEL_LETTERS = 26
 MOST_TICKS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
@@ -31,7 +31,7 @@ class Line:
         colour: Number of its colour.
         xs: Rising.
         band: Lower and upper edge at each of `xs`.
-        level: Whether it is a level to compare with: dashed, without points, across the whole chart.
+        level: Whether it is a reference level: dashed, without points, across the whole chart.
     """
 
     label: str
@@ -61,7 +61,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its title and the lines that its key names."""
+    """A drawing with its title, and the lines that its legend names."""
 
     title: str
     svg: Markup
@@ -74,7 +74,7 @@ def line_chart(
     """Lines over a common axis.
 
     Args:
-        ticks: Positions that the horizontal axis names; it is then logarithmic. Without them it is linear.
+        ticks: Positions of the labels on the horizontal axis, which is then logarithmic; without them it is linear.
     """
     place = math.log2 if ticks else float
     xs = [x for line in lines if not line.level for x in line.xs] or [0.0, 1.0]
@@ -130,7 +130,7 @@ def line_chart(
 
 
 def bar_chart(title: str, bars: Sequence[Bar], x_label: str) -> Chart:
-    """Horizontal bars from zero, each with its label, its number and its interval."""
+    """Horizontal bars from zero, each with its label, value and interval."""
     height = BAR * len(bars) + 40
     left = 30 + 6.3 * max((min(len(bar.label), LABEL_LETTERS) for bar in bars), default=0)
     high = max((end for bar in bars for end in (bar.value, *(bar.interval or ()), *bar.dots)), default=0.0) or 1.0
@@ -177,7 +177,7 @@ def bar_chart(title: str, bars: Sequence[Bar], x_label: str) -> Chart:
 
 
 def heat_map(title: str, share: NDArray[np.float64], chance: float) -> Chart:
-    """How often each patch is kept.
+    """Map of how often each patch is kept.
 
     Args:
         share: [rows, cols] share of frames in which a patch is kept.

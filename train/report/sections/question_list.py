@@ -50,7 +50,7 @@ def question_list(questions: Questions, correctness: Mapping[str, Correctness]) 
 
 
 def pairs(questions: Questions, correctness: Mapping[str, Correctness]) -> list[dict[str, Any]]:
-    """How far the first of two systems is above the second, over all seeds, with a 95% interval: every pair once.
+    """Every pair of systems once: the first one's lead over the second, over all seeds, with a 95% interval.
 
     `all`, `open` and `binary` have `[difference, low, high, verdict]`; a column without questions is left out.
     """
@@ -71,16 +71,16 @@ def pairs(questions: Questions, correctness: Mapping[str, Correctness]) -> list[
 
 
 def anchor(split: str, question_id: str) -> str:
-    """The part after `#` of a link to a question; the page's script makes the same one."""
+    """The part after `#` of a link to a question; the page's script builds the same one."""
     return f"q/{quote(split, safe=_SAFE)}/{quote(question_id, safe=_SAFE)}"
 
 
-# What JavaScript's encodeURIComponent leaves as it is.
+# Characters that JavaScript's encodeURIComponent leaves unchanged.
 _SAFE = "!*'()~-._"
 
 
 def as_script(values: Sequence[Mapping[str, Any]]) -> Markup:
-    """JSON that can stand inside a script element: it holds no character that HTML reads."""
+    """JSON that is safe inside a script element: it contains no character with a meaning in HTML."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")

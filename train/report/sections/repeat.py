@@ -1,4 +1,4 @@
-"""What one needs to repeat a report: its commands in order, each system's config, and a digest of the questions."""
+"""How to repeat a report: its commands in order, each system's config, and a digest of the questions."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from egopatch.train.rundir.results import Results, card_option, data_title
 
 @dataclass(frozen=True)
 class Recipe:
-    """What repeats the results.
+    """Commands and configs that repeat the results.
 
     Attributes:
         commands: Lines for a shell, in order; lines that start with `#` say what follows.
@@ -33,7 +33,7 @@ def recipe(results: Results, sweeps: Sequence[Sweep], explained: Mapping[Path, i
 
     Args:
         sweeps: The sweeps beside them.
-        explained: Number of questions by folder of each run whose explanation is shown.
+        explained: Number of explained questions, by the folder of each run whose explanation is shown.
     """
     stores, trained, configs = dict[str, str](), list[str](), list[tuple[str, str]]()
     for row in results.rows:
@@ -64,7 +64,7 @@ def recipe(results: Results, sweeps: Sequence[Sweep], explained: Mapping[Path, i
 
 
 def digest(questions: Questions) -> str:
-    """SHA-256 of ids, clips, texts and answers: equal where two reports are about the same test questions."""
+    """SHA-256 of ids, clips, texts and answers: equal if two reports are about the same test questions."""
     found = hashlib.sha256()
     for question in questions.by_id.values():
         row = [question.question_id, question.clip_id, question.text, question.answer, *question.options]
