@@ -18,9 +18,9 @@ STORE_COLUMNS = (
 EXPLAINED = ("deletion", "insertion", "pointing", "recall", "others", "precision")
 EXPLAINED_CAPTION = (
     "By `train explain` ([training.md](training.md#what-the-answers-depend-on)): areas below the deletion and insertion"
-    " curves, which are small and large where a ranking says what matters, and the patches with the highest scores "
-    "against the known places of the objects asked about. Percent, mean over seeds. Attention is not an explanation: "
-    "only the curves say what the answers depend on."
+    " curves (a good ranking has a small deletion area and a large insertion area), and the patches with the highest"
+    " scores against the known places of the objects asked about. Percent, mean over seeds. Attention is not an"
+    " explanation: only the curves say what the answers depend on."
 )
 # Text of a set's part until there are results.
 NOT_MEASURED = "Not measured yet."
