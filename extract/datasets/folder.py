@@ -1,6 +1,7 @@
 """Your own videos without annotations: the video files of a folder, cut into clips of about equal length."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,9 @@ ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 def find_videos(folder: Path) -> dict[str, Path]:
     """The video files in `folder` and the folders below it, sorted: path relative to `folder` -> file.
 
-    Files and folders whose names begin with a dot are skipped. If `folder` is a video file, it is the only one.
+    Files and folders whose names begin with a dot are skipped. Links to folders are followed, but a folder that several
+    paths lead to is read by one of them: by the path without a link, if there is one. If `folder` is a video file, it
+    is the only one.
 
     Raises:
         DatasetError: There is no video, or a video's name cannot be part of a clip_id (one line per file), or `folder`
@@ -29,9 +32,8 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         found = {folder.name: folder}
     elif folder.is_dir():
-        paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and _is_file(path)]
-        names = {path.relative_to(folder).as_posix(): path for path in paths}
-        found = {name: path for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
+        paths = [path for path in sorted(_files_below(folder)) if path.suffix.lower() in SUFFIXES and _is_file(path)]
+        found = {path.relative_to(folder).as_posix(): path for path in paths}
     else:
         raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos, or a video"])
     if not found:
@@ -39,6 +41,21 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:
         raise DatasetError(problems)
     return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Everything below `folder` that is no folder and not hidden, as `find_videos` describes it."""
+    files, read, to_read = list[Path](), set[str](), [folder]
+    for top in to_read:  # which grows: links come after all folders that are reached without them
+        for parent, folders, names in os.walk(top):
+            if (real := os.path.realpath(parent)) in read:
+                folders.clear()
+                continue
+            read.add(real)
+            folders[:] = sorted(name for name in folders if name[0] != ".")  # os.walk enters those that are no links
+            to_read += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            files += [Path(parent, name) for name in names if name[0] != "."]
+    return files
 
 
 def _is_file(path: Path) -> bool:

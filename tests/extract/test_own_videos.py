@@ -55,6 +55,23 @@ def test_find_videos_lists_a_folder_and_refuses_bad_input(tmp_path: Path) -> Non
         find_videos(tmp_path / "empty")
 
 
+def test_find_videos_follows_links_to_folders_and_lists_no_folder_twice(tmp_path: Path) -> None:
+    videos, disk = tmp_path / "videos", tmp_path / "disk"
+    for name in ("videos/P01/a.mp4", "videos/z/b.mp4", "disk/P02/c.mp4", "disk/P02/.hidden/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (videos / "P02").symlink_to(disk / "P02")
+    (videos / ".P02").symlink_to(disk / "P02")
+    (videos / "P03").symlink_to(disk / "P02")  # also P02
+    (videos / "P01" / "again").symlink_to(videos / "z")  # would change the ids of a store that has z/b.mp4
+    (videos / "P01" / "loop").symlink_to("..")
+    (disk / "P02" / "loop").symlink_to(disk)
+    (videos / "gone").symlink_to("nowhere")
+    assert find_videos(videos) == {name: videos / name for name in ("P01/a.mp4", "P02/c.mp4", "z/b.mp4")}
+    (tmp_path / "link").symlink_to(videos)
+    assert list(find_videos(tmp_path / "link")) == ["P01/a.mp4", "P02/c.mp4", "z/b.mp4"]
+
+
 @pytest.mark.slow
 def test_videos_command_turns_a_folder_into_a_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
