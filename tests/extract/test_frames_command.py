@@ -50,6 +50,13 @@ def test_output_folder_receives_one_png_per_frame(
     assert frame_numbers(np.stack([np.asarray(Image.open(path)) for path in paths])) == [7, 22]
 
 
+def test_output_folder_holds_the_frames_of_the_last_call_only(video: Path, tmp_path: Path) -> None:
+    (tmp_path / "000_note.png").touch()
+    for frames in ("4", "2"):
+        assert main(["frames", str(video), "--video.frames", frames, "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000_0.467s.png", "000_note.png", "001_1.467s.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [

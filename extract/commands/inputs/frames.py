@@ -1,5 +1,6 @@
 """`extract frames`: write the frames of a video, or of a stretch of it, that the encoder would receive."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.features.common.command_line import local_path, print_result
 from egopatch.features.common.units import counted
 from egopatch.features.io.files import replacing
+
+_FRAME = re.compile(r"\d{3,}_-?\d+\.\d{3}s\.png")  # the name of a PNG file that this command writes
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -65,10 +68,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
 
 def _write(decoded: DecodedClip, out: Path) -> None:
+    """Write the frames in place of those that an earlier call wrote to the same file or folder."""
     if out.suffix == ".npz":
         with replacing(out) as new, new.open("wb") as file:
             np.savez(file, frames=np.stack(decoded.frames), times_s=decoded.times_s)
         return
-    for number, (frame, time) in enumerate(zip(decoded.frames, decoded.times_s, strict=True)):
-        with replacing(out / f"{number:03d}_{time:.3f}s.png") as new:
+    frames = {f"{i:03d}_{time:.3f}s.png": decoded.frames[i] for i, time in enumerate(decoded.times_s)}
+    for name, frame in frames.items():
+        with replacing(out / name) as new:
             Image.fromarray(frame).save(new, "PNG")
+    for path in out.iterdir():
+        if _FRAME.fullmatch(path.name) and path.name not in frames:
+            path.unlink()
