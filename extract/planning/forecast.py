@@ -129,10 +129,18 @@ def format_forecast(job: Forecast) -> str:
         [
             f"clips      {job.clips} on {counted(job.gpus, 'GPU')}, {counted(job.cores, 'core')} each: "
             f"{job.clips_per_second:.1f} a second",
-            f"time       {job.hours:.1f} h, {job.gpu_hours:.0f} GPU hours; bound by {job.bound_by}{enough}",
+            f"time       {format_duration(job.hours)}, {format_duration(job.gpu_hours)} of GPU time; "
+            f"bound by {job.bound_by}{enough}",
             f"writes     {counted(job.shards, 'shard')} in {counted(job.files, 'file')}, "
             f"{format_bytes(job.bytes_to_write)}, {format_bytes(job.write_gb_s * 1e9)}/s",
             f"a clip     encoding {cost.encode_s:.4f} s, decoding {cost.decode_s:.4f} s, writing {cost.write_s:.4f} s;"
             f" from {cost.source}",
         ]
     )
+
+
+def format_duration(hours: float) -> str:
+    """A duration with the unit that suits it, such as `2.5 h`, `14.1 min` or `36 s`."""
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.2g} s"

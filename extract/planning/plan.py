@@ -13,7 +13,7 @@ from egopatch.extract.engines.sharing import worker_count
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import decoder_count
-from egopatch.extract.planning.forecast import Forecast, forecast, given_cost, measured_cost
+from egopatch.extract.planning.forecast import Forecast, forecast, format_duration, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.bounds import bound_line
 from egopatch.extract.worker.device import arithmetic_advice, shortage_explained
@@ -167,7 +167,8 @@ def format_plan(plan: Plan) -> str:
     ]
     if plan.hours is not None and plan.seconds_per_clip is not None:
         lines.append(
-            f"time       about {_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on {plan.probed}"
+            f"time       about {format_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on "
+            f"{plan.probed}"
         )
     if line := bound_line(plan.ceilings):
         lines.append(f"bound      {line.removeprefix('bound by ')}")
@@ -175,12 +176,6 @@ def format_plan(plan: Plan) -> str:
         lines.append(f"note       {unrecorded_line(plan.unrecorded)}")
     lines += [f"advice     {line}" for line in plan.advice]
     return "\n".join(lines + [f"refused    {line}" for line in plan.refusals])
-
-
-def _duration(hours: float) -> str:
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.planning.forecast import ClipCost, forecast, given_cost, measured_cost
+from egopatch.extract.planning.forecast import ClipCost, forecast, format_duration, given_cost, measured_cost
 from egopatch.extract.worker.job_stats import JobStats, Stages, jobs_path, read_jobs, record_job
 from egopatch.features import StoreSpec
 from tests.extract.job import options
@@ -111,4 +111,12 @@ def test_plan_with_a_clip_count_needs_no_data_set(bare: Path, capsys: pytest.Cap
     assert (found["clips"], found["gpus"], found["shards"]) == (1000, 4, 200)
     assert found["hours"] == pytest.approx(2.5 / 3600)
     assert main(["plan", *job[:-1], "--clips-per-second", "100"]) == 0
-    assert "; bound by encoding\n" in capsys.readouterr().out  # how many cores decode as fast is not known
+    # A short job does not take `0.0 h`; how many cores decode as fast is not known.
+    assert "time       2.5 s, 10 s of GPU time; bound by encoding\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"), [(1e-5, "0.036 s"), (0.01, "36 s"), (0.235, "14.1 min"), (1, "1.0 h"), (1234.56, "1234.6 h")]
+)
+def test_duration_has_the_unit_that_suits_it(hours: float, shown: str) -> None:
+    assert format_duration(hours) == shown
