@@ -23,10 +23,13 @@ from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
 from egopatch.extract.encoders.networks.hub import parse_hub_model, why_unreachable
+from egopatch.features.io.lfs import pointer_fault
 
 # transformers' models take seconds and 160 MB to import, and a tokenizer needs none: each function imports its own.
 if TYPE_CHECKING:
     from transformers import BertModel, RobertaModel
+
+_TOKENIZER_FILES = (".json", ".txt", ".model")  # weights, which may lie beside them, are not always needed
 
 
 def build_roberta(checkpoint: Checkpoint, depth: int) -> TextEncoder:
@@ -147,6 +150,8 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
     named = None if local else parse_hub_model(model)
     if not local and named is None:
         raise ConfigError(f"text.model is {model!r}, which does not exist; {expected}")
+    if local:
+        _refuse_pointers(model, Path(folder))
     name, revision = (folder, "main") if named is None else (named.name, named.revision or "main")
     offline = None
     try:
@@ -168,6 +173,14 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
                 f"{tokenizers.__version__}: copy them again, or upgrade both packages"
             ) from error
         raise ConfigError(f"text.model is {model!r}; {expected} ({reason})") from error
+
+
+def _refuse_pointers(model: str, folder: Path) -> None:
+    """Refuse a tokenizer with a pointer of Git LFS in place of a file; as `vocab.txt`, it would be a vocabulary."""
+    with suppress(OSError):  # of which the attempt to load the tokenizer tells more
+        for file in sorted(folder.iterdir()):
+            if file.suffix in _TOKENIZER_FILES and file.is_file() and (fault := pointer_fault(file)):
+                raise ConfigError(f"text.model is {model!r}, whose {file.name} {fault}")
 
 
 def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Tokenizers that cannot be loaded fail quickly with a one-line error."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from huggingface_hub import constants
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders import load_tokenizer
+from egopatch.extract.encoders.checkpoints.package import MINILM
 from egopatch.extract.encoders.checkpoints.standin import write_standin
 from egopatch.extract.encoders.networks import hub, text
 
@@ -42,6 +44,20 @@ def test_tokenizer_files_of_a_newer_library_are_refused(tmp_path: Path) -> None:
     content["model"]["type"] = "BPE3"
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert "whose tokenizer cannot be read (data did not match any variant" in refused(str(folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+def test_pointer_of_git_lfs_in_place_of_a_tokenizer_file_is_refused(name: str, tmp_path: Path) -> None:
+    """`vocab.txt` would be read as a vocabulary of three words."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    shutil.copytree(MINILM.locate(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_text(pointer)
+    load_tokenizer(str(tmp_path))  # needs no weights
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_text(pointer)
+    assert refused(str(tmp_path)).endswith(
+        f"whose {name} is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"
+    )
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
