@@ -148,6 +148,12 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         print(line)
     for array, error in result.reconstruction_error.items():
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")
+    if stats.cut_short:
+        later = counted(len(stats.cut_short), "clip ends later than its video", "clips end later than their videos")
+        print(
+            f"note: {later}, such as {stats.cut_short[0]}, and got frames up to the video's end; correct the"
+            " annotations, or fetch the whole video"
+        )
     for line in stats.skipped:
         print(f"skipped: {line}")
     for clip_id, reason in result.quarantine.items():

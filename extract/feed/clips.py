@@ -71,6 +71,7 @@ class PreparedClip:
         source: SHA-256 of the video file.
         size: Size of the video file in bytes.
         seconds: Time that the child spent on the clip.
+        missing_s: Seconds by which the clip's end lies beyond its video's; 0 if it does not.
         release: Must be called when `frames` are no longer needed; another clip then uses their memory.
         memory: The slot of shared memory that holds `frames` from its start on; None if they have their own memory.
         memory_used: Bytes of the slot up to the end of the frames.
@@ -82,6 +83,7 @@ class PreparedClip:
     source: str
     size: int
     seconds: float
+    missing_s: float = 0.0
     release: Callable[[], None] = _nothing
     memory: NDArray[np.uint8] | None = None
     memory_used: int = 0
@@ -103,7 +105,8 @@ def read_clip(
     source = cache.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
     if not before == version == version_of(clip.video):
         raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
-    return PreparedClip(clip, frames, decoded.timestamps, source, version[1], time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return PreparedClip(clip, frames, decoded.timestamps, source, version[1], seconds, decoded.missing_s)
 
 
 def _file_sha256(version: FileVersion) -> str:

@@ -31,11 +31,13 @@ class DecodedClip(Generic[Picture]):
             its size.
         timestamps: [T] float32, seconds from the clip's start.
         times_s: [T] float64, seconds from the file's start.
+        missing_s: Seconds by which the clip's end lies beyond its video's; 0 if it does not.
     """
 
     frames: tuple[Picture, ...]
     timestamps: NDArray[np.float32]
     times_s: NDArray[np.float64]
+    missing_s: float = 0.0
 
     def __post_init__(self) -> None:
         for frame in self.frames:
@@ -126,7 +128,8 @@ def _read(clip: Clip, video: VideoConfig, file: VideoFile, as_planes: bool) -> D
     if missing > 0:  # video.short is zeros: black frames at the end, as in the published loader
         frames = [*frames, *[np.zeros((*frames[-1].shape[:2], 3), np.uint8)] * missing]
         times_s = np.concatenate([times_s, np.repeat(times_s[-1:], missing)])
-    return DecodedClip(tuple(frames), (times_s - (clip.start_s or 0.0)).astype(np.float32), times_s)
+    missing_s = max(0.0, (clip.end_s or 0.0) - index.end_s)
+    return DecodedClip(tuple(frames), (times_s - (clip.start_s or 0.0)).astype(np.float32), times_s, missing_s)
 
 
 def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:

@@ -70,6 +70,7 @@ class JobStats:
         skipped: One line for each shard that another process holds.
         stages: Seconds spent in each stage.
         untimed: Number of clips committed by workers that died, whose time is therefore not in `stages`.
+        cut_short: Id of each encoded clip that ends clearly later than its video, and by how many seconds.
     """
 
     committed: int = 0
@@ -77,6 +78,7 @@ class JobStats:
     skipped: tuple[str, ...] = ()
     stages: Stages = field(default_factory=Stages)
     untimed: int = 0
+    cut_short: tuple[str, ...] = ()
 
     @property
     def timed(self) -> int:
@@ -90,6 +92,7 @@ class JobStats:
             self.skipped + other.skipped,
             self.stages + other.stages,
             self.untimed + other.untimed,
+            self.cut_short + other.cut_short,
         )
 
 

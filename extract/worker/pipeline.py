@@ -26,6 +26,9 @@ from egopatch.extract.writing.shard_writer import BackgroundShardWriter, Encoded
 from egopatch.features import Failure, ShardWork, Store
 from egopatch.features.state.origin import Origin
 
+# A clip may end that much later than its video without a note, because annotations have rounded times.
+ROUNDING_S = 1.0
+
 
 @dataclass
 class _Shard:
@@ -205,6 +208,7 @@ class _Filling:
         self._on_progress = on_progress
         self._underway: deque[_Shard] = deque()
         self._waiting: list[PreparedClip] = []
+        self._cut_short: list[str] = []
         self._behind: tuple[_Batch, Callable[[], EncodedBatch]] | None = None
 
     def wanted(self) -> Iterator[Clip]:
@@ -227,6 +231,8 @@ class _Filling:
         else:
             self._encoder.add(result)
             self._waiting.append(result)
+            if result.missing_s > ROUNDING_S:
+                self._cut_short.append(f"{result.clip.clip_id} by {result.missing_s:.1f} s")
         last = shard.decoded == shard.expected
         if last or len(self._waiting) == self._encoder.size:
             # Rows are taken one batch late, so that the encoder computes while the next batch is gathered.
@@ -249,6 +255,7 @@ class _Filling:
             committed=writer.committed,
             quarantined=writer.quarantined,
             skipped=tuple(writer.skipped),
+            cut_short=tuple(self._cut_short),
             stages=Stages(
                 total_s=total_s,
                 start_s=results.first_s or 0.0,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from egopatch.configs.packaged import packaged_config
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
@@ -22,6 +23,7 @@ from egopatch.extract.worker.job import resolve_job
 from egopatch.features import StoreSpec, open_store
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from tests.extract.job import CLIPS, config_of, options
+from tests.extract.video.videos import write_video
 
 
 @pytest.mark.slow
@@ -71,6 +73,22 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(
     for command in (["plan", "--probe", "0"], ["doctor"]):
         assert main([*command, *changed, "--json"]) == 0
         assert more.frames_line in json.loads(capsys.readouterr().out)["advice"]
+
+
+def test_clips_that_end_later_than_their_videos_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(tmp_path / "a.mp4", frames=35)  # 2.3 s
+    ends = {"whole": None, "within": 2.0, "rounded": 3.0, "beyond": 7.5}
+    clips = [json.dumps({"clip_id": name, "video": "a.mp4", "end_s": end}) + "\n" for name, end in ends.items()]
+    (tmp_path / "clips.jsonl").write_text("".join(clips))
+    job = ["run", "--config", str(packaged_config("own_videos_lite")), "--data.root", str(tmp_path)]
+    job += ["--data.questions", "null", "--store.path", str(tmp_path / "store"), "--engine.decoders", "1"]
+    assert main([*job, "--video.frames", "2", "--video.size", "32", "--encoder.depth", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "4/4 clips" in out
+    note = "note: 1 clip ends later than its video, such as beyond by 5.2 s, and got frames up to the video's end; "
+    assert f"\n{note}correct the annotations, or fetch the whole video\n" in out
 
 
 def test_stored_questions_need_no_text_network(
