@@ -194,8 +194,8 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
         A function from texts to input ids [B, L] and attention mask [B, L] (bool). It lower-cases, as published.
 
     Raises:
-        ConfigError: `text.model` names no tokenizer, one that this version of transformers cannot read, or one on the
-            hub, and the hub cannot be reached.
+        ConfigError: `text.model` names no tokenizer, one that this version of transformers cannot read, one that cannot
+            encode a question, or one on the hub, and the hub cannot be reached.
     """
     tokenizer = _pretrained_tokenizer(model)
 
@@ -209,4 +209,12 @@ def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
         )
         return batch["input_ids"], batch["attention_mask"].bool()
 
+    try:
+        tokenize(["what is held?"])
+    except Exception as error:  # as in `_pretrained_tokenizer`
+        reason = " ".join(str(error).partition(". ")[0].split()) or type(error).__name__
+        raise ConfigError(
+            f"text.model is {model!r}, whose tokenizer cannot encode a question ({reason}); correct its files, such as "
+            "pad_token in tokenizer_config.json, or name another text model"
+        ) from error
     return tokenize

@@ -60,6 +60,17 @@ def test_pointer_of_git_lfs_in_place_of_a_tokenizer_file_is_refused(name: str, t
     )
 
 
+def test_tokenizer_without_a_padding_token_is_refused(tmp_path: Path) -> None:
+    """Such as that of GPT-2."""
+    folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": None}))
+    assert (
+        "cannot encode a question (Asking to pad but the tokenizer does not have a padding token); correct its files"
+        in refused(str(folder))
+    )
+
+
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert "whose tokenizer cannot be read (" in refused(str(tmp_path))
 
