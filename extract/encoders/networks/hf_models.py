@@ -92,6 +92,7 @@ class HfEncoder(VideoEncoder):
         super().__init__((size // patch, size // patch), int(config.hidden_size), depth, num_frames, size)
         self.model = model
         self.family = family
+        self.trained_frames = getattr(config, "num_frames", None) if family.video else None
         self._steps = num_frames // tubelet if family.video else num_frames
         self.prefix = family.prefix + int(getattr(config, "num_register_tokens", 0) or 0)
         self.saliency: SaliencyKind = ("cls" if self.prefix else "norm") if saliency == "auto" else saliency

@@ -185,6 +185,15 @@ def test_encoder_accepts_another_frame_size(folder_of: Callable[[str], Path], ki
     assert encoder(torch.zeros(1, FRAMES, 3, 48, 48)).patches.shape == (1, FRAMES, 36, 32)
 
 
+def test_timesformer_accepts_more_frames_and_tells_how_many_it_was_trained_on(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Its positions in time are stretched, which `plan`, `run` and `doctor` say."""
+    encoder = load_video_encoder("hf", folder_of("timesformer"), 2 * FRAMES, 2, size=32)
+    assert encoder(torch.zeros(1, 2 * FRAMES, 3, 32, 32)).patches.shape == (1, 2 * FRAMES, PATCHES, 32)
+    assert encoder.trained_frames == FRAMES
+
+
 def test_bfloat16_tokens_stay_close_to_float32(folder_of: Callable[[str], Path]) -> None:
     half = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32, dtype=torch.bfloat16)(clips())
     whole = load_video_encoder("hf", folder_of("dinov2"), FRAMES, 2, size=32)(clips())
