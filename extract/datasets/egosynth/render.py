@@ -81,6 +81,9 @@ def render(
     _write_annotations(root, scenes, questions, seed)
     videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder
     videos.mkdir(parents=True, exist_ok=True)
+    named = {_video_name(scene) for scene in scenes}
+    for old in [path for path in videos.glob("egosynth-*.mp4") if path.name not in named]:
+        old.unlink()
     bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
     jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
     done = 0
@@ -97,6 +100,10 @@ def interval_of(scene: Scene) -> str:
     """The clip's name in EgoTaskQA's form: video, person, first and last frame."""
     family = "egosynth" if scene.difficulty == "plain" else f"egosynth-{scene.difficulty}"
     return f"{family}-{scene.seed}-{scene.index:06d}|P1|0|{FRAMES}"
+
+
+def _video_name(scene: Scene) -> str:
+    return f"{interval_of(scene)}.mp4"
 
 
 def write_video(path: Path, pictures: Sequence[np.ndarray], fps: int = FPS) -> None:
@@ -132,7 +139,7 @@ def _check(clips: int, seed: int, size: int, questions: int, workers: int) -> No
 
 def _write_clips(folder: Path, scenes: Sequence[Scene], size: int) -> int:
     for scene in scenes:
-        write_video(folder / f"{interval_of(scene)}.mp4", list(frames(scene, FRAMES, size)))
+        write_video(folder / _video_name(scene), list(frames(scene, FRAMES, size)))
     return len(scenes)
 
 

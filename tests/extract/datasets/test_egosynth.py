@@ -210,6 +210,14 @@ def test_relative_output_folder_follows_the_working_directory(tmp_path: Path, mo
         assert len(list((tmp_path / name / "data" / "qa_videos").iterdir())) == 20
 
 
+def test_smaller_set_in_the_same_folder_leaves_no_video_of_the_larger_one(tmp_path: Path) -> None:
+    render(tmp_path, clips=21, workers=1)
+    (tmp_path / "qa_videos" / "mine.mp4").touch()
+    render(tmp_path, clips=20, workers=1)
+    names = {path.name for path in (tmp_path / "qa_videos").iterdir()}
+    assert names == {"mine.mp4", *(f"egosynth-0-{number:06d}|P1|0|24.mp4" for number in range(20))}
+
+
 def test_hard_set_is_reproducible_and_loads_as_egotaskqa(tmp_path: Path) -> None:
     for name in ("one", "other"):
         render(tmp_path / name, clips=20, seed=3, difficulty="hard", workers=1)
