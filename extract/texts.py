@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from egopatch.configs.schema import Config
+from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.encoders import (
     Checkpoint,
     Network,
@@ -52,7 +52,21 @@ class TextNetwork:
     @cached_property
     def encoder(self) -> TextEncoder:
         """The encoder, on the device."""
-        return load_text_encoder(self.network, self.checkpoint, text_depth(self.config)).to(self.device).eval()
+        encoder = load_text_encoder(self.network, self.checkpoint, text_depth(self.config)).eval()
+        self._try_longest_text(encoder)
+        return encoder.to(self.device)
+
+    def _try_longest_text(self, encoder: TextEncoder) -> None:
+        """Refuse a `text.max_length` that the network has no positions for, while a CPU can still say so."""
+        length = self.config.text.max_length
+        try:
+            encoder(*self.tokenizer([" ".join(["what"] * length)]))
+        except (IndexError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise ConfigError(
+                f"text.max_length is {length}, and the text network of {self.checkpoint.path} takes no text of so many "
+                f"tokens ({reason}); expected at most its number of positions: 512 for most, 77 for CLIP, 64 for SigLIP"
+            ) from error
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -114,6 +114,14 @@ def test_stored_questions_need_no_text_network(
     assert "was created with different settings (tokenizer: store has" in capsys.readouterr().err
 
 
+def test_more_text_tokens_than_the_network_has_positions_for_are_refused(
+    bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *options(bare, "--text.max_length", "600")]) == 2
+    assert "text.max_length is 600, and the text network of " in capsys.readouterr().err
+    assert not (bare / "store").exists()
+
+
 def test_unreadable_tokenizer_leaves_no_store_behind(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bare / "tokenizer" / "tokenizer.json").write_text("{}")
     assert main(["run", *options(bare)]) == 2
