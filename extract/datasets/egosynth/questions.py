@@ -1,7 +1,8 @@
 """EgoSynth's questions, generated from the event log in EgoTaskQA's vocabulary.
 
-Every family of questions is drawn so that the text alone reveals almost nothing about the answer: objects, actions,
-places and states are uniform, and verify questions are answered yes as often as no.
+Every family of questions is drawn so that the text alone reveals almost nothing about the answer: objects, actions and
+states are uniform, and verify questions are answered yes as often as no. Places are not quite uniform: three of the
+table's seven columns are `middle`, which is right in 43% of the cases.
 
 A *direct* question names an object ("the red box"), an *indirect* one describes it by what happens to it ("the object
 that the person touches first").
