@@ -18,7 +18,7 @@ from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, VIDEO_FOLDER
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip, decoder_count
 from egopatch.extract.transcoding.segment import SETTINGS, Segment, write_segment
 from egopatch.features.common.progress import ProgressDisplay
-from egopatch.features.io.files import append_synced, locked, make_folder, write_file
+from egopatch.features.io.files import append_synced, locked, make_folder, read_at, write_file
 
 JOURNAL = "transcoded.jsonl"
 JSONL_VIDEOS = "videos"
@@ -112,7 +112,7 @@ def _is_copied(clip: Clip, record: dict[str, object] | None, folder: Path) -> bo
 
 def _read(journal: int) -> dict[str, dict[str, object]]:
     """The last record of each clip; a line that a crash cut short is terminated and ignored."""
-    content = os.pread(journal, os.fstat(journal).st_size, 0)
+    content = read_at(journal, os.fstat(journal).st_size, 0)
     if content and not content.endswith(b"\n"):
         append_synced(journal, b"\n")
     records = {}

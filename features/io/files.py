@@ -120,13 +120,22 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_at(handle: int, size: int, offset: int) -> bytes:
+    """`size` bytes of an open file from `offset`, fewer where it ends before; one call to the system gives 2 GiB."""
+    parts = []
+    while part := os.pread(handle, size, offset):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)
+
+
 def append_synced(handle: int, content: bytes) -> None:
     """Append to an open file and sync it; on failure the file is cut back to its former length."""
     before = os.fstat(handle).st_size
     try:
-        written = os.write(handle, content)
-        if written != len(content):
-            raise OSError(errno.ENOSPC, "the record could be written only partly")
+        left = memoryview(content)
+        while left:
+            left = left[os.write(handle, left) :]  # the rest of what a disk has no space for ends in the error
         os.fsync(handle)
     except OSError:
         os.ftruncate(handle, before)

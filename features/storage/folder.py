@@ -20,6 +20,7 @@ from egopatch.features.io.files import (
     locked,
     make_folder,
     opening,
+    read_at,
     rename_into_place,
     size_and_crc_of_file,
     sync_file,
@@ -45,7 +46,7 @@ class LocalFile:
 
     def read(self, size: int, offset: int) -> bytes:
         with self._errors_explained():
-            return os.pread(self.handle, size, offset)
+            return read_at(self.handle, size, offset)
 
     def read_into(self, target: np.ndarray, offset: int) -> int:
         crc = done = 0

@@ -17,7 +17,7 @@ from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from egopatch.features.common.units import counted
 from egopatch.features.io.fields import MalformedRecord, Record, garbage_collection_paused, get_count
-from egopatch.features.io.files import append_synced, crc32c, locked, opening, write_file
+from egopatch.features.io.files import append_synced, crc32c, locked, opening, read_at, write_file
 from egopatch.features.values.errors import DamagedStore, StoreError, write_conflict
 from egopatch.features.values.location import Location
 
@@ -186,7 +186,7 @@ class FileJournal(Generic[Entry]):
         """Refuse to append if a line between `after` and `last` is about `shard`, or about none if that is None."""
         if not isinstance(after, FilePosition) or not _follows(last, after):
             raise write_conflict(self.path)
-        for line in os.pread(handle, last.end - after.end, after.end).splitlines(keepends=True):
+        for line in read_at(handle, last.end - after.end, after.end).splitlines(keepends=True):
             decoded = decode_line(line)
             if decoded is None or decoded[1].get("shard") == shard:
                 raise write_conflict(self.path)
@@ -234,7 +234,7 @@ class FileJournal(Generic[Entry]):
         size = os.fstat(handle).st_size
         head = self._read_head() or _Head(0, 0, 0)
         number, start = (head.lines, head.end) if head.end <= size else (0, 0)
-        tail = os.pread(handle, size - start, start)
+        tail = read_at(handle, size - start, start)
         return _Head(number + tail.count(b"\n"), start + tail.rfind(b"\n") + 1, head.rewrites)
 
     def _read_head(self) -> _Head | None:

@@ -1,5 +1,6 @@
 """Every damaged, missing or reordered line of a journal is detected; a torn last line is accepted."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,25 @@ def test_a_line_newer_than_the_head_file_counts(journal: FileJournal) -> None:
     journal.append({"ids": ["newer"]})
     assert len(records(journal.read())) == 5
     assert journal.read().faults == ()
+
+
+def test_reads_and_writes_that_the_system_cuts_short_are_continued(
+    journal: FileJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux cuts them at 2 GiB."""
+    pread, write, before = os.pread, os.write, journal.read().position
+    monkeypatch.setattr(os, "pread", lambda handle, size, offset: pread(handle, min(size, 40), offset))
+    monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:40]))
+    journal.head_path.unlink()
+    journal.append({"ids": ["new"]})
+    contents = journal.read()
+    assert records(contents) == [*RECORDS, {"ids": ["new"]}]
+    assert contents.faults == ()
+    journal.append({"shard": 1, "ids": ["x" * 80]})
+    journal.append({"shard": 2, "ids": []})
+    with pytest.raises(WriteConflict):
+        journal.append({"shard": 2, "ids": []}, before)
+    journal.append({"shard": 3, "ids": []}, before)
 
 
 def test_a_torn_line_counted_by_the_head_is_a_fault_but_opens(journal: FileJournal) -> None:
