@@ -260,12 +260,12 @@ def _find_tar(path: Path) -> Iterator[Unread]:
 
 def _read_tar(path: Path, members: Mapping[str, str]) -> dict[str, Tensor]:
     """The arrays of a sample: those of its members `KEY.npy`, which is the patches, and `KEY.NAME.npy`."""
+    with _named_if_damaged(path), tarfile.open(path) as tar:
+        files = {kind: _get(tar, member) for kind, member in members.items() if kind.endswith("npy")}
     arrays = {}
-    with tarfile.open(path) as tar:
-        for kind, member in members.items():
-            if kind.endswith("npy"):
-                name = kind.removesuffix(".npy").removesuffix("npy") or "patches"
-                arrays[name] = _load_numpy(io.BytesIO(_get(tar, member)))
+    for kind, content in files.items():
+        name = kind.removesuffix(".npy").removesuffix("npy") or "patches"
+        arrays[name] = _load_numpy(io.BytesIO(content))
     return _named(arrays)
 
 
@@ -288,8 +288,9 @@ def _open_lmdb(path: Path) -> Any:
 
 
 def _read_lmdb(path: Path, key: bytes) -> dict[str, Tensor]:
-    with _open_lmdb(path) as env, env.begin() as transaction:
-        return _named(_load_numpy(io.BytesIO(transaction.get(key))))
+    with _named_if_damaged(path), _open_lmdb(path) as env, env.begin() as transaction:
+        content = transaction.get(key)
+    return _named(_load_numpy(io.BytesIO(content)))
 
 
 # Reads as `_read_lmdb` does, in a process of its own.

@@ -51,7 +51,7 @@ def import_features(
 
     Raises:
         StoreError: Files are missing, empty or damaged, hold NaN, or differ in shape; the message names clips and
-            faults. Or `to` is in `source`.
+            faults. Or `to` is in `source`; or a clip changes while it is imported, and the store stays incomplete.
     """
     require_separate(source, parse_location(to), what="features")
     clips = _distinct(find_clips(source), source)
@@ -61,22 +61,23 @@ def import_features(
         if on_clips is not None:
             on_clips(next(done), 2 * len(clips))
 
-    shapes, found_grid, content = _check_all(clips, source, dtype, grid, tick)
+    shapes, found_grid, hashes = _check_all(clips, source, dtype, grid, tick)
+    content = hashlib.sha256(b"".join(map(bytes.fromhex, hashes.values()))).hexdigest()
     arrays = tuple(ArraySpec(key, shape, dtype if key == "patches" else "float32") for key, shape in shapes.items())
     fields = {"origin": "imported", "arch": "imported", "content": content, "stored_dtype": dtype}
     spec = StoreSpec("patches", arrays, shard, found_grid)
     store = create_store(to, spec, Fingerprint(fields), list(clips), format, "--to")
-    _write_missing(store, clips, dtype, grid, tick)
+    _write_missing(store, clips, source, hashes, dtype, grid, tick)
     return store
 
 
 def _check_all(
     clips: Mapping[str, ReadClip], source: Path, dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
-) -> tuple[Mapping[str, tuple[int, ...]], tuple[int, int], str]:
+) -> tuple[Mapping[str, tuple[int, ...]], tuple[int, int], Mapping[str, str]]:
     """Read every clip once; `tick` is called after each that can be stored.
 
     Returns:
-        Shape of each array of a clip, rows and columns of the patches, and the SHA-256 of all clips as they are stored.
+        Shape of each array of a clip, rows and columns of the patches, and the SHA-256 of each clip as it is stored.
 
     Raises:
         StoreError: As `import_features`.
@@ -84,7 +85,7 @@ def _check_all(
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     grids: list[tuple[int, int]] = []
     faults: dict[str, str] = {}
-    digest = hashlib.sha256()
+    hashes: dict[str, str] = {}
     for name, read in clips.items():
         try:
             given = read()
@@ -94,24 +95,43 @@ def _check_all(
             continue
         shapes[name] = {key: tuple(value.shape) for key, value in row.items()}
         grids.append(_grid(given["patches"], row["patches"].shape[1], grid))
-        digest.update(_content(name, row).digest())
+        hashes[name] = _content(name, row)
         tick()
     faults |= _odd_shapes(shapes)
     if faults:
         lines = pick_varied([f"{source}: {name!r}: {fault}" for name, fault in faults.items()], SHOWN_FAULTS)
         rest = len(faults) - len(lines)
         raise StoreError("; ".join([*lines, *([f"and {rest} more"] if rest else [])]) + ": nothing was imported")
-    return next(iter(shapes.values())), grids[0], digest.hexdigest()
+    return next(iter(shapes.values())), grids[0], hashes
 
 
 def _write_missing(
-    store: Store, clips: Mapping[str, ReadClip], dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
+    store: Store,
+    clips: Mapping[str, ReadClip],
+    source: Path,
+    hashes: Mapping[str, str],
+    dtype: str,
+    grid: tuple[int, int] | None,
+    tick: Callable[[], None],
 ) -> None:
-    """Write the clips that the store does not have yet, shard by shard; `tick` is called after each."""
+    """Write the clips that the store does not have yet, shard by shard; `tick` is called after each.
+
+    Raises:
+        StoreError: A clip cannot be read any more, or no longer has its hash in `hashes`.
+    """
     for work in store.missing_shards():
-        rows = {name: _row(clips[name](), dtype, grid) for name in work.ids}
-        sources = {name: _content(name, row).hexdigest() for name, row in rows.items()}
-        store.write_shard(work.shard, rows, sources)
+        rows = {}
+        for name in work.ids:
+            try:
+                rows[name] = _row(clips[name](), dtype, grid)
+                if _content(name, rows[name]) != hashes[name]:
+                    raise ValueError("it has other values")
+            except (ValueError, OSError) as error:
+                raise StoreError(
+                    f"{source}: {name!r} has changed since it was checked ({error}), so the store {store.path} is "
+                    "incomplete; delete it, and import again once no program writes the features any more"
+                ) from error
+        store.write_shard(work.shard, rows, {name: hashes[name] for name in rows})
         for _ in rows:
             tick()
 
@@ -202,10 +222,10 @@ def _odd_shapes(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, str]
     return odd
 
 
-def _content(name: str, arrays: dict[str, Tensor]) -> "hashlib._Hash":
-    """Hash of a clip's arrays as they are stored."""
+def _content(name: str, arrays: dict[str, Tensor]) -> str:
+    """SHA-256 of a clip's arrays as they are stored, in hexadecimal."""
     digest = hashlib.sha256(name.encode())
     for key in sorted(arrays):
         digest.update(f"\0{key} {arrays[key].dtype} {tuple(arrays[key].shape)}\0".encode())
         digest.update(bytes_of(arrays[key].contiguous()).data)
-    return digest
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,33 @@ def test_an_unusable_file_is_named_and_nothing_is_imported(
     assert said.endswith(": nothing was imported\n")
     assert said.count("\n") == 1
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("kind", ["npy", "pt", "hdf5", "webdataset", "lmdb"])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda file, others: shutil.copy(others / file.name, file), "it has other values"),
+        (lambda file, others: file.unlink(), ".+"),
+        (lambda file, others: file.write_bytes(b"not what the name says, and not short"), ".+"),
+    ],
+)
+def test_a_clip_that_changes_during_an_import_is_named(
+    kind: str, spoil: Callable[[Path, Path], object], why: str, tmp_path: Path
+) -> None:
+    for number, place in enumerate((tmp_path / "files", tmp_path / "others")):
+        place.mkdir()
+        WRITERS[kind](place, [("the clip", {"patches": torch.full((1, 1, 4), 1.0 + number)})])
+
+    def spoil_after_the_check(done: int, total: int) -> None:
+        if done == 1:
+            (file,) = (path for path in (tmp_path / "files").iterdir() if path.name != "lock.mdb")
+            spoil(file, tmp_path / "others")
+
+    message = rf"files: 'the clip' has changed since it was checked \({why}\), so the store .*store is incomplete; "
+    with pytest.raises(StoreError, match=message):
+        import_features(tmp_path / "files", tmp_path / "store", on_clips=spoil_after_the_check)
+    assert open_store(tmp_path / "store").clip_ids == ()
 
 
 @pytest.mark.parametrize("name", ["all.h5", "0.tar", "data.mdb"])
