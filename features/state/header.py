@@ -66,10 +66,15 @@ def _array_in_words(array: ArraySpec | None, with_shape: bool) -> str:
 
 
 def header_record(header: StoreHeader) -> Record:
-    """The header as JSON values."""
+    """The header as JSON values.
+
+    Raises:
+        StoreError: An array's dtype is unknown.
+        ValueError: Spec or fingerprint hold a value that would not read back equal to itself.
+    """
     for array in header.spec.arrays:
         disk_dtype(array.dtype)
-    return _as_json(
+    record = _as_json(
         {
             "version": VERSION,
             "format": header.format,
@@ -77,6 +82,12 @@ def header_record(header: StoreHeader) -> Record:
             "fingerprint": dict(header.fingerprint.fields),
         }
     )
+    if StoreHeader(_parse_spec(record["spec"]), _parse_fingerprint(record), header.format) != header:
+        raise ValueError(
+            f"{header.spec} or {header.fingerprint} would not read back equal from {HEADER}; expected tuples instead "
+            "of lists, texts as names, and no NaN"
+        )
+    return record
 
 
 def create_header(storage: Storage, record: Record) -> None:

@@ -49,7 +49,7 @@ def create_store(
     if not storage.in_place and file_format.needs_folder:
         raise BadLocation(f"format is {format!r} and the store's location is {root}; HDF5 needs a folder: use zarr")
     requested = StoreHeader(spec, fingerprint, format)
-    header_record(requested)  # refuse bad dtypes and ids before anything is written
+    header_record(requested)  # refuse bad values and ids before anything is written
     ids_without_row((), ids, spec.kind)
     with write_errors_explained(f"creating {root}"):
         if storage.exists(HEADER) and _missing_rows(storage, requested, ids, option) is None:

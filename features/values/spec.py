@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:  # see `features`
@@ -121,6 +121,10 @@ _ARRAYS = {
     "patches": tuple(field.name for field in fields(PatchTokens)),
     "text": tuple(field.name for field in fields(TextStates)),
 }
+_REQUIRED = {
+    "patches": tuple(field.name for field in fields(PatchTokens) if field.default is MISSING),
+    "text": tuple(field.name for field in fields(TextStates)),
+}
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,9 @@ class StoreSpec:
             if name not in _ARRAYS[self.kind] or names.count(name) > 1:
                 expected = ", ".join(_ARRAYS[self.kind])
                 raise ValueError(f"array {name!r} is unknown or repeated; a store of {self.kind} can keep {expected}")
+        required = _REQUIRED[self.kind]
+        if missing := [name for name in required if name not in names]:
+            raise ValueError(f"array {missing[0]!r} is missing; a store of {self.kind} needs {', '.join(required)}")
 
     @classmethod
     def for_patches(

@@ -18,6 +18,7 @@ from egopatch.features.values.tensors import bytes_of, torch_dtype
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 SHARD = "shards/00000001.h5"
+MASK = ArraySpec("attention_mask", (1,), "bool")
 
 
 @pytest.fixture
@@ -42,11 +43,15 @@ def test_h5py_reads_the_shard_layout_and_the_index(store: Store) -> None:
 @pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7)])
 @pytest.mark.parametrize("codec", ["none", "gzip"])
 def test_fast_reader_equals_h5py(tmp_path: Path, dtype: str, shape: tuple[int, ...], codec: str) -> None:
-    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), 3, codec=codec)
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype), MASK), 3, codec=codec)
     ids = ["a", "b", "c", "d", "e"]
     store = create_store(tmp_path / "store", spec, FINGERPRINT, ids, "hdf5")
     for work in store.missing_shards():
-        rows = {name: {"states": torch.randn(shape).to(torch_dtype(dtype))} for name in work.ids if name != "c"}
+        rows = {
+            name: {"states": torch.randn(shape).to(torch_dtype(dtype)), "attention_mask": torch.ones(1).bool()}
+            for name in work.ids
+            if name != "c"
+        }
         store.write_shard(work.shard, rows, dict.fromkeys(rows, "sha256:0"))
     requested = ["e", "a", "d", "b"]
     with h5py.File(store.path / "index.h5") as index:

@@ -11,6 +11,7 @@ import torch
 
 from egopatch.features import (
     AbsentClip,
+    ArraySpec,
     DamagedStore,
     Failure,
     Fingerprint,
@@ -24,6 +25,7 @@ from egopatch.features import (
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 Make = Callable[..., Store]
+CLS = SPEC.array("cls")
 
 
 def test_a_store_reads_written_clips_in_any_order(make: Make) -> None:
@@ -270,6 +272,32 @@ def test_a_missing_store_and_an_unknown_format_are_refused(tmp_path) -> None:
         open_store(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="format 'tar' is unknown"):
         create_store(tmp_path / "x", SPEC, FINGERPRINT, IDS, "tar")
+
+
+def _with(old: ArraySpec, *new: ArraySpec) -> StoreSpec:
+    return replace(SPEC, arrays=tuple(array for array in SPEC.arrays if array != old) + new)
+
+
+@pytest.mark.parametrize(
+    ("spec", "fingerprint", "why"),
+    [
+        (lambda: SPEC, {"a": [1]}, "'a' of list; expected a single value"),
+        (lambda: SPEC, {1: "a"}, "would not read back equal"),
+        (lambda: SPEC, {"a": float("nan")}, "would not read back equal"),
+        (lambda: _with(CLS, replace(CLS, shape=(8.0,))), {}, "'shape' holds 8.0; expected a whole number"),
+        (lambda: _with(CLS, replace(CLS, shape=[8])), {}, "would not read back equal"),
+        (lambda: replace(SPEC, grid=(2, 3, 1)), {}, "'grid' is .2, 3, 1.; expected the rows and columns"),
+        (lambda: replace(SPEC, shard=4.0), {}, "'shard' is 4.0; expected a whole number"),
+        (lambda: _with(CLS), {}, "array 'cls' is missing; a store of patches needs cls, patches, saliency"),
+        (lambda: _with(SPEC.array("patches")), {}, "array 'patches' is missing"),
+    ],
+)
+def test_a_store_that_could_not_be_opened_is_refused_before_anything_is_written(
+    spec: Callable[[], StoreSpec], fingerprint: dict, why: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        create_store(tmp_path / "store", spec(), Fingerprint(fingerprint), IDS)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_store_whose_folder_is_moved_is_not_damaged(make_local: Make) -> None:

@@ -19,6 +19,8 @@ from egopatch.features.tools.verify import verify
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
+MASK = ArraySpec("attention_mask", (1,), "bool")
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
@@ -63,13 +65,16 @@ def test_reader_and_writer_equal_zarr_python(tmp_path_factory: pytest.TempPathFa
     count, shard = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     ids = [f"clip{n}" for n in range(count)]
     written = data.draw(st.lists(st.sampled_from(ids), unique=True, min_size=1))
-    spec = StoreSpec("text", (ArraySpec("states", shape, dtype),), shard, codec=codec)
+    spec = StoreSpec("text", (ArraySpec("states", shape, dtype), MASK), shard, codec=codec)
     folder = tmp_path_factory.mktemp("store")
     store = create_store(folder / "s", spec, FINGERPRINT, ids)
     generator = torch.Generator().manual_seed(count)
     for work in store.missing_shards():
         rows = {
-            n: {"states": torch.randn(shape, generator=generator).to(torch_dtype(dtype))}
+            n: {
+                "states": torch.randn(shape, generator=generator).to(torch_dtype(dtype)),
+                "attention_mask": torch.ones(1, dtype=torch.bool),
+            }
             for n in work.ids
             if n in written
         }
