@@ -203,8 +203,10 @@ class Bucket:
         with self._one_line_errors(f"writing {key}"):
             try:
                 return _version(self._store.put(key, content, mode=mode, use_multipart=False))
-            except (AlreadyExistsError, PreconditionError):
-                raise write_conflict(f"{self.url}/{key}") from None
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
+                if _s3_code(error) == "NoSuchBucket":
+                    raise
+                raise write_conflict(f"{self.url}/{key}") from None  # S3 answers 404 if the object was deleted
 
     @contextmanager
     def _one_line_errors(self, doing: str) -> Iterator[None]:

@@ -24,8 +24,8 @@ from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# What keeps an undamaged file from being opened, and what to do.
-_REMEDIES = {
+# What keeps an undamaged file from being opened or read, and what to do.
+REMEDIES = {
     **dict.fromkeys(NOT_ALLOWED, "give this user permission"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     errno.ENOMEM: "free some memory",
@@ -203,10 +203,10 @@ def opening(path: Path) -> Iterator[None]:
             raise StoreError(f"{path} {fault}")
         yield
     except OSError as error:
-        if error.errno not in _REMEDIES:
+        if error.errno not in REMEDIES:
             raise
         raise StoreError(
-            f"{path} cannot be opened ({os.strerror(error.errno)}); {_REMEDIES[error.errno]}, and run the same command "
+            f"{path} cannot be opened ({os.strerror(error.errno)}); {REMEDIES[error.errno]}, and run the same command "
             "again"
         ) from error
 

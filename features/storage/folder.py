@@ -15,6 +15,7 @@ import numpy as np
 from egopatch.features.io import file_lease
 from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import (
+    REMEDIES,
     crc32c,
     lock_file,
     locked,
@@ -27,7 +28,7 @@ from egopatch.features.io.files import (
     write_file,
 )
 from egopatch.features.storage.journal import FileJournal
-from egopatch.features.values.errors import DamagedStore, write_conflict
+from egopatch.features.values.errors import DamagedStore, StoreError, write_conflict
 
 Entry = TypeVar("Entry")
 _BLOCK = 1 << 23  # bytes; each block gives up the GIL twice, which other threads may then keep for a while
@@ -65,9 +66,10 @@ class LocalFile:
         try:
             yield
         except OSError as error:
-            raise DamagedStore(
-                f"{self.path} cannot be read ({error.strerror}); check the disk, or the connection to its server, and "
-                "run the same command again"
+            kind = StoreError if error.errno in REMEDIES else DamagedStore
+            remedy = REMEDIES.get(error.errno or 0, "check the disk, or the connection to its server")
+            raise kind(
+                f"{self.path} cannot be read ({error.strerror}); {remedy}, and run the same command again"
             ) from error
 
     def __del__(self) -> None:

@@ -40,6 +40,7 @@ class OpenFile(Protocol):
 
         Raises:
             DamagedStore: The file is too short, or does not exist any more.
+            StoreError: The system refuses to read the file, which itself may be intact.
         """
 
 

@@ -61,7 +61,7 @@ class RowReader:
         try:
             for target, array in targets:
                 self._read_committed(target, name, record, array)
-        except DamagedStore:
+        except StoreError:  # also that of a stale handle: another machine has replaced the file
             if not self._was_rewritten(name, record, commit):
                 raise
             # All arrays are read again, so that they come from one commit.

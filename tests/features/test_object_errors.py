@@ -13,7 +13,8 @@ import pytest
 from egopatch.configs.schema import StoreConfig
 from egopatch.features import BadLocation, StoreError, create_store, open_store
 from egopatch.features.__main__ import main as features
-from egopatch.features.io.bucket import Bucket
+from egopatch.features.io.bucket import Bucket, Version
+from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl, parse_location
 from tests.extract.fetch.loopback import running
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
@@ -169,6 +170,32 @@ def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monk
     with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Throttling)) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         assert Bucket(ObjectUrl("s3://bucket/store")).get("store.json").content == b"content"
+
+
+class _Absent(http.server.BaseHTTPRequestHandler):
+    """Answers that the key does not exist, as S3 does to a conditional write; or the bucket, if that has the name."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"<Error><Code>{'NoSuchBucket' if 'nowhere' in self.path else 'NoSuchKey'}</Code></Error>".encode()
+        self.send_response(404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_conditional_write_of_a_deleted_object_is_a_conflict(
+    environment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Absent)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(WriteConflict, match=r"another process has written s3://bucket/store/ids\.jsonl in"):
+            Bucket(ObjectUrl("s3://bucket/store")).put_if_unchanged("ids.jsonl", b"", Version("tag", None))
+        with pytest.raises(StoreError, match="bucket 'nowhere' does not exist"):
+            Bucket(ObjectUrl("s3://nowhere/store")).put_if_unchanged("ids.jsonl", b"", Version("tag", None))
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

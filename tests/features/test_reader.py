@@ -1,11 +1,14 @@
 """Threads reading one store wait for each other only when they need the same file; errors keep their type."""
 
+import errno
+import os
 import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +102,30 @@ def test_a_row_replaced_by_another_process_reads_as_its_new_value(make: Callable
     later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces=replaces)
     assert np.array_equal(store.read([IDS[0]]).patches[0], clip(50)["patches"].half())
     assert np.array_equal(store.read([IDS[1]]).patches[0], clip(1)["patches"].half())
+
+
+def test_a_file_with_a_stale_handle_is_not_damaged(
+    make_local: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of files forgets a file that another machine has replaced."""
+    fill(make_local())
+    store, later = open_store(make_local().path), open_store(make_local().path)
+    store.read([IDS[0]])
+    preadv, stale = os.preadv, lambda handle: os.fstat(handle).st_nlink == 0
+
+    def refuse(handle: int, *args: Any) -> int:
+        if stale(handle):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return preadv(handle, *args)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    replaces = later.catalog.ledger.versions([IDS[0]])
+    later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces=replaces)
+    assert np.array_equal(store.read([IDS[0]]).patches[0], clip(50)["patches"].half())
+    stale = lambda handle: True  # noqa: E731
+    with pytest.raises(StoreError, match=r"cannot be read \(Stale file handle\); check the connection to") as caught:
+        store.read([IDS[0]])
+    assert type(caught.value) is StoreError
 
 
 def test_ctrl_c_while_opening_a_shard_stays_a_keyboard_interrupt(make: Callable[..., Store]) -> None:
