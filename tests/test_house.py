@@ -132,3 +132,15 @@ def test_printed_commands_work_in_any_folder(package: str) -> None:
     files = [path for kind in ("*.py", "*.j2") for path in (ROOT / package).rglob(kind)]
     short = re.compile(r'python -m (?:extract|features|train)\b|"-m", "(?:extract|features|train)"')
     assert [str(path.relative_to(ROOT)) for path in files if short.search(path.read_text())] == []
+
+
+def test_marks_stand_on_tests() -> None:
+    """pytest ignores a mark on any other function, such as a helper that was written between a mark and its test."""
+    misplaced = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("test_")
+        if any(ast.unparse(mark).startswith("pytest.mark.") for mark in node.decorator_list)
+    ]
+    assert not misplaced

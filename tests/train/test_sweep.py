@@ -300,7 +300,6 @@ def test_disk_residency_reads_once_for_run_groups_of_different_shapes(tiny: Conf
     assert two["bytes_read"] < 1.6 * one["bytes_read"]
 
 
-@pytest.mark.slow
 def change_answers(config: Config, part: str, keep: int | None = None) -> None:
     """Swap yes and no in the annotations of a part, and keep the first `keep` questions."""
     path = config.data.root / "qa" / "direct" / f"formatted_{part}_qas_encode.json"
@@ -311,6 +310,7 @@ def change_answers(config: Config, part: str, keep: int | None = None) -> None:
     path.write_text(json.dumps(questions[:keep]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_runs_trained_on_different_annotations_cannot_share_a_sweep(tmp_path: Path, part: str) -> None:
     config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
