@@ -55,6 +55,8 @@ def test_an_upload_is_complete(run: Config, tmp_path: Path, capsys: pytest.Captu
     named = {line.split("`")[1] for line in text.split("## Files")[1].splitlines() if line.startswith("- ")}
     assert named | {"README.md"} == {path.name for path in (out / "head").iterdir()}
     assert verify(out / "store" / "features").ok
+    usage = Path(__file__).parents[2] / "docs" / "usage.md"
+    assert "give `store.path` as `upload/store/features`" in " ".join(usage.read_text().split())
     copy, store = open_store(out / "store" / "features"), open_store(run.store.path)
     assert copy.clip_ids == store.clip_ids
     assert (out / "store" / "features" / "text").is_dir()
