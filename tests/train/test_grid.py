@@ -105,6 +105,20 @@ def test_settings_that_would_share_a_folder_are_refused(
     assert not (tiny.run.dir.parent / "sweeps").exists()
 
 
+def test_a_grid_of_more_options_than_a_folder_name_has_room_for_is_refused(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HEADS._registered, "modal", Head("modal", lambda options, sizes: torch.nn.Identity(), _Mode))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"head.options.mode: [{'x' * 243}, {'x' * 244}]\n")
+    message = (
+        r"the folder mode-x+\.\.\. of 2 options would have a name of 256 characters; expected at most 255: .*--grid"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(with_run(tiny, "modal", head_name="modal"), seeds=[0], grid=grid)
+    assert not (tiny.run.dir.parent / "sweeps").exists()
+
+
 def test_grid_values_are_checked_against_the_config_not_the_defaults(tiny: Config, tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     config = replace(tiny, head=replace(tiny.head, width=36), train=replace(tiny.train, epochs=1))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from egopatch.configs.command_line import ConfigParser, add_config_arguments, option_names
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.configs.yaml_faults import read_yaml
+from egopatch.features.common.units import counted
 
 # Options that all runs of a sweep share.
 SHARED = (
@@ -20,6 +21,7 @@ SHARED = (
 )  # fmt: skip
 # Prefix of the names of a registered head's own options; the head checks their names and values.
 HEAD_OPTIONS = "head.options."
+LONGEST_NAME = 255  # characters of a folder's name, in most file systems
 
 Overrides = Mapping[str, Any]
 
@@ -127,14 +129,20 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
 
 
 def require_own_folders(runs: Sequence[PlannedRun]) -> None:
-    """Refuse two runs that would share a folder, since only one would be trained: folder names allow few characters,
-    and some file systems ignore case.
+    """Refuse a folder's name that is too long, and two runs that would share a folder, since only one would be trained:
+    folder names allow few characters, and some file systems ignore case.
 
     Raises:
-        ConfigError: Two settings share a folder.
+        ConfigError: A name is too long, or two settings share a folder.
     """
     owners: dict[str, PlannedRun] = {}
     for run in runs:
+        if len(run.folder.name) > LONGEST_NAME:
+            raise ConfigError(
+                f"in the sweep, the folder {run.folder.name:.40}... of {counted(len(run.overrides), 'option')} would "
+                f"have a name of {len(run.folder.name)} characters; expected at most {LONGEST_NAME}: vary fewer "
+                "options in --grid, and set those with one value in the config"
+            )
         first = owners.setdefault(run.folder.name.lower(), run)
         if first is not run:
             different = ", ".join(
