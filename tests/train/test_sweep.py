@@ -259,6 +259,15 @@ def test_a_run_that_another_process_releases_is_trained(tiny: Config, monkeypatc
     assert (result["trained"], len(result["members"])) == (2, 2)
 
 
+def test_the_file_of_a_group_killed_before_its_first_save_does_not_stay(tiny: Config) -> None:
+    groups = tiny.run.dir.parent / "sweeps" / "killed" / "crews"
+    groups.mkdir(parents=True)
+    (groups / "a.json").write_text('["ratio-0.1", "ratio-0.5"]')
+    (groups / "b.json").write_text('["ratio-0.1"]')
+    run_sweep(tiny, ratios=[0.5], name="killed")
+    assert [path.name for path in groups.iterdir()] == ["b.json"]
+
+
 def test_a_group_file_removed_by_another_process_is_ignored(tiny: Config, tmp_path: Path) -> None:
     run = with_run(tiny, "a")
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # listed, and not there once it is opened

@@ -218,6 +218,7 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
                     run_folder.claim(config.run.dir, config)
                 # A later process reads this file, because only the same runs can resume from the group's position.
                 names = [config.run.dir.name for config in plan.configs]
+                _remove_unsaved(plan.path.parent, names)
                 run_folder.write_whole(plan.path.with_suffix(".json"), json.dumps(names) + "\n")
                 groups.append(RunGroup(plan.configs, experiment, order_seed, plan.path))
             if groups:
@@ -232,6 +233,32 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
     return {run.config.run.dir.name: run.failed for group in groups for run in group.runs}
 
 
+def _remove_unsaved(groups_folder: Path, held: Sequence[str]) -> None:
+    """Remove the files of run groups that were killed before they saved a position and have one of the runs in `held`,
+    whose leases this process holds: those runs may be in other groups now.
+    """
+    for path in groups_folder.glob("*.json"):
+        if not path.with_suffix(".pt").exists() and not set(held).isdisjoint(_read_names(path)):
+            path.unlink(missing_ok=True)
+
+
+def _read_names(path: Path) -> list[str]:
+    """Names of the runs of a group; none if another process has just finished it.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it to train its runs from the start") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunError(f"{path} holds no list of runs; delete it to train its runs from the start")
+    return names
+
+
 def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.device, cores: int) -> list[GroupPlan]:
     """Plans for all run groups that still have to be trained: interrupted groups first.
 
@@ -241,14 +268,7 @@ def plan_groups(configs: Sequence[Config], groups_folder: Path, device: torch.de
     waiting = {config.run.dir.name for config in configs if not _finished(config) and busy(config.run.dir) is None}
     plans = []
     for path in sorted(groups_folder.glob("*.json")):
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue  # another process has just finished this group
-        except ValueError as error:
-            raise RunError(f"{path} is damaged ({error}); delete it to train its runs from the start") from None
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise RunError(f"{path} holds no list of runs; delete it to train its runs from the start")
+        names = _read_names(path)
         unfinished = {name for name in names if name in by_name and not _finished(by_name[name])}
         known = path.with_suffix(".pt").exists() and set(names) <= by_name.keys()
         if known and unfinished and unfinished <= waiting:
