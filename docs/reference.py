@@ -130,8 +130,7 @@ def command_parsers() -> dict[str, dict[str, argparse.ArgumentParser]]:
     found: dict[str, dict[str, argparse.ArgumentParser]] = {
         name: {command: _parser_of(stage, command) for command in stage.COMMANDS} for name, stage in STAGES.items()
     }
-    (choices,) = (action.choices for action in features._parser()._subparsers._group_actions)  # type: ignore[union-attr]
-    found["features"] = dict(choices)  # type: ignore[call-overload]
+    found["features"] = features.command_parsers()
     return {stage: found[stage] for stage in ("extract", "features", "train")}
 
 

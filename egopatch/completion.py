@@ -65,8 +65,7 @@ def _commands_of(stage: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of a stage and its options."""
     module = import_module(f"egopatch.{stage}.__main__")
     if stage == "features":
-        (choices,) = (action.choices for action in module._parser()._subparsers._group_actions)
-        yield from ((name, sorted(parser._option_string_actions)) for name, parser in choices.items())
+        yield from ((name, sorted(parser._option_string_actions)) for name, parser in module.command_parsers().items())
         return
     sections = {f"--{section.name}" for section in dataclasses.fields(Config)}
     for name in module.COMMANDS:

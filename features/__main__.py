@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from egopatch.interrupt import exit_code_of_interrupt, interrupts_in_one_line
+from egopatch.interrupt import interrupts_in_one_line
 
 with interrupts_in_one_line("features"):
     import argparse
-    import json
     import shlex
     from dataclasses import asdict
     from pathlib import Path
 
-    from egopatch.features.common.command_line import describe_failure, local_path, run_command
+    from egopatch.features.common.command_line import find_command, local_path, print_result, run_command
     from egopatch.features.common.units import counted, format_bytes
     from egopatch.features.formats.interface import CODECS
     from egopatch.features.state.catalog import Catalog
@@ -49,41 +48,47 @@ Outcome = tuple[int, Result, str]  # exit code, the result as JSON values, the r
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
-    options = _parser().parse_args(args)
-    run, _ = COMMANDS[options.command]
-    try:
-        if fault := _missing(options):
-            print(f"features: {fault}", file=sys.stderr)
-            return 2
+    args = list(sys.argv[1:] if args is None else args)
+    name = find_command(
+        "features",
+        {name: about for name, (_, about) in COMMANDS.items()},
+        "egopatch features COMMAND STORE [options]; COMMAND --help lists its options",
+        args,
+    )
+    if isinstance(name, int):
+        return name
+
+    def command() -> int:
+        options = command_parsers()[name].parse_args(args[1:])
+        if fault := _missing(name, options):
+            raise BadLocation(fault)
+        run, _ = COMMANDS[name]
         code, result, text = run(options)
-        print(json.dumps(result, indent=2) if options.json else text, flush=True)
+        print_result(options.json, result, text)
         return code
-    except BadLocation as error:
-        print(f"features: {error}", file=sys.stderr)
-        return 2
-    except (StoreError, OSError) as error:
-        if (message := describe_failure(error)) is None:
-            return 0
-        print(json.dumps({"error": message}) if options.json else f"features: {message}", file=sys.stderr)
-        return 2 if isinstance(error, FingerprintMismatch | WrongOption) else 1
-    except KeyboardInterrupt:
-        print("features: interrupted; the store is intact: run the same command again", file=sys.stderr)
-        return exit_code_of_interrupt()
+
+    return run_command(
+        f"features {name}",
+        command,
+        wrong_usage=(BadLocation, FingerprintMismatch, WrongOption),
+        failures=(StoreError, OSError),
+    )
 
 
 class _Parser(argparse.ArgumentParser):
-    """The parser of the program and of each command; its errors are one line."""
+    """The parser of a command; its errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"features: {message}; `{self.prog} --help` describes it", file=sys.stderr)
+        program = self.prog.removeprefix("egopatch ")
+        print(f"{program}: error: {message}; `{self.prog} --help` describes it", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="egopatch features", description="Inspect, verify, repair and copy stores.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    added = {name: commands.add_parser(name, help=about, description=about) for name, (_, about) in COMMANDS.items()}
-    for name, command in added.items():
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    added: dict[str, argparse.ArgumentParser] = {}
+    for name, (_, about) in COMMANDS.items():
+        added[name] = command = _Parser(prog=f"egopatch features {name}", description=about)
         metavar, help = PLACES.get(name, ("STORE", "folder or URL of the store"))
         command.add_argument("store", type=_location, metavar=metavar, help=help)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -118,21 +123,21 @@ def _parser() -> _Parser:
     added["import"].add_argument("--format", choices=list(CODECS), default="zarr", help="file format of the store")
     added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
     added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
-    return parser
+    return added
 
 
-def _missing(options: argparse.Namespace) -> str | None:
+def _missing(command: str, options: argparse.Namespace) -> str | None:
     """The fault of an argument that names what a command reads; None if there is no fault."""
-    metavar, _ = PLACES.get(options.command, ("STORE", ""))
-    places = {metavar: options.store} | ({"B": options.other} if options.command == "compare" else {})
+    metavar, _ = PLACES.get(command, ("STORE", ""))
+    places = {metavar: options.store} | ({"B": options.other} if command == "compare" else {})
     for name, place in places.items():
         if not isinstance(place, Path):
-            if options.command == "import":
+            if command == "import":
                 return f"{name} is {str(place)!r}; expected a folder or an HDF5 file on this machine"
             continue
-        if options.command in PLACES and not place.exists():
+        if command in PLACES and not place.exists():
             return f"{name} is {str(place)!r}, which does not exist; expected a store or features in files"
-        if options.command not in PLACES and not place.is_dir():
+        if command not in PLACES and not place.is_dir():
             return f"{name} is {str(place)!r}; expected the folder of a store"
     return None
 
@@ -440,4 +445,4 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
 
 if __name__ == "__main__":
     with interrupts_in_one_line("features"):
-        sys.exit(run_command("features", main))
+        sys.exit(main())

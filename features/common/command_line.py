@@ -46,7 +46,10 @@ def find_command(
         close = difflib.get_close_matches(args[0], known, n=1)
         meant = f"; did you mean {known[close[0]]}?" if close else ""
         listed = ", ".join(commands)
-        print(f"{program}: error: unknown command {args[0]!r}; choose one of {listed}{meant}", file=sys.stderr)
+        fault = f"unknown command {args[0]!r}; choose one of {listed}"
+        if args[0].startswith("-"):
+            fault = f"option {args[0]} comes before the command; put one of {listed} first, and its options after it"
+        print(f"{program}: error: {fault}{meant}", file=sys.stderr)
         return 2
     return args[0]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -225,7 +226,10 @@ def _no_reader() -> TextIO:
 
 @pytest.mark.parametrize(
     ("output", "code", "said"),
-    [(_full_disk, 1, "features: standard output: No space left on device; free some space"), (_no_reader, 0, "")],
+    [
+        (_full_disk, 1, "features info: failed: standard output: No space left on device; free some space"),
+        (_no_reader, 0, ""),
+    ],
 )
 def test_unwritable_stdout_prints_at_most_one_error_line(
     output: Callable[[], TextIO], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -249,6 +253,22 @@ def test_help_into_a_closed_pipe_exits_silently(command: str) -> None:
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("egopatch --json ask x", "--json"), ("extract --config C status", "--config"), ("train -h2", "-h2"),
+     ("features --json info x", "--json")],
+)  # fmt: skip
+def test_an_option_before_the_command_is_refused_as_one(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *args = command.split()
+    module = "egopatch" if program == "egopatch" else f"egopatch.{program}"
+    assert import_module(f"{module}.__main__").main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{program}: error: option {option} comes before the command; put one of ")
+    assert line.endswith(" first, and its options after it")
 
 
 def test_a_broken_pipe_other_than_stdout_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:

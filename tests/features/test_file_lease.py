@@ -162,7 +162,7 @@ def test_unlock_refuses_a_shard_that_does_not_exist(store: Store, capsys: pytest
     shards = len(store.missing_shards())
     for shard in (-1, shards, 99):
         assert main(["unlock", str(store.path), "--shard", str(shard)]) == 2
-        refused = f"features: --shard is {shard}, but {store.path} has {shards} shards, counted from 0\n"
+        refused = f"features unlock: error: --shard is {shard}, but {store.path} has {shards} shards, counted from 0\n"
         assert capsys.readouterr().err == refused
     assert main(["unlock", str(store.path), "--shard", str(shards - 1)]) == 0
     run = store.path.parent / "run"

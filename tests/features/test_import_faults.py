@@ -101,7 +101,7 @@ def test_an_unusable_file_is_named_and_nothing_is_imported(
         import_features(files, tmp_path / "store")
     assert main(["import", str(files), "--to", str(tmp_path / "store")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"features: {files}: '{NAMES[2]}': ")
+    assert said.startswith(f"features import: failed: {files}: '{NAMES[2]}': ")
     assert said.endswith(": nothing was imported\n")
     assert said.count("\n") == 1
     assert not (tmp_path / "store").exists()
@@ -144,7 +144,9 @@ def test_a_damaged_file_of_many_clips_is_named(
     (folder / name).write_text("not what the name says")
     place = folder / name if name == "all.h5" else folder
     said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {folder if name == 'data.mdb' else folder / name} cannot be read (")
+    assert said.startswith(
+        f"features {command}: failed: {folder if name == 'data.mdb' else folder / name} cannot be read ("
+    )
     assert said.endswith("); copy or export it again\n")
 
 
@@ -161,7 +163,7 @@ def test_a_truncated_lmdb_is_named(command: str, tmp_path: Path, capsys: pytest.
     content = (place / "data.mdb").read_bytes()
     (place / "data.mdb").write_bytes(content[: len(content) // 2])
     said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} cannot be read (reading it ends in SIG")
+    assert said.startswith(f"features {command}: failed: {place} cannot be read (reading it ends in SIG")
     assert said.endswith(": it is cut short or damaged); copy or export it again\n")
 
 
@@ -171,7 +173,7 @@ def test_an_lmdb_with_a_damaged_key_is_named(tmp_path: Path, capsys: pytest.Capt
     content = (place / "data.mdb").read_bytes()
     (place / "data.mdb").write_bytes(content.replace(b"\x08\0the clip", b"\0\0the clip"))  # its length
     said = _refusal("import", place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} cannot be read (lmdb.BadValsizeError: ")
+    assert said.startswith(f"features import: failed: {place} cannot be read (lmdb.BadValsizeError: ")
 
 
 def _refusal(command: str, place: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -207,7 +209,7 @@ def test_a_file_without_clips_is_named(
 ) -> None:
     place = make(tmp_path)
     said = _refusal(command, place, tmp_path / "store", capsys)
-    assert said.startswith(f"features: {place} holds no clip; expected one ")
+    assert said.startswith(f"features {command}: failed: {place} holds no clip; expected one ")
     assert said.endswith(": export the features again\n")
 
 
@@ -313,7 +315,7 @@ def test_an_export_onto_a_full_disk_prints_one_line(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 1
-    assert line.startswith(f"features: no space left while exporting to {tmp_path / 'out'} (")
+    assert line.startswith(f"features export: failed: no space left while exporting to {tmp_path / 'out'} (")
     assert line.endswith("); nothing is kept: free some space and run the same command again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]
 
