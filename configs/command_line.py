@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import jsonargparse
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig, refusal_of_null
-from egopatch.configs.wrong_types import reworded
+from egopatch.configs.wrong_types import listed, reworded
 from egopatch.configs.yaml_faults import find_fault
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
@@ -76,6 +76,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
                 self.error(refusal)
             if _WITH_COLON.fullmatch(value) and _takes_number(self._option_string_actions.get(last)):
                 self.error(f"{last} is {value!r}; expected a number without a colon")
+            if getattr(self._option_string_actions.get(last), "nargs", None) == "+" and re.search(r"[,\s]", value):
+                self.error(f"{last} is {value!r}; several values are separated by spaces: {last} {listed(value, ' ')}")
         return super().parse_args(args, *more, **options)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:

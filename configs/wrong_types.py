@@ -49,7 +49,7 @@ def reworded(message: str) -> str:
     types = _END_OF_TYPES.split(error["types"])[0]
     kinds = [kind or literals or restricted for kind, literals, restricted in _TYPE.findall(types)]
     if kinds in (["tuple"], ["list"]):
-        expected = f"a list in brackets: '[{found}]'"
+        expected = f"a list in brackets: '[{listed(found, ',')}]'"
     elif kinds:
         expected = _either([_WORDS.get(kind) or _choice(kind) for kind in kinds])
         expected += ", in quotes" if "str" in kinds else ""  # in a command line every value is text
@@ -57,6 +57,11 @@ def reworded(message: str) -> str:
         return message
     shown = found if _NUMBER.fullmatch(found) else "null" if found == "None" else repr(found)
     return f"{start} {shown}; expected {expected}"
+
+
+def listed(values: str, separator: str) -> str:
+    """The values in text such as `[1, 2]`, `1,2` or `1 2`, with `separator` between them."""
+    return separator.join(filter(None, re.split(r"[\[\],\s]+", values)))
 
 
 def type_in_words(hint: Any, path: str = _WORDS["Path"]) -> str:

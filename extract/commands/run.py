@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from egopatch.configs.command_line import ConfigParser, experiment_named, name_experiment, parse_config
@@ -121,13 +122,22 @@ def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]")
 
 
 def split_configs(args: Sequence[str]) -> list[list[str]]:
-    """One command line for each file in `--config A.yaml B.yaml`; each has all the other options."""
+    """One command line for each file in `--config A.yaml B.yaml`; each has all the other options.
+
+    Raises:
+        ConfigError: The files are not separated by spaces.
+    """
     args = list(args)
     if "--config" not in args:
         return [args]
     first = args.index("--config") + 1
     files = list(itertools.takewhile(lambda value: not value.startswith("-"), args[first:]))
     if len(files) < 2:
+        several = files[0].replace(",", " ").split() if files else []
+        if len(several) > 1 and all(Path(file).is_file() for file in several):
+            raise ConfigError(
+                f"--config is {files[0]!r}; several files are separated by spaces: --config {' '.join(several)}"
+            )
         return [args]
     return [[*args[:first], file, *args[first + len(files) :]] for file in files]
 

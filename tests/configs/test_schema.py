@@ -328,9 +328,22 @@ def test_a_command_without_config_names_its_own_options_in_errors(capsys: pytest
 def test_a_list_option_without_brackets_is_refused_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ConfigParser(prog="demo")
     parser.add_argument("--seeds", type=list[int], default=[0])
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--seeds", "a"])
-    assert capsys.readouterr().err == "demo: error: --seeds is 'a'; expected a list in brackets: '[a]'\n"
+    for value, example in (("a", "[a]"), ("a,b", "[a,b]"), ("a b", "[a,b]")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--seeds", value])
+        expected = f"demo: error: --seeds is '{value}'; expected a list in brackets: '{example}'\n"
+        assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("value", ["0.1,0.5", "0.1 0.5", "[0.1, 0.5]"])
+def test_several_values_in_one_are_refused_with_an_example(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ConfigParser(prog="demo")
+    parser.add_argument("--ratios", type=float, nargs="+", default=None)
+    for args in (["--ratios", value], [f"--ratios={value}"], ["--ratios", "1", value]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(args)
+        expected = f"demo: error: --ratios is '{value}'; several values are separated by spaces: --ratios 0.1 0.5\n"
+        assert capsys.readouterr().err == expected
 
 
 def test_a_value_with_a_colon_is_refused_as_a_number(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,3 +138,12 @@ def test_config_takes_several_files() -> None:
     assert split_configs(["--wait", "--config", "a"]) == [["--wait", "--config", "a"]]
     assert split_configs(["--config=a"]) == [["--config=a"]]
     assert split_configs(["--config", "a", "-h"]) == [["--config", "a", "-h"]]
+
+
+@pytest.mark.parametrize("separator", [",", " ", ", "])
+def test_config_files_in_one_argument_are_refused(separator: str, tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.touch()
+    with pytest.raises(ConfigError, match=f"several files are separated by spaces: --config {files[0]} {files[1]}"):
+        split_configs(["--config", separator.join(map(str, files))])
