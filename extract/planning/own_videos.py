@@ -122,11 +122,15 @@ def _require_same(existing: Config, config: Config, file: Path) -> None:
         for name, value in {**dict.fromkeys(configured(config)), **configured(existing)}.items()
     }
     pairs["encoder.checkpoint"] = existing.encoder.checkpoint, config.encoder.checkpoint
-    pairs["store.path"] = str(existing.store.path), str(config.store.path)
     pairs["store.dtype"] = existing.store.dtype, config.store.dtype
     different = [
         f"{name}: file has {held}, requested {value}" for name, (held, value) in pairs.items() if held != value
     ]
+    if not different and str(existing.store.path) != str(config.store.path):
+        raise ConfigError(
+            f"{file} is the config of store {existing.store.path}, but --out is {config.store.path}; if the folder was"
+            f" moved, move it back, or replace its old path in {file.name} and run the same command again"
+        )
     if different:
         unused = "" if _holds_files(config.store.path) else f", or delete {file.name}: no store exists yet"
         raise ConfigError(

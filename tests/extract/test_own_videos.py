@@ -160,6 +160,33 @@ def test_clips_of_removed_videos_are_no_longer_counted(tmp_path: Path, capsys: p
     assert len(open_store(tmp_path / "mine").clip_ids) == 2
 
 
+@pytest.mark.parametrize("store", ["mine", "stores/mine"])
+def test_a_moved_folder_is_refused_until_its_config_names_the_new_place(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    write_video(old / "a.mp4", frames=5)
+    assert main(["videos", str(old), "--out", str(old / store), *SMALL]) == 0
+    old.rename(new)
+    capsys.readouterr()
+    again = ["videos", str(new), "--out", str(new / store), *SMALL]
+    assert main(again) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is the config of store {old / store}, but --out is {new / store}; if the folder was moved, move it" in line
+    file = new / f"{store}.yaml"
+    file.write_text(file.read_text().replace(str(old), str(new)))
+    inside = store == "mine"  # the folder of the store holds the videos, whose names in the store are then relative
+    assert main(again) == (0 if inside else 1)
+    shown = capsys.readouterr()
+    if inside:
+        assert "this run encoded 0 clips, nothing is missing" in shown.out
+        return
+    assert f"run `egopatch extract run --config {file} --refresh` to encode them again" in shown.err
+    assert main(["run", "--config", str(file), "--refresh"]) == 0
+    assert "this run encoded 1 clip" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("first", "then"), [("1", "0.5"), ("1", None), (None, "1")])
 def test_clips_of_another_length_are_refused(
     first: str | None, then: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
