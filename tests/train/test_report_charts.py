@@ -56,6 +56,20 @@ def test_a_line_of_a_single_point_is_drawn() -> None:
     assert "nan" not in str(line_chart("t", [Line("a", 0, (3,), (5.0,))], "x", "y").svg)
 
 
+@pytest.mark.parametrize(
+    ("ys", "ticks"),
+    [
+        ((75.0, 75.0), ["73.5", "74", "74.5", "75"]),
+        ((99.9, 100.0), ["98", "98.5", "99", "99.5", "100"]),
+        ((0.0, 0.0), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ((20.0, 40.0), ["20", "25", "30", "35", "40"]),
+    ],
+)
+def test_the_axis_of_a_flat_line_spans_a_fiftieth_of_its_values(ys: tuple[float, ...], ticks: list[str]) -> None:
+    svg = str(line_chart("t", [Line("a", 0, (1, 2), ys)], "epoch", "accuracy (%)").svg)
+    assert re.findall(r'text-anchor="end">([\d.]+)</text>', svg) == ticks
+
+
 def test_long_bar_labels_are_shortened_in_the_middle() -> None:
     labels = [f"psa (head.coarse False, train.lr 0.00{number})" for number in range(3)]
     svg = str(bar_chart("t", [Bar(label, 0, 1.0, None, []) for label in labels], "x").svg)

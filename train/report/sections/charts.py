@@ -81,7 +81,7 @@ def line_chart(
     bands = [edge for line in lines if line.band for edges in line.band for edge in edges]
     ys = [y for line in lines for y in line.ys] + bands
     x_low, x_high = place(min(xs)), place(max(xs))
-    y_ticks = _ticks(min(ys), max(ys))
+    y_ticks = _ticks(*_widened(min(ys), max(ys)))
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
 
     def across(x: float) -> str:
@@ -238,6 +238,13 @@ def _x_label(text: str, height: float) -> Markup:
     return Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
         (WIDTH + LEFT - RIGHT) / 2, height - 6, text
     )
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """The range, which begins lower if it is narrower than a fiftieth of its values: a flat curve should look flat."""
+    least = max(abs(low), abs(high)) / 50 or 1.0
+    low = min(low, max(high - least, min(low, 0.0)))
+    return low, max(high, low + least)
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
