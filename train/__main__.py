@@ -1,5 +1,6 @@
 """Stage two from the command line: `egopatch train COMMAND --config configs/x.yaml`."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
     name = find_command("train", COMMANDS, "egopatch train COMMAND [options]; COMMAND --help lists its options", args)
     if isinstance(name, int):
         return name
+    # Where HOME cannot be written, matplotlib makes a temporary folder and logs two warnings when it is imported.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
 
     def command() -> int:

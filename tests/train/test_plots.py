@@ -1,6 +1,8 @@
 """Figures: the right numbers reach Matplotlib, and files are written."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,21 @@ def test_saved_plots_are_pictures_and_repeat_bit_for_bit(tmp_path: Path) -> None
 def test_systems_differ_in_colour() -> None:
     colours = [*plots.COLOURS.values(), plots.OTHER_COLOUR]
     assert len(set(colours)) == len(colours)
+
+
+HELP_AND_MATPLOTLIB = """
+import contextlib
+from egopatch.train.__main__ import main
+
+with contextlib.suppress(SystemExit):
+    main(["report", "--help"])
+import matplotlib.figure
+"""
+
+
+def test_matplotlib_does_not_report_that_home_cannot_be_written() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_AND_MATPLOTLIB], env={"HOME": "/proc/none"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
