@@ -41,6 +41,7 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
         misread_number(text)
         or _endless_alias(root, set(), set())
         or _repeated_in(root)
+        or _key_that_is_no_name(root)
         or _section_without_options(root, sections)
         or _empty_text(root)
     )
@@ -102,12 +103,24 @@ def _repeated_in(node: yaml.Node) -> str | None:
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     seen = set()
     for key, value in pairs:
-        if key.value in seen:
-            return f"line {key.start_mark.line + 1}: key {key.value!r} is used twice; expected each key once"
         if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                return f"line {key.start_mark.line + 1}: key {key.value!r} is used twice; expected each key once"
             seen.add(key.value)
         if found := _repeated_in(value):
             return found
+    return None
+
+
+def _key_that_is_no_name(root: yaml.MappingNode) -> str | None:
+    """The line of a key such as `ratio 0.5` or `ratio:0.5`, which lacks the colon or the space after it."""
+    for section, options in root.value:
+        inner = options.value if isinstance(options, yaml.MappingNode) else ()
+        for key in (section, *(option for option, _ in inner)):
+            if not key.tag.endswith((":str", ":merge")) or re.search(r"[\s:]", key.value):
+                shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+                where = f"line {key.start_mark.line + 1}"
+                return f"{where}: {shown} is not a name; expected `NAME: VALUE`, with a space after the colon"
     return None
 
 

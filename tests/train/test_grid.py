@@ -37,6 +37,13 @@ def test_equal_values_written_differently_are_refused_as_duplicates(
         run_sweep(tiny, grid=grid)
 
 
+def test_a_list_as_a_key_is_refused_in_one_line(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("? [a]\n: [1]\n")
+    with pytest.raises(ConfigError, match=r"--grid .*grid\.yaml: cannot be read \(.*unhashable key"):
+        read_axes(None, None, grid)
+
+
 def test_an_option_given_both_as_a_flag_and_in_the_grid_is_refused(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text("head.ratio: [0.25, 0.5]\ntrain.seed: [0, 1]\n")
