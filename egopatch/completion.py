@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
@@ -18,6 +19,7 @@ _egopatch() {
     case "${COMP_WORDS[1]} ${COMP_WORDS[2]}" in
 %s
     esac
+    case "$word $words" in -*) ;; *" -"*) words= ;; esac  # files where no option begins
     if [ "$COMP_CWORD" -eq 1 ]; then words="%s"
     elif [ "$COMP_CWORD" -eq 2 ]; then
         case "${COMP_WORDS[1]}" in
@@ -72,5 +74,6 @@ def _commands_of(stage: str) -> Iterator[tuple[str, list[str]]]:
         parser = ConfigParser(prog=name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             module.load_command(name).main(parser, ["--help"])
-        words = [*parser.read_first, *sorted(parser._option_string_actions.keys() - sections)]
+        shown = {option for option, action in parser._option_string_actions.items() if action.help != SUPPRESS}
+        words = [*parser.read_first, *sorted(shown - sections)]
         yield name, words

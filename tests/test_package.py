@@ -354,6 +354,10 @@ def test_shell_completion_offers_commands_and_options() -> None:
     assert complete("egopatch", "extract", "run", "--video.fr") == ["--video.frames"]
     assert complete("egopatch", "ask", "--vid")[0] == "--video"
     assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
+    assert complete("egopatch", "train", "table", "--print") == ["--print_config"]  # not jsonargparse's --print_shtab
+    assert complete("egopatch", "completion", "") == ["bash", "zsh"]
+    for words in (("features", "info", ""), ("train", "fit", "--config", ""), ("ask", "--video", "")):
+        assert complete("egopatch", *words) == []  # so that bash offers files
 
 
 def test_demo_prints_its_results_when_it_completes(
