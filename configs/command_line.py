@@ -114,7 +114,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
             lines += ["", *textwrap.wrap(self.epilog, 100)]
         if not self.takes_config:
             return "\n".join(lines) + "\n"
-        lines += ["", "Options of the experiment, as in --head.ratio 0.5, in place of those in the file:"]
+        lines += ["", "Options of the experiment, as in --head.ratio 0.5; each overrides the value in the file:"]
         for section in _SECTIONS:
             names = [name.partition(".")[2] for name in option_names() if name.startswith(f"{section}.")]
             lines += _item(f"--{section}.", ", ".join(names))
@@ -250,7 +250,7 @@ def _value_of_section(message: str) -> str | None:
     first = next(name for name in option_names() if name.startswith(f"{loaded[1]}."))
     return (
         f"--{loaded[1]} is {loaded[2]!r}, but {loaded[1]} is a section; expected one of its options, such as "
-        f"--{first} VALUE, or a YAML file of them"
+        f"--{first} VALUE, or a YAML file with its options"
     )
 
 

@@ -91,7 +91,8 @@ class Plugins(Generic[T]):
         owners = self._owners(name)
         if len(owners) > 1:
             raise ConfigError(
-                f"{self.option} {name!r} is registered by {' and by '.join(owners)}; uninstall one, or rename it"
+                f"{self.option} {name!r} is registered by {' and by '.join(owners)}; uninstall one of them, or "
+                "register another name"
             )
         if name in self._taken:
             return None
@@ -104,7 +105,10 @@ class Plugins(Generic[T]):
         )
         close = difflib.get_close_matches(name, names, n=1)
         # Names that a script registers exist only in its own process.
-        scripts = f"start the command from the script that registers it, or offer it in a package, in {self.group}"
+        scripts = (
+            "if a script registers it, start the command from that script; a package offers it as an entry point in "
+            f"the group {self.group}"
+        )
         hint = f"did you mean {close[0]}?" if close else f"{scripts} (docs/extending.md)"
         raise ConfigError(f"{self.option} is {name!r}; expected one of {', '.join(names)}; {hint}")
 
@@ -128,8 +132,8 @@ class Plugins(Generic[T]):
         except (Exception, SystemExit) as error:  # whatever the package's own code raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(
-                f"{self.option} is {point.name!r}, but the package {_named(point)} that registers it cannot be imported"
-                f" ({reason}); mend or uninstall it"
+                f"{self.option} is {point.name!r}, but the package {_named(point)} that registers it cannot be "
+                f"imported ({reason}); repair or uninstall the package"
             ) from error
         if fault := self._fault(point.name, plugin):
             raise ConfigError(

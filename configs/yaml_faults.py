@@ -34,7 +34,7 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
         return f"not valid YAML ({' '.join(str(error).split())})"
     expected = "expected sections such as `head: {ratio: 0.5}`"
     if root is None:
-        return f"holds nothing; {expected}"
+        return f"contains no options; {expected}"
     if not isinstance(root, yaml.MappingNode):
         return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
     return (
@@ -129,7 +129,7 @@ def _section_without_options(root: yaml.MappingNode, sections: Collection[str]) 
         if key.value in sections and not isinstance(value, yaml.MappingNode):
             empty = isinstance(value, yaml.ScalarNode) and not value.value
             found = "is empty" if empty else "holds no options"
-            expected = f"expected `{key.value}: {{OPTION: VALUE}}`, or no such line"
+            expected = f"expected `{key.value}: {{OPTION: VALUE}}`; fill it in, or delete the line"
             return f"line {key.start_mark.line + 1}: section {key.value} {found}; {expected}"
     return None
 
@@ -140,5 +140,5 @@ def _empty_text(root: yaml.MappingNode) -> str | None:
         for key, value in options.value if isinstance(options, yaml.MappingNode) else ():
             if isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str") and not value.value.strip():
                 where = f"line {key.start_mark.line + 1}: {section.value}.{key.value}"
-                return f"{where} is empty text; expected a value, or no such line"
+                return f"{where} is empty text; give it a value, or delete the line"
     return None

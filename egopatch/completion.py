@@ -34,7 +34,7 @@ complete -o default -F _egopatch egopatch
 
 def main(args: Sequence[str]) -> int:
     """Print the script; returns 0, or 2 for another shell."""
-    usage = f"egopatch completion {'|'.join(SHELLS)}; write what it prints to a file that your shell reads"
+    usage = f"egopatch completion {'|'.join(SHELLS)}; save its output in a file that your shell reads"
     if list(args) in (["-h"], ["--help"]):
         print(f"usage: {usage}")
         return 0

@@ -29,7 +29,7 @@ COMMANDS = {
     "sweep": "train many settings of a head on one reading of the features",
     "table": "write the results table of every run below run.table",
     "report": "write the self-contained HTML report beside the table",
-    "publish": "write a folder with all that an upload of a head and its store would hold",
+    "publish": "write a folder with everything needed to upload a head and its store",
     "bench": "run a benchmark script: bench NAME [its options]",
 }
 JOBS = ("fit", "sweep")  # schedulers start these, and restart them

@@ -63,7 +63,7 @@ def test_an_unknown_name_lists_the_choices_and_the_nearest(plugins: Plugins[str]
     plugins.register("called", "by a call")
     with pytest.raises(ConfigError, match=r"thing\.name is 'thrid'; expected one of called, own, third; did you mean"):
         plugins.find("thrid")
-    register = r"expected one of .*; start the command from the script that registers it, or offer it in a package, in"
+    register = r"expected one of .*; if a script registers it, start the command from that script; a package offers it"
     with pytest.raises(ConfigError, match=register):
         plugins.find("of a script")
 

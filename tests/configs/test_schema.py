@@ -47,7 +47,7 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
         (["--head.ratoi", "0.5"], "did you mean head.ratio?"),
         (["--train.epoch", "3"], "did you mean train.epochs?"),
         (["--head.ratio", "1.5"], "head.ratio is 1.5; expected a share in (0, 1]"),
-        (["--head.scores", "[]"], "head.scores is (); expected a score at least, or `all` to keep every patch"),
+        (["--head.scores", "[]"], "head.scores is (); expected at least one score, or `all` to keep every patch"),
         (["--head.levels", "[patch, patch]"], "head.levels is ('patch', 'patch'); expected each once"),
         (["--head.width", "0"], "head.width is 0; expected a positive multiple of head.heads, 4"),
         (["--head.width", "-4"], "head.width is -4; expected a positive multiple of head.heads, 4"),
@@ -66,7 +66,7 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
         (
             ["--encoder", "3"],
             "error: --encoder is '3', but encoder is a section; expected one of its options, such as --encoder.arch "
-            "VALUE, or a YAML file of them\n",
+            "VALUE, or a YAML file with its options\n",
         ),
         (["--head.coarse", "maybe"], "error: head.coarse is 'maybe'; expected true or false\n"),
         (["--config", "{video: {frames: many}}"], "error: video.frames is 'many'; expected a whole number\n"),
@@ -96,7 +96,10 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
         ),
         (["--config", "configs/own_video.yaml"], "error: --config is '"),
         (["--config", "configs/own_video.yaml"], "configs/own_videos.yaml?"),
-        (["--train.contrast", "0.1"], "train.contrast is 0.1, but data.paraphrases is false; set it to true and run"),
+        (
+            ["--train.contrast", "0.1"],
+            "train.contrast is 0.1, but data.paraphrases is false; set data.paraphrases to true and run",
+        ),
         (["--train.contrast", "-1"], "train.contrast is -1.0; expected a finite weight of at least 0"),
         (["--train.lr", ".inf"], "train.lr is inf; expected a positive, finite number"),
         (["--train.weight_decay", ".inf"], "train.weight_decay is inf; expected a finite number of at least 0"),
@@ -140,11 +143,12 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         ),
         (
             b"video: 4\n",
-            "x.yaml: line 1: section video holds no options; expected `video: {OPTION: VALUE}`, or no such",
+            "x.yaml: line 1: section video holds no options; expected `video: {OPTION: VALUE}`; fill it in, "
+            "or delete the line",
         ),
         (b"video: {frames: 4\nhead: {}\n", "x.yaml: line 2, column 5: not valid YAML ("),
         (b"video: {\0}\n", "x.yaml: not valid YAML (unacceptable character #x0000"),
-        (b"head: {}\nrun:\n  dir: ''\n", "x.yaml: line 3: run.dir is empty text; expected a value, or no such line"),
+        (b"head: {}\nrun:\n  dir: ''\n", "x.yaml: line 3: run.dir is empty text; give it a value, or delete the line"),
         (b"head: {}\ndata: &a {root: *a}\n", "x.yaml: line 2: this value contains an alias to itself; write it out"),
         (b"head:\n  scores: &a [question, *a]\n", "x.yaml: line 2: this value contains an alias to itself"),
         (b"&a {data: {? *a : b}}\n", "x.yaml: line 1: this value contains an alias to itself"),
@@ -157,7 +161,7 @@ def test_unknown_key_in_a_file_names_the_nearest(tmp_path: Path, capsys: pytest.
         (b"head name: psa\n", "x.yaml: line 1: 'head name' is not a name; expected `NAME: VALUE`"),
         (b"head: {1: psa}\n", "x.yaml: line 1: '1' is not a name; expected `NAME: VALUE`"),
         (b"? [a]\n: b\n", "x.yaml: line 1: a list or mapping is not a name; expected `NAME: VALUE`"),
-        (b"# nothing yet\n", "x.yaml: holds nothing; expected sections such as `head: {ratio: 0.5}`"),
+        (b"# nothing yet\n", "x.yaml: contains no options; expected sections such as `head: {ratio: 0.5}`"),
         (b"- video\n", "x.yaml: line 1: not a mapping; expected sections such as `head: {ratio: 0.5}`"),
         (b"data: {root: a\xff}\n", "x.yaml: not UTF-8 text at byte 14; expected the YAML file of an experiment"),
     ],
