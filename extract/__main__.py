@@ -30,7 +30,7 @@ COMMANDS = {
     "doctor": "check this machine and, with --config, the annotations and videos; exits with 1 if there are faults",
     "data": "download the archives, checkpoints and tokenizers that the config needs",
     "standin": "write a tiny random-weight checkpoint and tokenizer to the config's paths",
-    "frames": "write the exact frames that the encoder sees of a clip, to look at them",
+    "frames": "write the exact frames of a clip that the encoder sees, to look at them",
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }

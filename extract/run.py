@@ -138,8 +138,8 @@ def _encode_together(stores: "Sequence[_OpenedStore]", clips: Mapping[str, Clip]
 def _require_one_gpu(config: Config) -> None:
     if config.video.decoder == "nvdec" and worker_count(config) > 1:
         raise ConfigError(
-            f"video.decoder is nvdec with {worker_count(config)} workers, whose children would all decode on the first"
-            " GPU; start a job for each GPU, with engine.workers 1, --shard i/N and CUDA_VISIBLE_DEVICES"
+            f"video.decoder is nvdec with {worker_count(config)} workers, which would all decode on the first GPU; "
+            "start one job per GPU, each with engine.workers 1, --shard i/N and CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -156,21 +156,22 @@ def require_one_decode(configs: Sequence[Config]) -> None:
             for name, value in dataclasses.asdict(getattr(first, section)).items():
                 if value != theirs[name] and (section, name) != ("video", "size"):
                     raise ConfigError(
-                        f"{section}.{name} is {value!r} for store {first.store.path} and {theirs[name]!r} for"
-                        f" {other.store.path}; configs that share a decode need the same data, engine and video but for"
-                        " video.size: run them one after the other"
+                        f"{section}.{name} is {value!r} for store {first.store.path} and {theirs[name]!r} for "
+                        f"{other.store.path}; configs that share a decode may differ in video.size, but in no other "
+                        "option of data, video and engine: run them one after the other"
                     )
     if len(configs) > 1 and imported.NETWORK.name in (config.encoder.arch for config in configs):
         raise ConfigError(
-            f"encoder.arch is {imported.NETWORK.name}, whose clips are not decoded; run that config alone"
+            f"encoder.arch is {imported.NETWORK.name} in one config, but an imported store needs no decode to share; "
+            "run that config alone"
         )
     paths = [str(config.store.path) for config in configs]
     if twice := {path for path in paths if paths.count(path) > 1}:
         raise ConfigError(f"store.path is {twice.pop()} in two configs; each needs a store of its own")
     if len(configs) > 1 and (first.engine.name != "joblib" or worker_count(first) != 1):
         raise ConfigError(
-            f"engine is {first.engine.name} with {worker_count(first)} workers; configs that share a decode need joblib"
-            " and engine.workers 1: start a job for each GPU, with --shard i/N and CUDA_VISIBLE_DEVICES"
+            f"engine.name is {first.engine.name} with {worker_count(first)} workers; configs that share a decode need "
+            "joblib and engine.workers 1: start one job per GPU, each with --shard i/N and CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -189,8 +190,8 @@ class _Texts:
         if cut := cut_texts(self.network.tokenizer, texts):
             length, total = self.network.config.text.max_length, counted(len(texts), "question text")
             print(
-                f"note: {counted(len(cut), f'of {total} has', f'of {total} have')} {length} tokens (text.max_length) or"
-                " more, read up to there",
+                f"note: {counted(len(cut), f'of {total} has', f'of {total} have')} {length} tokens (text.max_length) "
+                f"or more; only the first {length} are read",
                 flush=True,
             )
         works = self.works
@@ -307,13 +308,14 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
     store = open_store(config.store.path)
     if store.fingerprint.fields.get("origin") != "imported":
         raise ConfigError(
-            f"encoder.arch is imported, but the store {store.path} was encoded; use its arch, or another store.path"
+            f"encoder.arch is imported, but store {store.path} was encoded, not imported; set encoder.arch to the "
+            "network that encoded it, or use another store.path"
         )
     if missing := {clip.clip_id for clip in dataset.clips}.difference(store.clip_ids):
         total = counted(len(dataset.clips), "clip")
         raise StoreError(
-            f"the imported store {store.path} has no features of {len(missing)} of {total}, such as "
-            f"{min(missing)!r}; import features of all clips, or remove these, and the questions about them, from the "
+            f"the imported store {store.path} has no features for {len(missing)} of {total}, such as "
+            f"{min(missing)!r}; import features for all clips, or remove these clips and their questions from the "
             "annotations"
         )
     device = device_of(config.encoder.device)

@@ -51,7 +51,7 @@ def test_a_head_trains_on_imported_features(
     assert "24/24 clips and 1 question stored" in (out := capsys.readouterr().out)
     assert "advice" not in out  # no clips are encoded, so encoder.dtype decides nothing
     assert extract(["status", *args]) == 0
-    assert "24 clips came without stretch and video file, by `features import`" in capsys.readouterr().out
+    assert "24 clips came without stretch and video file, from `features import`" in capsys.readouterr().out
     assert train(["fit", *args]) == 0
     assert "note:" not in capsys.readouterr().out
     test = json.loads((tmp_path / "runs" / "pooled" / "test.json").read_text())
@@ -62,8 +62,8 @@ def test_a_head_trains_on_imported_features(
     (data / "clips.jsonl").write_text("\n".join([*clips, json.dumps({"clip_id": "more", "video": "more.mp4"})]))
     assert extract(["run", *args]) == 1
     error = capsys.readouterr().err
-    assert "has no features of 1 of 25 clips, such as 'more'" in error
-    assert "or remove these, and the questions about them, from the annotations" in error
+    assert "has no features for 1 of 25 clips, such as 'more'" in error
+    assert "or remove these clips and their questions from the annotations" in error
 
 
 def test_unavailable_text_model_error_suggests_the_packaged_model(

@@ -14,6 +14,6 @@ def retry_command(args: Sequence[str]) -> str:
 def after_quarantine(command: str) -> str:
     """What to do about clips in quarantine, in one line; `command` is that of `retry_command`."""
     return (
-        "clips stay in quarantine until they are retried: mend what the reason names, such as a damaged video, then run"
-        f" `{command}`"
+        "clips stay in quarantine until they are retried: fix what the reason names, such as a damaged video, then "
+        f"run `{command}`"
     )

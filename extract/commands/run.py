@@ -26,16 +26,18 @@ HELD = 3  # exit code of a job that has done its part, while other processes are
 def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
     """Encode; returns 1 if the work failed, and `HELD` if shards are left."""
     parser.epilog = (
-        "--config A.yaml B.yaml fills the stores of both from one decode of each clip; other options hold for both."
-        f" Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or config;"
-        f" {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's signal;"
-        f" {INTERRUPTED} interrupted by Ctrl-C."
+        "--config A.yaml B.yaml fills the stores of both from one decode of each clip; all other options apply to "
+        "both. Exit codes: 0 all clips and questions are stored or quarantined; 1 the work failed; 2 wrong usage or "
+        f"config; {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's "
+        f"signal; {INTERRUPTED} interrupted by Ctrl-C."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--wait", action="store_true", help="wait for shards that other processes hold, and encode what they leave"
     )
-    parser.add_argument("--shard", default="0/1", metavar="i/N", help="every N-th shard from i on, for job arrays")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="i/N", help="encode every N-th shard, starting with shard i; for job arrays"
+    )
     parser.add_argument(
         "--refresh", action="store_true", help="encode again the clips whose stretch or video file has changed"
     )

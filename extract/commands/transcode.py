@@ -30,8 +30,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     print_result(
         options.json,
         {"out": options.out, "made": made, "bytes": size, "kept": result.kept, "failed": result.failed},
-        f"{options.out}: {counted(made, 'clip')} transcoded ({format_bytes(size)}; {SETTINGS}), "
-        f"{counted(result.kept, 'was', 'were')} there, {len(result.failed)} failed; use them with --data.root "
-        f"{shlex.quote(str(options.out))} and another --store.path",
+        f"{options.out}: {counted(made, 'clip')} transcoded ({format_bytes(size)}; {SETTINGS}), {result.kept} already "
+        f"there, {len(result.failed)} failed; use them with --data.root {shlex.quote(str(options.out))} and another "
+        "--store.path",
     )
     return 1 if result.failed else 0

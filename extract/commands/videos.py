@@ -35,8 +35,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.read_first = {
         "--encoder": (
             "NAME",
-            f"one of {', '.join(ENCODERS)}: stands for --config with the file that ships for this network; lite, which"
-            " downloads nothing, by default",
+            f"one of {', '.join(ENCODERS)}: use the config that ships for this network; default: lite, which "
+            "downloads nothing",
         )
     }
     base, options = parse_config(parser, _with_config(args))

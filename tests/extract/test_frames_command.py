@@ -106,7 +106,7 @@ def test_full_disk_keeps_existing_files(
 def test_frames_of_several_sizes_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = FILES / "size_changes.mp4"
     assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "a.npz")]) == 1
-    assert "several sizes, 256x128 and 128x128, and one array holds only one; give --out a" in capsys.readouterr().err
+    assert "several sizes, 256x128 and 128x128, which one array cannot hold; give --out a" in capsys.readouterr().err
     assert main(["frames", str(video), "--video.frames", "4", "--out", str(tmp_path / "png")]) == 0
     sizes = []
     for path in sorted((tmp_path / "png").iterdir()):

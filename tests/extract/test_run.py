@@ -49,7 +49,9 @@ def test_run_resolves_each_config_entry_once(bare: Path, monkeypatch: pytest.Mon
 
 def test_truncated_questions_are_reported(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(bare, "--text.max_length", "4")]) == 0
-    assert "question texts have 4 tokens (text.max_length) or more, read up to there" in capsys.readouterr().out
+    assert (
+        "question texts have 4 tokens (text.max_length) or more; only the first 4 are read" in capsys.readouterr().out
+    )
 
 
 def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(

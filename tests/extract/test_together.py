@@ -129,7 +129,7 @@ def test_configs_that_cannot_share_a_decode_are_refused(change: dict[str, Any], 
 
 def test_several_configs_with_several_workers_are_refused(tmp_path: Path) -> None:
     files = [config_file(tmp_path, name, engine={"workers": 2}) for name in "ab"]
-    with pytest.raises(ConfigError, match=r"with 2 workers; .* engine\.workers 1: start a job for each GPU"):
+    with pytest.raises(ConfigError, match=r"with 2 workers; .* engine\.workers 1: start one job per GPU"):
         require_one_decode([load_config(Path(file)) for file in files])
 
 

@@ -15,7 +15,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--sources",
         type=Path,
         default=DEFAULT_SOURCES,
-        help="YAML file of links; its lock file is beside it, that of the default in the current directory",
+        help="YAML file of links, with its lock file beside it; the default file's lock is in the current directory",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)

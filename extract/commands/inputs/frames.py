@@ -28,7 +28,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     for name in ("start", "end"):
         parser.add_argument(
             f"--{name}", type=float | None, default=None, metavar="SECONDS",
-            help=f"{name} of the clip in seconds; default: the file's",
+            help=f"{name} of the clip in seconds; default: {name} of the file",
         )  # fmt: skip
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="FILE.npz|FOLDER",
@@ -52,8 +52,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     sizes = " and ".join(dict.fromkeys(f"{frame.shape[1]}x{frame.shape[0]}" for frame in decoded.frames))
     if " " in sizes and options.out.suffix == ".npz":
         print(
-            f"{parser.prog}: failed: the frames of {options.file} have several sizes, {sizes}, and one array holds only"
-            " one; give --out a folder, which gets PNG files",
+            f"{parser.prog}: failed: the frames of {options.file} have several sizes, {sizes}, which one array cannot "
+            "hold; give --out a folder to get PNG files",
             file=sys.stderr,
         )
         return 1

@@ -28,12 +28,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     ):
         if there.exists() and not may_be_replaced(there):
             raise ConfigError(
-                f"{option} is {str(there)!r}, which exists and is no stand-in; expected the path of one that may be"
-                " replaced: name another path, or move what is there away"
+                f"{option} is {str(there)!r}, which exists and is not a stand-in, so it is not replaced; name another "
+                "path, or move away what is there"
             )
     texts = load_dataset(config.data).texts
     if not texts:
-        raise ConfigError("data.questions is null, and a stand-in's tokenizer is trained on questions; name their file")
+        raise ConfigError(
+            "data.questions is null, but a stand-in's tokenizer is trained on questions; set data.questions to their "
+            "file"
+        )
     depth = config.encoder.depth
     write_standin(
         arch,

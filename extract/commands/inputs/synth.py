@@ -15,7 +15,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--out", type=local_path, required=True, metavar="FOLDER", help="folder to write, in EgoTaskQA's layout"
     )
     parser.add_argument("--clips", type=int, default=1000, help="number of clips, two seconds each")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices")
     parser.add_argument(
         "--hard", action="store_true", help="smaller objects, bystanders and clutter; see docs/egosynth.md"
     )

@@ -152,7 +152,7 @@ def test_truncated_texts_are_noted(tmp_path: Path, records: Records, capsys: pyt
         parts["test"][0]["question"] = "What is number 4 of very many?"
     code, _, findings = doctor(write(tmp_path, records), capsys, "--text.max_length", "8")
     assert code == 0
-    cut = "question texts of 8 tokens (text.max_length) or more, which are read up to there"
+    cut = "question texts of 8 tokens (text.max_length) or more; only the first 8 are read"
     assert findings[cut] == ("note", ["What is number 4 of very many?"])
 
 
@@ -199,7 +199,7 @@ def test_custom_jsonl_data_set_is_checked(tmp_path: Path, capsys: pytest.Capture
     assert code == 1
     assert findings["clips without a video file"] == ("fault", [f"b: {tmp_path / 'b.mp4'}"])
     assert findings["verify questions whose answer is neither yes nor no"] == ("fault", ["2 in test: 'maybe'"])
-    without = "parts without a question; training needs all three, `train evaluate --from` test alone"
+    without = "parts without a question; training needs all three parts, `train evaluate --from` only test"
     assert findings[without] == ("note", ["val"])
     assert findings["clips without a question"] == ("note", ["b"])
     assert (counts["clips"], counts["train questions"], counts["test binary"]) == (2, 1, 1)
@@ -242,8 +242,8 @@ def test_released_data_sets_are_checked(name: str, tmp_path: Path, capsys: pytes
     assert code == 1
     assert findings.keys() - {"clips without a video file"} == (
         {
-            "parts without a question; training needs all three, `train evaluate --from` test alone",
-            "test questions whose right option is not published; they count nowhere",
+            "parts without a question; training needs all three parts, `train evaluate --from` only test",
+            "test questions whose right option is not published; they are not counted",
         }
         if name == "egoschema"
         else set()

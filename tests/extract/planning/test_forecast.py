@@ -59,7 +59,7 @@ def test_zero_clips_gpus_or_cores_are_refused(option: str) -> None:
 
 @pytest.mark.parametrize("rate", [float("inf"), 1e-320])
 def test_impossible_encoding_rate_is_refused(rate: float) -> None:
-    with pytest.raises(ConfigError, match=f"--clips-per-second is {rate:g}; expected the clips that one GPU encodes"):
+    with pytest.raises(ConfigError, match=f"--clips-per-second is {rate:g}; expected how many clips one GPU encodes"):
         given_cost(rate, None)
 
 

