@@ -60,13 +60,13 @@ class DataConfig:
 
     Args:
         name: Layout of the data set: `egotaskqa`, `qaego4d`, `qaego4d-close`, `nextqa`, `egoschema` (the released
-            files), `jsonl` (your own videos), or one that a package or a call registers.
+            files), `jsonl` (your own videos), or one that a package or your own code registers.
         root: Folder with the annotations and the videos.
         split: EgoTaskQA's split by reference type; the published "All" counts only the questions tagged with its name.
-        clips: `jsonl` only: file in `root` with one clip a line: clip_id, video, start_s, end_s.
-        questions: `jsonl` only: file in `root` with one question a line: question_id, clip_id, question, answer, part,
-            or a CSV file with these columns. With `null` there are no questions: only clips are encoded, and no text
-            network is needed.
+        clips: `jsonl` only: file in `root` with one clip per line: clip_id, video, start_s, end_s.
+        questions: `jsonl` only: file in `root` with one question per line: question_id, clip_id, question, answer,
+            part, or a CSV file with these columns. With `null` there are no questions: only clips are encoded, and no
+            text network is needed.
         paraphrases: Whether training questions come with a paraphrase and a counterfactual (`text_pos`, `text_neg` of
             EgoTaskQA's `encode4` files), which `extract run` then encodes for `train.contrast`.
     """
@@ -134,8 +134,8 @@ class EncoderConfig:
 
     Args:
         arch: Network: egovlp, egovlpv2, mfas (published; they need a checkpoint), lite (weights from a package), hf (a
-            vision or video model of transformers), imported (a store of `features import`), or one that a package or a
-            call registers.
+            vision or video model of transformers), imported (a store of `features import`), or one that a package or
+            your own code registers.
         checkpoint: File with the weights, in a published format or safetensors; `null` takes those that an installed
             package provides. For hf, the model's folder or its name on the hub.
         depth: Number of blocks before the tokens are taken; tokens of the last block have the final norm applied.
@@ -260,7 +260,8 @@ class HeadConfig:
 
     Args:
         name: Head: a blind baseline (majority, question-only, longest-option), a published system (pooled or egovlp,
-            egovlpv2, mfas), attention (over all patches), psa (ours), or one that a package or a call registers.
+            egovlpv2, mfas), attention (over all patches), psa (ours), or one that a package or your own code
+            registers.
         options: Options of a registered head, by name; `--head.options.NAME VALUE` sets one.
         checkpoint: `egovlpv2` and `mfas` only: a fine-tuned file to evaluate unchanged or to continue training from;
             `null` starts from `encoder.checkpoint`.

@@ -48,7 +48,7 @@ def load(root: Path, split: str) -> Dataset:
     questions = parsing.collect_unique(records, parse, problems, "q_uid", id_of)
     found = {question.question_id: question for _, question in questions}
     if not problems and (unknown := answers.keys() - found.keys()):
-        problems.append(f"{root / ANSWERS}: answers {min(unknown)!r}, which is not a question of {path}")
+        problems.append(f"{root / ANSWERS}: has an answer for {min(unknown)!r}, which is not a question of {path}")
     if problems:
         raise DatasetError(problems)
     return Dataset(

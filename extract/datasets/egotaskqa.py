@@ -106,7 +106,7 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
         raise DatasetError(
             [
                 f"{path}: no record has 'text_pos' and 'text_neg', which data.paraphrases needs; expected them in "
-                f"{PARAPHRASED.format(part='train')} (EgoSynth has them if it was rendered by this version)"
+                f"{PARAPHRASED.format(part='train')}; if this is EgoSynth, render it again with this version"
             ]
         )
     parse, id_of = partial(_question, variants=variants), attrgetter("question_id")
@@ -186,7 +186,7 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
     if not path.is_file():
         return answer_vocabulary([question.spelling for question in train])
     try:
-        text = parsing.read_text(path, "an answer a line")
+        text = parsing.read_text(path, "one answer per line")
     except ValueError as error:
         raise DatasetError([str(error)]) from None
     lines = text.removesuffix("\n").split("\n")
@@ -202,7 +202,8 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
         first.setdefault(answer, number)
     if UNKNOWN_ANSWERS[1] not in first:
         problems.append(
-            f"{path}:1: no line {UNKNOWN_ANSWERS[1]}; expected the released answer set, which starts with it"
+            f"{path}:1: the line {UNKNOWN_ANSWERS[1]} is missing; expected the released answer set, which "
+            "starts with it"
         )
     if problems:
         raise DatasetError(problems)
@@ -214,7 +215,7 @@ def _check_encoded(
 ) -> None:
     problems = [
         f"{annotation_file(root, split, part, paraphrases)}:record {number}: 'answer_encode' is {question.encoded}; "
-        f"the answer set has classes 0 to {classes - 1}"
+        f"expected 0 to {classes - 1}, the classes of the answer set"
         for part, members in questions.items()
         for number, question in enumerate(members, start=1)
         if question.encoded is not None and question.encoded >= classes

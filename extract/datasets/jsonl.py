@@ -61,7 +61,9 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
     clips: dict[str, Clip] = {}
     video = cache(root.__truediv__)  # many clips share a video
     if clips_file.suffix.lower() in TABLES:
-        raise DatasetError([f"data.clips is {clips_file}, a table; expected a JSON object a line"])
+        raise DatasetError(
+            [f"data.clips is {clips_file}, which is a table; expected a file with one JSON object per line"]
+        )
     try:
         lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
         with garbage_collection_paused():
@@ -187,7 +189,7 @@ def _question_of_row(row: object) -> tuple[Part, Question]:
 def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:
     compared = [option.strip().lower() for option in options]
     if twice := next((option for place, option in enumerate(compared) if option in compared[:place]), None):
-        raise ValueError(f"has the option {twice!r} twice; expected different ones")
+        raise ValueError(f"has the option {twice!r} twice; expected each option once")
     index = fields.get("answer_index")
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
         raise ValueError(

@@ -40,7 +40,7 @@ def read_text(path: Path, purpose: str) -> str:
         with _readable(path, purpose):
             return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; save it as UTF-8: expected {purpose}") from None
+        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}: save it as UTF-8") from None
 
 
 @contextmanager
@@ -299,7 +299,7 @@ def clip_path_field(record: Mapping[str, Any], key: str) -> str:
     """A clip id that is safe as the path of a file, such as `P01/P01_01`."""
     value = text_field(record, key)
     if "\\" in value or not value.isprintable() or not _NO_NAMES.isdisjoint(value.split("/")):
-        raise ValueError(f"{key!r} is {value!r}; expected names with single slashes between, as in P01/P01_01")
+        raise ValueError(f"{key!r} is {value!r}; expected names joined by single slashes, such as P01/P01_01")
     return _short_id(key, value)
 
 

@@ -107,7 +107,7 @@ class Question:
             raise ValueError(f"has {len(self.options)} options; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
         compared = [option.strip().lower() for option in self.options]
         if self.answer and self.answer not in compared:
-            raise ValueError(f"has the answer {self.answer!r}, which is none of its options {', '.join(compared)}")
+            raise ValueError(f"has the answer {self.answer!r}, which is not one of its options {', '.join(compared)}")
 
     @property
     def counts(self) -> bool:

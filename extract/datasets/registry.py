@@ -78,7 +78,7 @@ def load_dataset(data: DataConfig) -> Dataset:
     if not isinstance(dataset, Dataset):
         owner = _PLUGINS.package_of(data.name) or "this process"
         raise ConfigError(
-            f"data.name is {data.name!r}, but its function, which {owner} registers, returns a "
+            f"data.name is {data.name!r}, but the function that {owner} registers for it returns a "
             f"{type(dataset).__name__}; expected an extract.datasets.Dataset"
         )
     if plugin is not None and (faults := [f"data.name {data.name}: {fault}" for fault in _misfits(dataset)]):
@@ -118,12 +118,12 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
     named = {"clip_id": [clip.clip_id for clip in dataset.clips], "answer": dataset.answers, "text": dataset.texts}
     named |= {f"{part} question_id": [question.question_id for question in dataset.questions[part]] for part in PARTS}
     for what, values in named.items():
-        yield from (f"{what} {value!r} is there twice; expected each once" for value in _repeated(values))
+        yield from (f"{what} {value!r} appears twice; expected each once" for value in _repeated(values))
     clip_ids = set(named["clip_id"])
     questions = [question for part in PARTS for question in dataset.questions[part]]
     for question in questions:
         if not question.answer and not question.options:
-            yield f"question {question.question_id!r}: answer is ''; expected one, or options"
+            yield f"question {question.question_id!r}: answer is ''; expected an answer, or options"
         if question.clip_id not in clip_ids:
             yield f"question {question.question_id!r}: clip_id {question.clip_id!r} is not in clips; add it there"
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):

@@ -87,9 +87,9 @@ class CheckpointReport:
         """
         if faults := [*self.missing, *self.reshaped]:
             raise CheckpointError(
-                f"{self.path}: {counted(len(faults), 'tensor is', 'tensors are')} missing or of the wrong shape, the "
-                f"first is {faults[0]}; "
-                f"list all of them with `egopatch extract checkpoint inspect {shlex.quote(str(self.path))}`"
+                f"{self.path}: {counted(len(faults), 'tensor is', 'tensors are')} missing or of the wrong shape; the "
+                f"first is {faults[0]}; `egopatch extract checkpoint inspect {shlex.quote(str(self.path))}` lists all "
+                "of them"
             )
 
     def lines(self) -> list[str]:

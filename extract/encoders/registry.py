@@ -203,7 +203,7 @@ def load_video_encoder(
         check_tokens(network.name, encoder)
     if size is not None and encoder.size != size:
         raise CheckpointError(
-            f"video.size is {size}; {loaded.path} was trained on {encoder.size}: set video.size to {encoder.size}"
+            f"video.size is {size}, but {loaded.path} was trained on {encoder.size}; set video.size to {encoder.size}"
         )
     return encoder if compile is None else compile_encoder(encoder, compile)
 

@@ -98,19 +98,20 @@ class _Budget:
         self.taken += size
         if self.taken > self.free:
             raise ArchiveError(
-                f"{self.archive}: unpacks to {format_bytes(self.taken)} or more, but only {format_bytes(self.free)} may"
-                f" be used ({format_bytes(RESERVE)} stay free); free some disk space, or do not trust this archive"
+                f"{self.archive}: unpacks to {format_bytes(self.taken)} or more, but only {format_bytes(self.free)} "
+                f"may be used, because {format_bytes(RESERVE)} must stay free; free some disk space, or do not trust "
+                "this archive"
             )
 
 
 def _check_name(archive: Path, name: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name.strip("/"):
-        raise ArchiveError(_refused(archive, name, "leaves the folder that it is unpacked to"))
+        raise ArchiveError(_refused(archive, name, "would be unpacked outside its folder"))
 
 
 def _refused(archive: Path, name: str, why: str) -> str:
-    return f"{archive}: member {name!r} {why}; nothing was unpacked, do not trust this archive"
+    return f"{archive}: member {name!r} {why}; nothing was unpacked: do not trust this archive"
 
 
 @contextmanager

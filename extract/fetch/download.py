@@ -68,10 +68,9 @@ def fetch(link: str, file: Path, sha256: str | None, on_progress: OnProgress = l
             )
         except ValueError as error:  # pooch raises it if the hash differs
             raise DownloadError(
-                f"{file}: {link} does not serve the locked file, and nothing was put in place"
-                f" ({str(error).split('. ')[0]}). If the publisher has a new version that you want, delete the file's"
-                " entry from the lock file and run the same command again; otherwise get the locked file elsewhere and"
-                " put it there"
+                f"{file}: {link} does not serve the locked file, so nothing was saved ({str(error).split('. ')[0]}). "
+                "If the publisher has a new version that you want, delete the file's entry from the lock file and "
+                "run the same command again; otherwise get the locked file elsewhere and put it there"
             ) from None
 
 
@@ -166,20 +165,20 @@ class ResumingDownloader:
             raise _Interrupted(f"the server announced {total} bytes but has none after {have}")
         if status == 206 and (start != have or (total is not None and size != total)):
             self._forget()
-            raise _Interrupted("the server has a different file from the one that was begun")
+            raise _Interrupted("the file on the server has changed since the download began")
         if status not in (200, 206):
             raise DownloadError(
                 f"{url}: the server answers {status} {response.reason}; see the publisher's page for a new link"
             )
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise DownloadError(f"{url}: serves a web page, expected a file; see the publisher's page")
+            raise DownloadError(f"{url}: the server sent a web page; expected a file: see the publisher's page")
 
     def _check_disk(self, url: str, have: int, total: int | None) -> None:
         free = free_bytes(self.part)
         if total is not None and total - have > free:
             raise DownloadError(
-                f"{url}: {format_bytes(total - have)} remain but {self.part.parent} has {format_bytes(free)} free; "
-                "free some disk space"
+                f"{url}: {format_bytes(total - have)} remain to be downloaded, but {self.part.parent} has "
+                f"{format_bytes(free)} free; free some disk space"
             )
 
     def _receive(self, response: requests.Response, have: int, total: int | None) -> None:

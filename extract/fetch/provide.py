@@ -119,8 +119,8 @@ def _tokenizer(config: Config, sources: Sources) -> Iterator[RequiredFile]:
         yield RequiredFile(str(folder), folder)
     elif len(folder.parts) > 1:
         raise ConfigError(
-            f"text.model is {config.text.model!r}, which does not exist, and {sources.path} lists no tokenizer of that"
-            f" name ({', '.join(sources.tokenizers)}); put it there, or name one of these"
+            f"text.model is {config.text.model!r}, which does not exist, and {sources.path} lists no tokenizer of "
+            f"that name (it lists {', '.join(sources.tokenizers)}); put it there, or name one of these"
         )
     # Otherwise it is a name on the hub, which transformers downloads and caches itself.
 
@@ -133,8 +133,8 @@ def _checkpoint(option: str, file: Path, sources: Sources) -> RequiredFile:
         return RequiredFile(str(file), file)
     known = ", ".join(name for source in sources.checkpoints.values() for name in source.files)
     raise ConfigError(
-        f"{option} is {str(file)!r}, which does not exist, and {sources.path} lists no file of that name ({known});"
-        " put it there, or name one of these"
+        f"{option} is {str(file)!r}, which does not exist, and {sources.path} lists no file of that name (it lists "
+        f"{known}); put it there, or name one of these"
     )
 
 
@@ -315,7 +315,7 @@ def _unpacked_without_archive(need: RequiredFile, locked: LockEntry | None) -> F
     if sha256 is None:
         return FileStatus(need, "there", f"its folders are in {need.folder}, put there by hand; doctor checks them")
     if locked is not None and sha256 != locked.sha256:
-        message = f"{need.folder}: was unpacked from another {need.file.name} ({sha256}) than the locked one"
+        message = f"{need.folder}: was unpacked from a different {need.file.name} ({sha256}) than the locked one"
         message += f" ({locked.sha256}); delete its folders and run the same command again"
         return FileStatus(need, "failed", message)
     return FileStatus(need, "there", f"unpacked in {need.folder}; the archive was deleted", sha256=sha256)

@@ -149,7 +149,7 @@ def test_a_network_records_the_version_of_its_package(install: Install) -> None:
 
 def test_a_data_set_function_returning_the_wrong_type_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: [1, 2])
-    with pytest.raises(ConfigError, match=r"data\.name is 'mine', but its function, .* returns a list; expected"):
+    with pytest.raises(ConfigError, match=r"data\.name is 'mine', but the function that .* returns a list; expected"):
         load_dataset(DataConfig(name="mine"))
 
 
@@ -197,7 +197,7 @@ def asked(**changed: object) -> dict[str, object]:
         ({"clips": ()}, "clips is empty; expected at least one Clip"),
         ({"clips": (clip for clip in (CLIP,))}, "clips is of type generator; expected a tuple"),
         ({"texts": "what?"}, "texts is of type str; expected a tuple"),
-        ({"clips": (CLIP, CLIP)}, "clip_id 'a' is there twice; expected each once"),
+        ({"clips": (CLIP, CLIP)}, "clip_id 'a' appears twice; expected each once"),
         ({"clips": (replace(CLIP, video="a.mp4"),)}, "clip 'a': video is 'a.mp4'; expected a pathlib.Path"),
         ({"clips": (replace(CLIP, clip_id=7),)}, "clip 7: clip_id is 7; expected a text"),
         ({"clips": (replace(CLIP, start_s=float("nan")),)}, "clip 'a': start_s is nan; expected seconds or None"),
@@ -209,12 +209,12 @@ def asked(**changed: object) -> dict[str, object]:
         ),
         (
             {"questions": {**ASKED, "val": (QUESTION, QUESTION)}},
-            "val question_id '1' is there twice; expected each once",
+            "val question_id '1' appears twice; expected each once",
         ),
         ({"texts": ("who?",)}, "texts lacks 'what\\?'; make it with texts_of"),
         ({"texts": ()}, "texts lacks 'what\\?'; make it with texts_of"),
         (asked(text=" "), "question '1': text is ' '; expected the"),
-        (asked(answer=""), "question '1': answer is ''; expected one, or options"),
+        (asked(answer=""), "question '1': answer is ''; expected an answer, or options"),
         (asked(question_id=7), "train question 7: question_id is 7; expected a text"),
         (asked(answer="A cup"), "question '1': answer is 'A cup'; expected a text in lower case"),
         (asked(form="opne"), "question '1': form is 'opne'; expected open or binary"),
@@ -223,9 +223,9 @@ def asked(**changed: object) -> dict[str, object]:
         (asked(tags=(3,)), r"question '1': tags is \(3,\); expected a tuple of texts"),
         (asked(variants=("who?",)), r"question '1': variants is \('who\?',\); expected a paraphrase and"),
         (asked(clip_id=None), "question '1': clip_id is None; expected the clip_id of a Clip"),
-        ({"texts": ("what?", "what?")}, r"text 'what\?' is there twice; expected each once"),
+        ({"texts": ("what?", "what?")}, r"text 'what\?' appears twice; expected each once"),
         ({"texts": ("what?", 3)}, "texts contains 3; expected a text"),
-        ({"answers": (*GOOD.answers, "a cup")}, "answer 'a cup' is there twice; expected each once"),
+        ({"answers": (*GOOD.answers, "a cup")}, "answer 'a cup' appears twice; expected each once"),
         ({"answers": (*GOOD.answers, "A hat")}, "answers contains 'A hat'; expected a text in lower case"),
         (
             {"texts": (), "questions": {**ASKED, "val": (replace(QUESTION, text="where?"),)}},

@@ -162,7 +162,7 @@ def test_a_checkpoint_that_does_not_match_store_or_answers_is_refused(tmp_path: 
         evaluate(with_run(tuned, "b", head_checkpoint=other))
     del tensors["module.norm.weight"]
     torch.save(content, other)
-    with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape, .* norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape; .* norm\.weight"):
         evaluate(with_run(tuned, "c", head_checkpoint=other))
 
 

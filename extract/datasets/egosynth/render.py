@@ -75,7 +75,7 @@ def render(
     others = [root / name for name in ANNOTATION_FOLDERS if (root / name).exists()]
     if others and not (root / EVENTS_FILE).exists():
         raise ValueError(
-            f"out is {str(root)!r}, which holds another data set ({others[0]}); expected a folder for this one alone"
+            f"out is {str(root)!r}, which holds another data set ({others[0]}); choose a folder for EgoSynth alone"
         )
     scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
@@ -128,7 +128,7 @@ def _check(clips: int, seed: int, size: int, questions: int, workers: int) -> No
         (
             "questions",
             questions,
-            f"3 to 16 a clip, {3 * clips} to {16 * clips}",
+            f"3 to 16 per clip, which is {3 * clips} to {16 * clips}",
             3 * clips <= questions <= 16 * clips,
         ),
         ("workers", workers, "at least 1", workers >= 1),

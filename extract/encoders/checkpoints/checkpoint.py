@@ -255,14 +255,14 @@ def _unwrap(path: Path, content: Any) -> tuple[str, dict[str, Tensor]]:
     places = {place: tensors for place, tensors in ({"bare": _tensors_of(content)} | inside).items() if tensors}
     if not places:
         raise CheckpointError(
-            f"{path}: holds no tensors under its keys, which are {list_some([str(key) for key in content]) or 'none'}; "
-            f"expected them under {' or '.join(CONTAINERS)} or bare"
+            f"{path}: holds no tensors under its keys ({list_some([str(key) for key in content]) or 'none'}); "
+            f"expected them under {' or '.join(CONTAINERS)}, or at the top level"
         )
     known = [place for place, tensors in places.items() if recognise_network(_published_names(tensors).values())]
     if len(known) > 1:
         raise CheckpointError(
-            f"{path}: holds a network under each of {list_some(known)}, and only one can be meant; save the one to "
-            "use in a file of its own"
+            f"{path}: holds a network under each of {list_some(known)}; expected one network: save the one to use in "
+            "a file of its own"
         )
     container = known[0] if known else next(place for place in (*CONTAINERS, *places) if place in places)
     tensors: dict[str, Tensor] = {}

@@ -88,7 +88,7 @@ def refuse_pickle(owner: str, file: str) -> CheckpointError:
     """The error about a model that has its weights only in the pickled `file`."""
     return CheckpointError(
         f"{owner} has its weights in {file}, a pickle, which could run code; convert the model to safetensors "
-        "(`model.save_pretrained(folder)` where you trust the file)"
+        "(`model.save_pretrained(folder)`, if you trust the file)"
     )
 
 

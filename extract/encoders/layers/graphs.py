@@ -53,10 +53,15 @@ class ReplayedEncoder:
             off = _difference(expected, replay())
         except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
             reason = str(error).splitlines()[0]
-            self._say(f"note: the encoder is launched kernel by kernel; no CUDA graph can be made of it ({reason})")
+            self._say(
+                f"note: no CUDA graph can be made of the encoder ({reason}), so its kernels are launched one by one"
+            )
             return None
         if off and not _difference(expected, self._encode()):
-            self._say(f"note: the encoder is launched kernel by kernel; a CUDA graph of it gives other bits ({off})")
+            self._say(
+                f"note: a CUDA graph of the encoder gives different results ({off}), so its kernels are launched one "
+                "by one"
+            )
             return None
         return replay
 

@@ -272,7 +272,9 @@ def _load(checkpoint: FolderCheckpoint, dtype: torch.dtype, eager: bool) -> PreT
     missing = [name for name in info["missing_keys"] if not any(part in name for part in _UNUSED)]
     if missing or wrong:
         fault = f"lack {list_some(sorted(missing))}" if missing else f"have other shapes: {list_some(sorted(wrong))}"
-        raise CheckpointError(f"{folder}: the weights {fault}; they belong to another model than config.json describes")
+        raise CheckpointError(
+            f"{folder}: the weights {fault}; they belong to a different model than config.json describes"
+        )
     return model
 
 
@@ -338,12 +340,14 @@ def _check_input(checkpoint: Checkpoint, model: PreTrainedModel, family: Family,
     if size % patch:
         raise CheckpointError(f"video.size is {size}; {where}, takes multiples of its {patch}-pixel patch")
     if config.model_type == "vjepa2" and size != config.crop_size:
-        raise CheckpointError(f"video.size is {size}; {where}, takes {config.crop_size} alone: set video.size to it")
+        raise CheckpointError(
+            f"video.size is {size}; {where}, takes only {config.crop_size}: set video.size to {config.crop_size}"
+        )
     if not family.video:
         return
     if num_frames % tubelet:
         raise CheckpointError(
-            f"video.frames is {num_frames}; {where}, makes one token of {tubelet} frames: use a multiple of {tubelet}"
+            f"video.frames is {num_frames}; {where}, makes one token from {tubelet} frames: use a multiple of {tubelet}"
         )
     if not family.any_frames and num_frames != config.num_frames:
         raise CheckpointError(

@@ -95,14 +95,15 @@ def _why_not(model: HubModel, offline: str | None, error: Exception) -> str:
         found = "only in part" if isinstance(error, IncompleteSnapshotError) else "not"
         revision = "" if model.revision is None else f" --revision {model.revision}"
         return (
-            f"{found} in the hub's cache {constants.HF_HUB_CACHE}, and {offline}; run `hf download {model.name}"
-            f"{revision}` where the hub answers and copy the cache here, or name the model's folder"
+            f"{found} in the hub's cache {constants.HF_HUB_CACHE}, and {offline}; run `hf download "
+            f"{model.name}{revision}` on a machine that reaches the hub and copy its cache here, or name the model's "
+            "folder"
         )
     if isinstance(error, GatedRepoError):
-        return "the hub gives it only to those whom its owners let in; ask on its page, then run `hf auth login`"
+        return "its owners restrict access to it on the hub; request access on its page, then run `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no model of this name; check the spelling, or run `hf auth login` if it is private"
     if isinstance(error, RevisionNotFoundError):
         return f"the hub's {model.name} has no revision {model.revision!r}; expected a branch, a tag or a commit"
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"the hub does not give it ({reason})"
+    return f"it cannot be downloaded from the hub ({reason})"

@@ -19,8 +19,8 @@ def no_video(checkpoint: Checkpoint | None = None, options: VideoOptions | None 
         ConfigError: Always.
     """
     raise ConfigError(
-        "encoder.arch is imported: the clips come from `egopatch features import`, and no video network encodes more; "
-        "`egopatch extract run` encodes the questions"
+        "encoder.arch is imported: the clips come from `egopatch features import`, and there is no video network to "
+        "encode others; `egopatch extract run` encodes the questions"
     )
 
 

@@ -169,7 +169,7 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
         if local:
             raise ConfigError(
                 f"text.model is {model!r}, whose tokenizer cannot be read ({reason}); its files are damaged, "
-                f"incomplete or of a newer version than transformers {transformers.__version__} and tokenizers "
+                f"incomplete, or too new for transformers {transformers.__version__} and tokenizers "
                 f"{tokenizers.__version__}: copy them again, or upgrade both packages"
             ) from error
         raise ConfigError(f"text.model is {model!r}; {expected} ({reason})") from error

@@ -252,7 +252,7 @@ def test_scene_questions_do_not_depend_on_how_many_are_drawn() -> None:
         ({"clips": 3}, "clips is 3; expected at least 20"),
         ({"seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"size": 33}, "size is 33; expected an even number of pixels from 64 to 1024"),
-        ({"clips": 30, "questions": 5}, "questions is 5; expected 3 to 16 a clip, 90 to 480"),
+        ({"clips": 30, "questions": 5}, "questions is 5; expected 3 to 16 per clip, which is 90 to 480"),
         ({"difficulty": "easy"}, "difficulty is 'easy'; expected one of plain, hard"),
         ({"workers": 0}, "workers is 0; expected at least 1"),
     ],
@@ -284,6 +284,8 @@ def test_another_data_set_is_not_overwritten(tmp_path: Path) -> None:
     answers = tmp_path / "Data" / "qa" / "direct" / "answer_set.txt"
     answers.parent.mkdir(parents=True)
     answers.write_text("fridge\n")
-    with pytest.raises(ValueError, match=r"which holds another data set \(.*Data/qa\); expected a folder for this one"):
+    with pytest.raises(
+        ValueError, match=r"which holds another data set \(.*Data/qa\); choose a folder for EgoSynth alone"
+    ):
         render(tmp_path, clips=20)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [answers]

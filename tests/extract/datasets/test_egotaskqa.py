@@ -226,7 +226,8 @@ def test_encoded_answer_outside_the_answer_set_is_refused(tmp_path: Path) -> Non
     released(tmp_path)
     write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [RECORD, {**VERIFY, "answer_encode": 4}])
     assert faults(tmp_path) == [
-        "ROOT/qa/direct/formatted_val_qas_encode.json:record 2: 'answer_encode' is 4; the answer set has classes 0 to 3"
+        "ROOT/qa/direct/formatted_val_qas_encode.json:record 2: 'answer_encode' is 4; expected 0 to 3, the "
+        "classes of the answer set"
     ]
 
 
@@ -241,16 +242,15 @@ def test_malformed_answer_set_is_refused(tmp_path: Path) -> None:
     write(released(tmp_path) / "qa/direct/answer_set.txt", "yes\nno\nyes\n")
     assert faults(tmp_path) == [
         "ROOT/qa/direct/answer_set.txt:3: answer 'yes' is also on line 1; expected each answer once",
-        "ROOT/qa/direct/answer_set.txt:1: no line <UNK1>; expected the released answer set, which starts with it",
+        "ROOT/qa/direct/answer_set.txt:1: the line <UNK1> is missing; expected the released answer set, "
+        "which starts with it",
     ]
 
 
 def test_non_utf8_file_and_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "train_qas.json"
     path.write_bytes(b'["\xff"]')
-    with pytest.raises(
-        DatasetError, match=r"train_qas.json:byte 2: not UTF-8 text; save it as UTF-8: expected an EgoTaskQA annotation"
-    ):
+    with pytest.raises(DatasetError, match=r"train_qas.json:byte 2: not UTF-8 text; expected an EgoTaskQA annotation"):
         read_questions(path)
     with pytest.raises(DatasetError, match=r"cannot be read .Is a directory.; expected an EgoTaskQA annotation file"):
         read_questions(tmp_path)

@@ -41,7 +41,9 @@ def test_clips_in_a_csv_table_are_refused_with_one_error(tmp_path: Path) -> None
     (tmp_path / "clips.csv").write_text("clip_id,video\na,a.mp4\nb,b.mp4\n")
     with pytest.raises(DatasetError) as caught:
         load_dataset(DataConfig(name="jsonl", root=tmp_path, clips="clips.csv"))
-    assert caught.value.problems == (f"data.clips is {tmp_path / 'clips.csv'}, a table; expected a JSON object a line",)
+    assert caught.value.problems == (
+        f"data.clips is {tmp_path / 'clips.csv'}, which is a table; expected a file with one JSON object per line",
+    )
 
 
 def test_clips_and_questions_load(tmp_path: Path) -> None:
@@ -156,11 +158,11 @@ def test_questions_file_without_questions_is_refused(tmp_path: Path) -> None:
         ('{"clip_id": "", "video": "v"}', "'clip_id' is ''; expected text"),
         (
             '{"clip_id": "/a", "video": "v"}',
-            "'clip_id' is '/a'; expected names with single slashes between, as in P01/",
+            "'clip_id' is '/a'; expected names joined by single slashes, such as P01/",
         ),
-        ('{"clip_id": "a/../b", "video": "v"}', "'clip_id' is 'a/../b'; expected names with single slashes between"),
-        ('{"clip_id": "a/", "video": "v"}', "'clip_id' is 'a/'; expected names with single slashes between"),
-        (r'{"clip_id": "a\\b", "video": "v"}', r"'clip_id' is 'a\\b'; expected names with single slashes between"),
+        ('{"clip_id": "a/../b", "video": "v"}', "'clip_id' is 'a/../b'; expected names joined by single slashes"),
+        ('{"clip_id": "a/", "video": "v"}', "'clip_id' is 'a/'; expected names joined by single slashes"),
+        (r'{"clip_id": "a\\b", "video": "v"}', r"'clip_id' is 'a\\b'; expected names joined by single slashes"),
         ('{"clip_id": "c", "video": "v", "start_s": "1"}', "'start_s' is '1'; expected a number of seconds or null"),
         ('{"clip_id": "c", "video": "v", "start_s": NaN}', "'start_s' is nan; expected a number of seconds or null"),
         ('{"clip_id": "c", "video": "v", "end_s": true}', "'end_s' is True; expected a number of seconds or null"),
@@ -259,7 +261,10 @@ def test_multiple_choice_questions_load(tmp_path: Path) -> None:
     [
         ({"options": ["cup"], "answer_index": 0}, "has 1 options; expected 2 to 26"),
         ({"options": [str(n) for n in range(100)], "answer_index": 0}, "has 100 options; expected 2 to 26"),
-        ({"options": ["cup", "jar", " CUP"], "answer_index": 0}, "has the option 'cup' twice; expected different ones"),
+        (
+            {"options": ["cup", "jar", " CUP"], "answer_index": 0},
+            "has the option 'cup' twice; expected each option once",
+        ),
         (
             {"options": ["cup", "jar"], "answer_index": 2},
             "'answer_index' is 2; expected 0 to 1, the index of the right",

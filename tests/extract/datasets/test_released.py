@@ -148,7 +148,11 @@ def test_duplicate_options_in_a_released_set_are_kept(tmp_path: Path) -> None:
         ("egoschema", {"q_uid": "uid-0", "answers": {}}, "questions.json:record 2: q_uid 'uid-0' is used twice"),
         ("egoschema", {"option 3": None}, "questions.json:record 2: 'option 3' is None; expected text"),
         ("egoschema", {"answers": {"uid-1": 5}}, "record 2: its answer in subset_answers.json is 5; expected 0 to 4"),
-        ("egoschema", {"answers": {"uid-9": 0}}, "subset_answers.json: answers 'uid-9', which is not a question of"),
+        (
+            "egoschema",
+            {"answers": {"uid-9": 0}},
+            "subset_answers.json: has an answer for 'uid-9', which is not a question",
+        ),
         ("egoschema", {"answers": [1]}, "subset_answers.json: contains a JSON list; expected an object of indices"),
     ],
 )

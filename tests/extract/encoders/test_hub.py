@@ -84,7 +84,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, monkeypatch: p
     assert f"the hub's {NAME} has no revision 'v3'; expected a branch, a tag or a commit" in refused(f"{NAME}@v3")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(weight(f"{NAME}@v2"), second)
-    assert f"run `hf download {NAME} --revision v1` where" in refused(f"{NAME}@v1")
+    assert f"run `hf download {NAME} --revision v1` on a machine" in refused(f"{NAME}@v1")
 
 
 def test_workers_use_the_revision_that_their_job_resolved(hub: HubServer, files: Callable[[int], Files]) -> None:
@@ -105,9 +105,9 @@ def test_hub_errors_are_reported_in_one_line(hub: HubServer, files: Callable[[in
     hub.models["some/pickled"].push(pickled, "main")
     assert "some/pickled, on the hub, has its weights in pytorch_model.bin, a pickle, which" in refused("some/pickled")
     hub.gated.add(NAME)
-    assert "the hub gives it only to those whom its owners let in; ask on its page" in refused(NAME)
+    assert "its owners restrict access to it on the hub; request access on its page" in refused(NAME)
     hub.broken = 503
-    assert "the hub does not give it (Got: HfHubHTTPError: Server error '503" in refused("some/other")
+    assert "it cannot be downloaded from the hub (Got: HfHubHTTPError: Server error '503" in refused("some/other")
     assert not any("pytorch_model.bin" in path for path in hub.asked)
 
 
@@ -123,8 +123,8 @@ def test_uncached_model_without_a_hub_fails_quickly_in_one_line(
     line = refused(NAME)
     assert line.startswith(f"{NAME} is not a folder here, and not in the hub's cache")
     assert line.endswith(
-        f"and HF_HUB_OFFLINE is set; run `hf download {NAME}` where the hub answers and copy the cache here, or name"
-        " the model's folder"
+        f"and HF_HUB_OFFLINE is set; run `hf download {NAME}` on a machine that reaches the hub and copy its "
+        "cache here, or name the model's folder"
     )
     assert time.monotonic() - before < 10  # the hub's client would retry for a minute
     assert not hub.asked

@@ -52,7 +52,7 @@ def test_inspect_lists_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     torch.save(whole | {"extra": torch.ones(1)}, path)
     found = inspect_checkpoint(path)
     assert (found.missing, found.unexpected) == (("norm.bias",), ("extra",))
-    with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape, .* norm\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape; .* norm\.bias"):
         convert_checkpoint(path, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))
 

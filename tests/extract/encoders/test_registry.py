@@ -97,7 +97,7 @@ def test_published_networks_need_a_checkpoint(arch: str) -> None:
 
 
 def test_size_that_the_checkpoint_was_not_trained_on_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"video\.size is 96; .* was trained on 64: set video\.size to 64"):
+    with pytest.raises(CheckpointError, match=r"video\.size is 96, but .* was trained on 64; set video\.size to 64"):
         load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, size=96)
 
 

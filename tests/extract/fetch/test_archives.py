@@ -75,10 +75,10 @@ def test_unpacked_files_follow_the_umask(tmp_path: Path, folder: Path, make) -> 
 
 
 HOSTILE = {
-    "../out": "leaves the folder",
-    "/etc/out": "leaves the folder",
-    "a/../../out": "leaves the folder",
-    "a\\..\\out": "leaves the folder",
+    "../out": "would be unpacked outside",
+    "/etc/out": "would be unpacked outside",
+    "a/../../out": "would be unpacked outside",
+    "a\\..\\out": "would be unpacked outside",
 }
 
 

@@ -123,7 +123,10 @@ def test_a_tampered_file_is_refused_with_both_hashes(server: Server, file: Path)
         (None, "the server answers 404 Not Found; see the publisher's page"),
         (Served(b"", status=403), "the server answers 403 Forbidden"),
         (Served(b"", status=503), "the server answers 503 Service Unavailable; run the same command again"),
-        (Served(b"<html>", headers={"Content-Type": "text/html; charset=utf-8"}), "serves a web page"),
+        (
+            Served(b"<html>", headers={"Content-Type": "text/html; charset=utf-8"}),
+            "the server sent a web page; expected a file",
+        ),
         (Served(CONTENT, announced=len(CONTENT) + 10), "announced 1000010 bytes but has none after 1000000"),
     ],
 )
@@ -172,7 +175,7 @@ def test_insufficient_disk_space_is_refused_before_downloading(
 ) -> None:
     server.files["/a"] = Served(CONTENT)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 9, 9))
-    with pytest.raises(DownloadError, match=r"1.0 MB remain but .* has 9 B free"):
+    with pytest.raises(DownloadError, match=r"1.0 MB remain to be downloaded, but .* has 9 B free"):
         fetch(server.link("/a"), file, None)
     assert left_in(file.parent) == []
 
