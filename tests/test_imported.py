@@ -45,7 +45,7 @@ def test_a_head_trains_on_imported_features(
     assert extract(["run", *args]) == 1  # no store yet
     assert features(["import", str(files), "--to", str(tmp_path / "store")]) == 0
     assert extract(["plan", *args]) == 2
-    assert "no video network encodes more" in capsys.readouterr().err
+    assert "there is no video network to encode others" in capsys.readouterr().err
     monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: False)
     assert extract(["run", *args]) == 0
     assert "24/24 clips and 1 question stored" in (out := capsys.readouterr().out)

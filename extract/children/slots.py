@@ -106,8 +106,8 @@ def _unnamed_file(holds: str, size: int) -> int:
         return os.memfd_create("egopatch-slots")
     except (AttributeError, OSError) as error:
         print(
-            f"note: {holds} are kept in a file in {tempfile.gettempdir()} of up to {size / 1e9:.1f} GB, because this"
-            f" system gives no shared memory without a name ({error})",
+            f"note: {holds} are kept in a file of up to {size / 1e9:.1f} GB in {tempfile.gettempdir()}, because this "
+            f"system has no anonymous shared memory ({error})",
             flush=True,
         )
         with tempfile.TemporaryFile() as unnamed:

@@ -106,8 +106,8 @@ class SpawnedPool:
     def start_error(self) -> ChildProcessError:
         """The error to raise when the pool or a future is broken."""
         return ChildProcessError(
-            f"the child processes for {self.doing} cannot be started, or were killed while they had no work; check "
-            "the machine's free memory and its limit of processes, and run the same command again to resume"
+            f"the child processes for {self.doing} cannot be started, or were killed while they were idle; check the "
+            "machine's free memory and its limit on processes, and run the same command again to resume"
         )
 
 

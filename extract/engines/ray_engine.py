@@ -81,8 +81,8 @@ def _gather(ray: Any, waiting: list[Any]) -> JobStats:
                 if error.actor_init_failed:  # a new worker would fail in the same way
                     reason = str(error).strip().splitlines()[-1]
                     raise ConfigError(
-                        f"engine.name is 'ray', but a node of the cluster cannot start a worker ({reason}); install"
-                        " egopatch and what it needs on every node, in the versions that this machine has"
+                        f"engine.name is 'ray', but a node of the cluster cannot start a worker ({reason}); install "
+                        "egopatch and what it needs on every node, in the same versions as on this machine"
                     ) from error
                 died = error
             except ray.exceptions.RayTaskError as error:
@@ -103,7 +103,9 @@ def _fit(config: Config, nodes: Sequence[Mapping[str, float]], shards: int) -> t
     cores = [int(node.get("CPU", 0)) for node in nodes]
     gpus = [min(int(node.get("GPU", 0)), beside) for node, beside in zip(nodes, cores, strict=True)]
     if device.startswith("cuda") and not any(gpus):
-        raise ConfigError(f"encoder.device is {device!r} but the Ray cluster has no GPU with a core; use auto or cpu")
+        raise ConfigError(
+            f"encoder.device is {device!r} but no node of the Ray cluster has both a GPU and a core; use auto or cpu"
+        )
     if device.startswith("cuda:"):
         raise ConfigError(f"encoder.device is {device!r} but Ray gives each worker a GPU of its own; use cuda or auto")
     kind, places = ("GPU", gpus) if any(gpus) and device != "cpu" else ("CPU", cores)

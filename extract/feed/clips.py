@@ -104,7 +104,7 @@ def read_clip(
     version = version_of(clip.video)
     source = cache.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
     if not before == version == version_of(clip.video):
-        raise VideoError(f"video {clip.video} was changed while it was read; run `extract retry` when it is complete")
+        raise VideoError(f"video {clip.video} changed while it was being read; run `extract retry` when it is complete")
     seconds = time.perf_counter() - started
     return PreparedClip(clip, frames, decoded.timestamps, source, version[1], seconds, decoded.missing_s)
 

@@ -246,7 +246,7 @@ def _across_splits(splits: Mapping[str, Dataset]) -> Iterator[Finding]:
             content = (question.clip_id, question.text, question.answer)
             if known != split and content != (same.clip_id, same.text, same.answer):
                 other.append(f"{question.question_id}: {same.text!r} in {known}, {question.text!r} in {split}")
-    yield _fault("question ids that belong to another question in the other split", other)
+    yield _fault("question ids that belong to different questions in the two splits", other)
 
 
 def _checkpoint(config: Config) -> tuple[str | None, list[str]]:

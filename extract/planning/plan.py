@@ -151,7 +151,7 @@ def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     if free is None or needed <= free:
         return None
     return (
-        f"store.path is {path}: {counted(clips, 'clip needs', 'clips need')} {format_bytes(needed)} and its disk has "
+        f"store.path is {path}: {counted(clips, 'clip needs', 'clips need')} {format_bytes(needed)}, but its disk has "
         f"{format_bytes(free)} free; make room or choose another disk"
     )
 

@@ -50,7 +50,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
     """
     data = config.data
     if data.name not in ("egotaskqa", "jsonl"):
-        raise ConfigError(f"data.name is {data.name}; transcode knows the layouts of egotaskqa and jsonl")
+        raise ConfigError(f"data.name is {data.name}; expected egotaskqa or jsonl, the layouts that transcode can copy")
     if out.resolve() == data.root.resolve():
         raise ConfigError(f"--out is {out}, which is data.root; give another folder")
     _require_within(data, out)
@@ -87,8 +87,8 @@ def _require_within(data: DataConfig, out: Path) -> None:
     for option, name in files.items():
         if name is not None and not (out / name).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
-                f"{option} is {name!r}, which leads out of data.root; expected a file in it, because the copy has one"
-                " of the same name: move the file there"
+                f"{option} is {name!r}, which is outside data.root; expected a file in data.root, because the copy "
+                "keeps its name: move the file there"
             )
 
 

@@ -14,6 +14,7 @@ from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import positions, read_frames, rows_within
 from egopatch.extract.video.nvdec import require_gpu_decoder
+from egopatch.features.common.units import counted
 
 DECODED = 0.6  # decoded share of a copy's frames before a wanted one; the others are B-frames that nothing refers to
 WORTH = 2.0  # copies pay off from this many times fewer pixels to decode
@@ -66,9 +67,9 @@ def long_groups_hint(clips: Sequence[Clip], video: VideoConfig) -> str | None:
     if now < WORTH * copied * share:
         return None
     return (
-        f"of each clip {now:.0f} frames are decoded for {video.frames}, as key frames are {group_s:.1f} s apart;"
-        f" in copies by `egopatch extract transcode --config CONFIG --out DIR` about {copied:.0f},"
-        f" with {share:.0%} of the pixels"
+        f"{now:.0f} frames of each clip are decoded to get {video.frames}, because key frames are {group_s:.1f} s "
+        f"apart; copies made by `egopatch extract transcode --config CONFIG --out DIR` need about {copied:.0f}, with "
+        f"{share:.0%} of the pixels"
     )
 
 
@@ -85,8 +86,8 @@ def gpu_decoder_hint(clips: Sequence[Clip], video: VideoConfig, decoders: int) -
             rates[decoder] = measured.decoded / measured.seconds
     best = max(rates, key=rates.__getitem__)
     return (
-        f"video.decoder {best}: {decoders} decoders read {rates['pyav']:.1f} clips/s with pyav and"
-        f" {rates['nvdec']:.1f} with nvdec, measured on {len(clips)}"
+        f"video.decoder {best} is faster: {decoders} decoders read {rates['pyav']:.1f} clips/s with pyav and "
+        f"{rates['nvdec']:.1f} with nvdec, measured on {counted(len(clips), 'clip')}"
     )
 
 

@@ -65,7 +65,7 @@ def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
             times_s, means = _write(clip, file, temporary)
         _verify(temporary, times_s, means)
         if before != version_of(clip.video):
-            raise VideoError(f"video {clip.video} was changed while it was read; run the same command again")
+            raise VideoError(f"video {clip.video} changed while it was being read; run the same command again")
         size = temporary.stat().st_size
     return Segment(clip.clip_id, len(times_s), float(times_s[-1]), size)
 
@@ -92,7 +92,7 @@ def _write(clip: Clip, file: VideoFile, path: Path) -> tuple[NDArray[np.float64]
                 stream.height, stream.width = pixels.shape[:2]
             if pixels.shape[:2] != (stream.height, stream.width):
                 raise VideoError(
-                    f"video {clip.video} changes its size within clip {clip.clip_id}; use the video itself"
+                    f"video {clip.video} changes its size within clip {clip.clip_id}; use the original video"
                 )
             means[number] = pixels.mean((0, 1))
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -141,7 +141,7 @@ def _verify(path: Path, times_s: NDArray[np.float64], means: NDArray[np.float64]
                 path, f"it has {len(index.pts)} frames, expected {len(times_s)}{index.damage and '; '}{index.damage}"
             )
         if np.abs(index.starts_s - index.starts_s[0] - times_s).max() > SAME_TIME_S:
-            raise _wrong(path, "its frames have other times")
+            raise _wrong(path, "its frames have different times")
         longest_s = np.diff(times_s).max(initial=0.0)
         if (
             np.diff([*index.starts_s[index.keys[:, 2]], index.starts_s[-1]]).max()
@@ -152,8 +152,8 @@ def _verify(path: Path, times_s: NDArray[np.float64], means: NDArray[np.float64]
         for start in range(0, len(rows), MOST_ROWS):
             for row, pixels in enumerate(copy.pixels(rows[start : start + MOST_ROWS]), start):
                 if np.abs(pixels.mean((0, 1)) - means[row]).max() > SAME_MEAN:
-                    raise _wrong(path, f"its frame at {times_s[row]:.3f} s has other colours")
+                    raise _wrong(path, f"its frame at {times_s[row]:.3f} s has different colours")
 
 
 def _wrong(path: Path, what: str) -> VideoError:
-    return VideoError(f"the copy {path} cannot be used: {what}; use the video itself, and report this")
+    return VideoError(f"the copy {path} cannot be used: {what}; use the original video, and report this as a bug")

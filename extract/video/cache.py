@@ -141,7 +141,9 @@ def _shared(folder: Path, key: tuple[str, FileVersion], compute: Callable[[], Va
         deaths = found.all_deaths() if isinstance(found, _Started) else 0
         if deaths == MOST_DEATHS:
             what, (path, *_) = key
-            return _Fault(f"video {path} cannot be read through ({what}): {deaths} decoders were killed over it")
+            return _Fault(
+                f"video {path} cannot be read through ({what}): {deaths} decoders were killed while they read it"
+            )
         _write(file, _Started(deaths, _worker(os.getppid())))
         try:
             value = _try(compute)

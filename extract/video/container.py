@@ -161,7 +161,7 @@ class VideoFile:
             return
         if last.is_damaged or self.index.sums is not None:
             raise self._damaged(last.row)
-        raise UnclearPackets(f"video {self.path} shows other frames than its packets promise; convert it to mp4")
+        raise UnclearPackets(f"video {self.path} shows different frames than its packets announce; convert it to mp4")
 
     def _decode_from(self, key: int, rows: NDArray[np.int64], found: Found) -> _Stop | None:
         """As `_decode`, from a key frame of the index."""
@@ -302,9 +302,9 @@ class VideoFile:
         """Decode the first key frame: a GPU that does not support the codec or the format refuses every frame."""
         codec = self._stream.codec_context
         if self.index.sums is not None:
-            raise refusal(self.path, "its packets are not one frame each")
+            raise refusal(self.path, "its packets do not hold one frame each")
         if not uses_gpu(self._stream):
-            raise refusal(self.path, f"FFmpeg has no decoder for {codec.name} that uses it")
+            raise refusal(self.path, f"FFmpeg has no {codec.name} decoder that uses the GPU")
         pts, dts, row = self.index.keys[0].tolist()
         for _, packet in self._needed(self._packets_from(pts, dts), np.array([row])):
             frames = decode(packet)
@@ -435,7 +435,7 @@ def _codec(path: Path) -> str:
         pass
     av.logging.set_level(av.logging.ERROR)
     found = (re.search(r"Video: ([^,]*)", message) for _, _, message in logged)
-    return next((match[1] for match in found if match), "which it does not name")
+    return next((match[1] for match in found if match), "an unknown one")
 
 
 def _require_content(path: Path) -> None:

@@ -27,15 +27,15 @@ def decord_pixels(file: VideoFile, rows: NDArray[np.int64]) -> list[NDArray[np.u
         reader = decord.VideoReader(str(file.path), ctx=decord.cpu(0), num_threads=1)
         times_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
         if len(times_s) != len(file.index.pts):
-            raise _refused(file, f"it counts {len(times_s)} frames and the file shows {len(file.index.pts)}")
+            raise _refused(file, f"it counts {len(times_s)} frames, but the file shows {len(file.index.pts)}")
         if np.abs(times_s - file.index.starts_s).max() > SAME_TIME_S:
-            raise _refused(file, "it reads other times")
+            raise _refused(file, "its frame times differ from PyAV's")
         decoded = list(reader.get_batch(rows).asnumpy())
     except decord.DECORDError as error:
         raise _refused(file, str(error).strip().splitlines()[-1]) from error
     for row, frame, same in zip(rows.tolist(), decoded, expected, strict=True):
         if not np.array_equal(frame, same):
-            raise _refused(file, f"it decodes other pixels at {file.index.starts_s[row]:.3f} s")
+            raise _refused(file, f"its pixels differ from PyAV's at {file.index.starts_s[row]:.3f} s")
     return decoded
 
 

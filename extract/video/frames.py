@@ -151,8 +151,8 @@ def rows_within(clip: Clip, index: FrameIndex) -> NDArray[np.int64]:
         rows = np.searchsorted(index.starts_s, [start], side="right") - 1
     if len(rows) == 0:
         raise VideoError(
-            f"clip {clip.clip_id} is {_stretch(clip)} of {clip.video}, whose frames are from {index.starts_s[0]:.3f} to"
-            f" {index.end_s:.3f} s; none lies within"
+            f"clip {clip.clip_id} is {_stretch(clip)} of {clip.video}, but that video's frames are from "
+            f"{index.starts_s[0]:.3f} to {index.end_s:.3f} s; correct the clip's times"
         )
     return rows
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from egopatch.extract.worker.job_stats import JobStats
 
 REMEDIES = {
-    "decoding": "add cores, or raise engine.decoders where cores are idle; `egopatch extract plan` says whether small"
-    " copies of the videos (`extract transcode`) decode faster",
-    "hand-over": "raise engine.workers, each of which has a process of its own for it",
+    "decoding": "add cores, or raise engine.decoders if cores are idle; `egopatch extract plan` says whether small"
+    " copies of the videos (`extract transcode`) would decode faster",
+    "hand-over": "raise engine.workers: each worker has a process of its own for the hand-over",
     "encoder": "add GPUs (engine.workers), or try encoder.compile, a smaller encoder.depth or, on a GPU, encoder.dtype"
     " bfloat16",
     "disk": "use a faster disk for store.path (a faster network to it, if it is in a bucket), or store.dtype"
@@ -44,7 +44,7 @@ def bound_line(found: Mapping[str, float]) -> str | None:
         f"{name} {found[name]:.0f}" if found[name] >= 10 else f"{name} {found[name]:.1f}" for name in others
     )
     return (
-        f"bound by {first}, at most {found[first]:.1f} clips/s a worker"
+        f"bound by {first}, at most {found[first]:.1f} clips/s per worker"
         + (f" (the others: {rest})" if rest else "")
         + f"; {REMEDIES[first]}"
     )

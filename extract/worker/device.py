@@ -86,7 +86,7 @@ def arithmetic_advice(config: Config, device: torch.device) -> str | None:
     encodes = config.encoder.arch != imported.NETWORK.name
     if encodes and device.type == "cpu" and config.encoder.dtype == "bfloat16" and not has_bfloat16():
         return (
-            "encoder.dtype is bfloat16, but this CPU has no bfloat16 instructions, which makes encoding about 6 times"
-            " slower than float32; consider --encoder.dtype float32 (another fingerprint, so another store)"
+            "encoder.dtype is bfloat16, but this CPU has no bfloat16 instructions, which makes encoding about 6 "
+            "times slower than float32; consider --encoder.dtype float32, which needs another store"
         )
     return None

@@ -87,8 +87,8 @@ class ExtractionJob:
         if trained is None or frames <= trained:
             return None
         return (
-            f"{self.checkpoint.path} was trained on {trained} frames and video.frames is {frames}: the positions "
-            f"of the others are filled in as its authors do; --video.frames {trained} takes them as they were trained"
+            f"{self.checkpoint.path} was trained on {trained} frames, but video.frames is {frames}: the positions of "
+            f"the other frames are filled in as its authors do; --video.frames {trained} uses only trained positions"
         )
 
     def open_batch_encoder(self) -> BatchEncoder:

@@ -241,20 +241,19 @@ class BackgroundShardWriter:
         if arrays and self._store.spec.kind == "text":
             raise StoreError(
                 f"{len(arrays)} of {counted(len(rows), 'text')}, such as {min(arrays)!r}, came out with NaN or "
-                f"infinity in their states, so the text half of the encoder {encoder} is at fault, or its states "
-                "exceed store.dtype, and none is stored: check its weights, or use another --store.dtype and "
-                "--store.path"
+                f"infinity in their states, so none was stored; the text half of the encoder {encoder} is at fault, "
+                "or its states exceed store.dtype: check its weights, or use another --store.dtype and --store.path"
             )
         if len(arrays) == len(rows) > 1:
             raise StoreError(
                 f"all {len(rows)} clips of shard {shard} of {self._store.path} have NaN or infinity in their tokens, "
-                f"so the encoder {encoder} or its arithmetic is at fault, and none is stored: check "
-                "encoder.checkpoint, or use --encoder.dtype float32 and another --store.path"
+                f"so none was stored; the encoder {encoder} or its arithmetic is at fault: check encoder.checkpoint, "
+                "or use --encoder.dtype float32 and another --store.path"
             )
         return {
             name: Failure(
-                f"{array} of its tokens holds NaN or infinity, as those of other clips do not; look at its frames "
-                "(egopatch extract frames), or encode all clips in float32 (encoder.dtype) into another store"
+                f"{array} of its tokens holds NaN or infinity, while other clips of its shard are fine; look at its "
+                "frames (egopatch extract frames), or encode all clips in float32 (encoder.dtype) into another store"
             )
             for name, array in arrays.items()
         }

@@ -190,7 +190,7 @@ def test_a_note_while_planning_stays_out_of_the_json(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def make_plan(*_: object) -> Plan:
-        print("note: no CUDA graph can be made of it")
+        print("note: no CUDA graph can be made of the encoder")
         return Plan(1, 0, {}, 0, 0, 1, 0, 1, 1, 1, None, 0, None, None, {}, (), ())
 
     monkeypatch.setattr("egopatch.extract.planning.plan.make_plan", make_plan)

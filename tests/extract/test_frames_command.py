@@ -61,7 +61,7 @@ def test_output_folder_holds_the_frames_of_the_last_call_only(video: Path, tmp_p
     ("arguments", "code", "reason"),
     [
         ([], 1, "a.mp4"),
-        (["--start", "9"], 1, "none lies within"),
+        (["--start", "9"], 1, "correct the clip's times"),
         (["--start", "-1"], 2, "start_s is -1.0; expected seconds from the video's start, at least 0"),
         (["--video.frames", "0"], 2, "video.frames is 0; expected at least 1"),
     ],

@@ -64,9 +64,9 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(
     assert job.frames_line is None
     more = resolve_job(replace(config, video=replace(config.video, frames=4 * trained)))
     assert more.frames_line == (
-        f"{config.encoder.checkpoint} was trained on {trained} frames and video.frames is {4 * trained}: the "
-        f"positions of the others are filled in as its authors do; --video.frames {trained} takes them as they were "
-        "trained"
+        f"{config.encoder.checkpoint} was trained on {trained} frames, but video.frames is {4 * trained}: the "
+        "positions of the other frames are filled in as its authors do; "
+        f"--video.frames {trained} uses only trained positions"
     )
     # Reported before any data is read.
     changed = options(bare, "--video.frames", str(4 * trained))

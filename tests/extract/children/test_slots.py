@@ -194,7 +194,7 @@ def test_temporary_file_is_used_where_memfd_is_unavailable(
         assert not [path for path in temporary.iterdir() if path.is_file()]
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
-        f"note: frames between decoders and encoder are kept in a file in {temporary} of up to 0.1 GB"
+        f"note: frames between decoders and encoder are kept in a file of up to 0.1 GB in {temporary}"
     )
 
 

@@ -229,7 +229,7 @@ def test_worker_count_fits_the_gpus_of_the_cluster() -> None:
     with pytest.raises(ConfigError, match=r"encoder\.device is 'cuda:1' but Ray gives each worker a GPU of its own"):
         _fit(load_config(demo, ["--encoder.device", "cuda:1"]), nodes, shards=100)
     for node in ({"CPU": 8.0}, {"GPU": 8.0}):  # a worker on a GPU takes a core as well
-        with pytest.raises(ConfigError, match="has no GPU with a core"):
+        with pytest.raises(ConfigError, match="no node of the Ray cluster has both a GPU and a core"):
             _fit(load_config(demo, ["--encoder.device", "cuda"]), [node], shards=100)
     assert _fit(load_config(demo), [{"CPU": 1.0, "GPU": 8.0}, *nodes], shards=100)[0] == 5
 

@@ -309,7 +309,7 @@ def test_file_removed_or_changed_while_read_fails_its_clip(tmp_path: Path, monke
         monkeypatch.setattr(feed_clips, "read_frames", reading)
 
     then(lambda path: path.write_bytes(path.read_bytes() + b"0"))
-    with pytest.raises(VideoError, match=r"a\.mp4 was changed while it was read"):
+    with pytest.raises(VideoError, match=r"a\.mp4 changed while it was being read"):
         prepare_clip(clip, SMALL, VideoCache())
     then(Path.unlink)
     with pytest.raises(FileNotFoundError, match=r"a\.mp4"):

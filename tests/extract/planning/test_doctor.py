@@ -82,7 +82,7 @@ FAULTS = {
     "asked twice": "direct: val and test questions that are also in train, with the same clip",
     "verify": "direct: verify questions whose answer is neither yes nor no",
     "class": "direct: questions whose answer_encode is the class of another answer",
-    "split": "question ids that belong to another question in the other split",
+    "split": "question ids that belong to different questions in the two splits",
     "folder": "splits whose parts come from different folders",
 }
 

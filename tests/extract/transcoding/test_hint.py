@@ -33,7 +33,7 @@ def test_needed_frames_match_the_packets_sent_to_the_decoder(tmp_path: Path, mon
 def test_distant_key_frames_produce_a_hint(tmp_path: Path) -> None:
     hint = long_groups_hint([long_clip(tmp_path)], VideoConfig(frames=2))
     assert hint is not None
-    assert "as key frames are 9.5 s apart" in hint
+    assert "because key frames are 9.5 s apart" in hint
     assert "egopatch extract transcode --config CONFIG --out DIR" in hint
     short = Clip("b", write_video(tmp_path / "b.mp4", options=B_FRAMES))
     assert long_groups_hint([short, Clip("gone", tmp_path / "gone.mp4")], VideoConfig(frames=8)) is None

@@ -85,7 +85,7 @@ def test_copy_with_wrong_frames_is_refused(tmp_path: Path, monkeypatch: pytest.M
         return times_s, means[::-1]
 
     monkeypatch.setattr(segment, "_write", other_means)
-    with pytest.raises(VideoError, match=r"cannot be used: its frame at 0\.000 s has other colours"):
+    with pytest.raises(VideoError, match=r"cannot be used: its frame at 0\.000 s has different colours"):
         copied(Clip("a", video), tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -171,7 +171,7 @@ def test_overwriting_the_source_data_is_refused(tmp_path: Path, capsys: pytest.C
     before = clips.read_bytes()
     for name in (str(clips), "../data/clips.jsonl"):
         assert main(["transcode", *options, "--data.clips", name, "--out", str(tmp_path / "out")]) == 2
-        assert f"data.clips is {name!r}, which leads out of data.root; expected a file in" in capsys.readouterr().err
+        assert f"data.clips is {name!r}, which is outside data.root; expected a file in" in capsys.readouterr().err
     assert clips.read_bytes() == before
 
 

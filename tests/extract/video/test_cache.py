@@ -141,7 +141,9 @@ def test_video_that_kills_its_decoder_is_tried_only_twice(tmp_path: Path) -> Non
 
     for _ in range(2):
         assert fork(attempt).wait() == -signal.SIGKILL
-    with pytest.raises(VideoError, match=r"a\.mp4 cannot be read through \(index\): 2 decoders were killed over it"):
+    with pytest.raises(
+        VideoError, match=r"a\.mp4 cannot be read through \(index\): 2 decoders were killed while they read it"
+    ):
         find(tmp_path, 7)
 
 

@@ -74,7 +74,7 @@ def damaged_frames(path: Path, seed: int) -> Path:
 
 def test_a_refusal_says_what_to_do(tmp_path: Path) -> None:
     path = READABLE["edit list"].make(tmp_path)
-    with pytest.raises(VideoError, match=r"it counts 30 frames and the file shows 25; use video\.decoder pyav"):
+    with pytest.raises(VideoError, match=r"it counts 30 frames, but the file shows 25; use video\.decoder pyav"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="decord"))
 
 

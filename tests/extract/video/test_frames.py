@@ -64,7 +64,7 @@ def test_variable_frame_rate_file_is_sampled_by_timestamp(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("end", "stretch"), [(70.0, "[60.0, 70.0) s"), (None, "all from 60.0 s on")])
 def test_clip_past_the_end_of_the_video_is_refused(end: float | None, stretch: str, tmp_path: Path) -> None:
     clip = Clip("a", write_video(tmp_path / "a.mp4"), 60.0, end)
-    said = f"clip a is {stretch} of {clip.video}, whose frames are from 0.000 to 2.000 s; none lies within"
+    said = f"clip a is {stretch} of {clip.video}, but that video's frames are from 0.000 to 2.000 s; correct"
     with pytest.raises(VideoError, match=re.escape(said)):
         read_frames(clip, VideoConfig(frames=4))
 
@@ -72,7 +72,9 @@ def test_clip_past_the_end_of_the_video_is_refused(end: float | None, stretch: s
 def test_a_stretch_before_the_first_frame_is_refused(tmp_path: Path) -> None:
     """Where sound begins earlier, the end of the video does not explain it."""
     video = behind_sound(write_video(tmp_path / "a.mp4"), 3)
-    with pytest.raises(VideoError, match=r"is \[0\.0, 1\.0\) s of .*, whose frames are from 3\.000 to 5\.000 s; none"):
+    with pytest.raises(
+        VideoError, match=r"is \[0\.0, 1\.0\) s of .*, but that video's frames are from 3\.000 to 5\.000 s; correct"
+    ):
         read_frames(Clip("a", video, 0.0, 1.0), VideoConfig(frames=4))
 
 

@@ -128,7 +128,7 @@ def test_missing_gpu_driver_is_reported_by_the_command(tmp_path: Path, capsys: p
 def test_a_codec_without_a_decoder_on_the_gpu_is_named(name: str, codec: str, tmp_path: Path) -> None:
     """PyAV refuses to open such a file for a GPU, whether there is one or not."""
     path = ODD[name].make(tmp_path)
-    with pytest.raises(VideoError, match=rf"{path.name} cannot be .* by nvdec: FFmpeg has no decoder for {codec} that"):
+    with pytest.raises(VideoError, match=rf"{path.name} cannot be .* by nvdec: FFmpeg has no {codec} decoder that"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -168,7 +168,7 @@ def test_gpu_code_path_on_the_cpu_matches_pyav_or_refuses_the_file(
 @pytest.mark.usefixtures("unused_gpu")
 def test_decoding_never_falls_back_to_the_cpu(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
-    with pytest.raises(VideoError, match=r"by nvdec: FFmpeg has no decoder for h264 that uses it; use video\.decoder"):
+    with pytest.raises(VideoError, match=r"by nvdec: FFmpeg has no h264 decoder that uses the GPU; use video\.decoder"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
 
@@ -177,7 +177,7 @@ def test_packets_that_are_not_frames_are_refused(tmp_path: Path) -> None:
     path = ODD["field pairs"].make(tmp_path)
     with open_video(path, on_gpu=True) as file:
         file.decode_through()
-        with pytest.raises(VideoError, match="its packets are not one frame each"):
+        with pytest.raises(VideoError, match="its packets do not hold one frame each"):
             file.pixels(np.array([0]))
 
 

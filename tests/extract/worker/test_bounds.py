@@ -12,7 +12,7 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     line = bound_line(found)
     assert line is not None
     assert line.startswith(
-        "bound by decoding, at most 50.0 clips/s a worker (the others: encoder 100, disk 200, hand-over 800); "
+        "bound by decoding, at most 50.0 clips/s per worker (the others: encoder 100, disk 200, hand-over 800); "
     )
     assert line.endswith(REMEDIES["decoding"])
 
@@ -28,7 +28,7 @@ def test_a_bucket_is_not_sped_up_by_a_disk() -> None:
 def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
     line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
     assert line is not None
-    assert line.startswith("bound by decoding, at most 10.6 clips/s a worker (the others: disk 22); ")
+    assert line.startswith("bound by decoding, at most 10.6 clips/s per worker (the others: disk 22); ")
 
 
 def test_waiting_time_does_not_count_as_encoding_time() -> None:

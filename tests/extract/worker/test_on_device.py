@@ -212,7 +212,7 @@ def test_cuda_graph_gives_the_same_bits_as_the_eager_encoder(
                 rows |= behind().rows
                 behind = finish
             found.append(rows | behind().rows)
-    assert "kernel by kernel" not in capsys.readouterr().out
+    assert "one by one" not in capsys.readouterr().out
     eager, replayed = found
     assert eager.keys() == replayed.keys()
     for name, row in eager.items():

@@ -210,7 +210,7 @@ def test_only_the_clip_with_non_finite_tokens_is_quarantined(
     assert set(store.clip_ids) == set(IDS) - {"clip3", "clip6"}
     assert store.quarantine.keys() == {"clip3", "clip6"}
     assert store.quarantine["clip3"].reason.startswith(
-        f"{array} of its tokens holds NaN or infinity, as those of other"
+        f"{array} of its tokens holds NaN or infinity, while other clips"
     )
     assert (stats.committed, stats.quarantined) == (10, 2)
 
@@ -241,8 +241,8 @@ def test_non_finite_text_states_are_blamed_on_the_text_encoder(tmp_path: Path) -
     row = {"states": torch.ones(2, 3, dtype=torch.float16), "attention_mask": torch.ones(2, dtype=torch.bool)}
     rows = {"what?": row, "who?": row | {"states": row["states"] * float("nan")}}
     message = (
-        "1 of 2 texts, such as 'who?', came out with NaN or infinity in their states, so the text half of the encoder "
-        "mine"
+        "1 of 2 texts, such as 'who?', came out with NaN or infinity in their states, so none was stored; the text "
+        "half of the encoder mine"
     )
 
     def write() -> None:
@@ -258,7 +258,8 @@ def test_non_finite_text_states_are_blamed_on_the_text_encoder(tmp_path: Path) -
 
 def test_shard_of_only_non_finite_clips_is_blamed_on_the_encoder(store: Store, run: Callable[..., JobStats]) -> None:
     with pytest.raises(
-        StoreError, match=r"all 2 clips of shard 0 of .* so the encoder mine or its arithmetic is at fault"
+        StoreError,
+        match=r"all 2 clips of shard 0 of .* so none was stored; the encoder mine or its arithmetic is at fault",
     ):
         run(Encoder(dict.fromkeys(IDS, "patches")), Decoders())
     store.catalog.refresh()

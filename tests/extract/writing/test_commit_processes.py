@@ -204,7 +204,7 @@ def test_death_of_an_idle_child_is_reported_in_one_line(tmp_path: Path, slots: S
     with CommitProcesses(slots, 2, "zarr") as committer:
         os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
         wait_until_broken(committer)
-        with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they had no work"):
+        with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they were idle"):
             write(store, rows, committer)
     with CommitProcesses(slots, 1, "no format") as committer:
         wait_until_broken(committer)
