@@ -13,11 +13,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,15 +105,9 @@ def run_sweep(
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
     out = table_folder(config) / SWEEPS / name
     axes = read_axes(ratios, seeds, grid)
-    typed = typed_values(axes)
-    runs = [PlannedRun(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
-    require_own_folders(runs)
-    for run in runs:
-        check_head(run.config.head)
-        run_folder.require_same_settings(run.folder, run.config, "--name")
-    configs = [run.config for run in runs]
-    before = sum(map(_finished, configs))
+    runs = _plan_runs(config, axes, out)
     label = f"sweep {name}"
+    before = sum(_finished(run.config) for run in runs)
     print(f"{label}: {counted(len(runs), 'run')}, {before} already finished", flush=True)
     if len(axes.get("head.ratio", ())) > 1 and not any(reads_ratio(run.config.head) for run in runs):
         where = " where head.scores is all" if config.head.name == "psa" else ""
@@ -125,18 +119,7 @@ def run_sweep(
     started, bytes_read = time.monotonic(), 0
     outcomes: Outcomes = {}
     if before < len(runs):
-        with shortage_explained(config.train, out, "--name"), caller_state_kept(config.train.device):
-            experiment = open_experiment(config)
-            print("\n".join(experiment.data_lines), flush=True)
-            experiment.print_quarantined()
-            for done in filter(_finished, configs):
-                experiment.require_trained_on(done.run.dir)
-                require_same_questions(done.run.dir, experiment.data_record, config.data.root)
-            groups_folder = out / GROUPS
-            with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
-                make_folder(groups_folder)
-            outcomes = _train_all(config, configs, experiment, groups_folder, label, command)
-        bytes_read = experiment.features.bytes_read
+        outcomes, bytes_read = _train_unfinished(config, [run.config for run in runs], out, label, command)
     failed = {folder: why for folder, why in outcomes.items() if why is not None}
     facts = {
         "name": name,
@@ -150,18 +133,50 @@ def run_sweep(
         "seconds": round(time.monotonic() - started, 3),
         "bytes_read": bytes_read,
     }
-    finished = [run for run in runs if run.folder.name not in failed]
-    # Also if nothing was left to train, or if other processes trained some of the runs.
-    for run in finished:
-        run_folder.require_same_settings(run.folder, run.config, "--name")
-    require_shared_questions([run.folder for run in finished])
-    with shortage_explained(config.train, out, "--name"):
-        path = write_results(facts, finished, config, out)
+    path = _write_finished(facts, [run for run in runs if run.folder.name not in failed], config, out)
     if failed:
         total = counted(len(runs), "run")
         have = counted(len(failed), f"of {total} has", f"of {total} have")
         raise RunError(f"{have} no results in {path}: {'; '.join(failed.values())}")
     return path
+
+
+def _plan_runs(config: Config, axes: Mapping[str, Sequence[Any]], out: Path) -> list[PlannedRun]:
+    """The run of each combination. Errors as in `run_sweep`; only reads."""
+    typed = typed_values(axes)
+    runs = [PlannedRun(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
+    require_own_folders(runs)
+    for run in runs:
+        check_head(run.config.head)
+        run_folder.require_same_settings(run.folder, run.config, "--name")
+    return runs
+
+
+def _train_unfinished(
+    config: Config, configs: Sequence[Config], out: Path, label: str, command: str
+) -> tuple[Outcomes, int]:
+    """Check that the finished runs learned from today's data, and train the others; also returns the bytes read."""
+    with shortage_explained(config.train, out, "--name"), caller_state_kept(config.train.device):
+        experiment = open_experiment(config)
+        print("\n".join(experiment.data_lines), flush=True)
+        experiment.print_quarantined()
+        for done in filter(_finished, configs):
+            experiment.require_trained_on(done.run.dir)
+            require_same_questions(done.run.dir, experiment.data_record, config.data.root)
+        groups_folder = out / GROUPS
+        with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
+            make_folder(groups_folder)
+        outcomes = _train_all(config, configs, experiment, groups_folder, label, command)
+    return outcomes, experiment.features.bytes_read
+
+
+def _write_finished(facts: Mapping[str, Any], finished: Sequence[PlannedRun], config: Config, out: Path) -> Path:
+    """Write the results; other processes may have trained some of the runs, so all are checked again."""
+    for run in finished:
+        run_folder.require_same_settings(run.folder, run.config, "--name")
+    require_shared_questions([run.folder for run in finished])
+    with shortage_explained(config.train, out, "--name"):
+        return write_results(facts, finished, config, out)
 
 
 def _train_all(
