@@ -6,12 +6,13 @@ import threading
 import time
 from functools import partial
 
+import psutil
 import pytest
 import torch
 
 from egopatch.features.common.child_errors import ChildError
 from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
-from egopatch.train.processes.stopping import SIGNALS, Stopped
+from egopatch.train.processes.stopping import FORWARDED, SIGNALS, Stopped
 
 LONG_S = 60.0
 
@@ -80,18 +81,23 @@ def test_a_killed_process_is_named() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_all_processes(number: signal.Signals) -> None:
+def test_a_signal_to_all_processes_interrupts_each_once(number: signal.Signals) -> None:
     handler = signal.getsignal(number)
     reached, report = os.pipe()
 
     def work() -> None:
         os.write(report, b".")
-        time.sleep(LONG_S)
+        try:
+            time.sleep(LONG_S)
+        finally:
+            time.sleep(0.2)  # as training that saves its position
+            os.write(report, b"s")
 
     def interrupt() -> None:
         for _ in range(2):
             os.read(reached, 1)
-        os.kill(os.getpid(), number)
+        for process in [*psutil.Process().children(), psutil.Process()]:
+            process.send_signal(number)
 
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
@@ -99,6 +105,7 @@ def test_a_signal_stops_all_processes(number: signal.Signals) -> None:
         call_in_processes([work] * 4, cores=2)
     assert time.monotonic() - started < LONG_S / 2
     assert signal.getsignal(number) is handler
+    assert os.read(reached, 9) == b"ss"
 
 
 def test_a_signal_is_not_lost_if_the_last_call_still_succeeds() -> None:
@@ -106,7 +113,7 @@ def test_a_signal_is_not_lost_if_the_last_call_still_succeeds() -> None:
 
     def work() -> None:
         stopping = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # as in training, which ends its step
+        signal.signal(FORWARDED, lambda *_: stopping.set())  # as in training, which ends its step
         os.write(report, b".")
         stopping.wait(LONG_S)
 

@@ -100,7 +100,7 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
-    real, told = RunGroup.learn, dict[int, int]()
+    real, told, (other_waits, waits) = RunGroup.learn, dict[int, int](), os.pipe()
 
     def asks(self: RunGroup, batch: Batch, last: bool) -> None:
         if os.getpid() not in told:
@@ -110,7 +110,10 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
         real(self, batch, last)
         if self.heads.step == 11:
             if self.config.head.ratio == 0.25:
+                os.read(other_waits, 1)
                 os.kill(os.getppid(), number)
+            else:
+                os.write(waits, b".")
             os.kill(os.getpid(), number)  # as terminals and schedulers do
             os.read(told[os.getpid()], 1)  # no group ends before it gets the signal
 

@@ -1,6 +1,7 @@
 """Runs calls in parallel on the cores of a CPU, each in a forked process."""
 
 import multiprocessing
+import os
 import signal
 import traceback
 import warnings
@@ -13,7 +14,7 @@ import torch
 
 from egopatch.features.common.child_errors import ChildTraceback, sendable
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
+from egopatch.train.processes.stopping import FORWARDED, SIGNALS, Stopped, stop_signals
 
 Result = TypeVar("Result")
 
@@ -33,8 +34,8 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     The operations of a light head are too small to split over threads, and threads that each run many of them wait for
     the GIL. Forked processes do neither, and share memory copy-on-write.
 
-    Each signal of `stop_signals` reaches the processes as SIGTERM, which raises KeyboardInterrupt there, so a call can
-    choose where to stop; Ctrl-C as a second signal kills them.
+    The first signal of `stop_signals` reaches each process once, as `FORWARDED`, whoever else got it. It raises
+    KeyboardInterrupt there, so a call can choose where to stop. Ctrl-C as a later signal kills the processes.
 
     Args:
         calls: Their results and exceptions are pickled; the calls themselves are not. An exception that cannot be
@@ -55,9 +56,9 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
 
     def terminate_all() -> None:
         for _, process in running.values():
-            if process not in signalled:
+            if process not in signalled and process.is_alive() and process.pid:
                 signalled.add(process)
-                process.terminate()
+                os.kill(process.pid, FORWARDED)
 
     try:
         with stop_signals(on_first=terminate_all) as stopping:
@@ -93,7 +94,7 @@ def _start(call: Callable[[], object]) -> tuple[Connection, ForkProcess]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(call, sender), daemon=True)
     # No signal reaches the new process before it has handlers of its own.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, FORWARDED))
     try:
         with warnings.catch_warnings():
             # Python 3.12 warns of forks beside threads: torch's threads are idle, and the fork does not use them.
@@ -106,9 +107,9 @@ def _start(call: Callable[[], object]) -> tuple[Connection, ForkProcess]:
 
 
 def _run(call: Callable[[], object], connection: Connection) -> None:
-    # SIGINT stays blocked: a terminal sends it to all processes, and the parent passes it on as SIGTERM.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # The others stay blocked: they may be sent to all processes, and the parent passes them on.
+    signal.signal(FORWARDED, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {FORWARDED})
     exit_with_parent()
     torch.set_num_threads(1)
     try:

@@ -10,6 +10,8 @@ from egopatch.features.common.signals import REQUEUE, SCHEDULER_SIGNALS, signal_
 from egopatch.interrupt import INTERRUPTED
 
 SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
+# How a process pool stops its processes: terminals and schedulers signal all processes of a job, but not by this one.
+FORWARDED = signal.SIGUSR2
 
 
 class Stopped(Exception):
@@ -50,7 +52,7 @@ def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | No
         if on_first is not None:
             on_first()
 
-    with signal_handlers(SIGNALS, handle):
+    with signal_handlers((*SIGNALS, FORWARDED), handle):
         try:
             yield stopping
         except Stopped as stopped:
