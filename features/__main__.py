@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 EXPORTS = ("npy", "pt", "hdf5", "webdataset", "lmdb")
 
 # Commands whose first argument need not be a store -> that argument's name and help.
-FILES = "store, or features in files: a folder or an HDF5 file"
-PLACES = {"compare": ("A", FILES), "import": ("SOURCE", "folder or HDF5 file of features")}
+FILES = "a store, or feature files: a folder or an HDF5 file"
+PLACES = {"compare": ("A", FILES), "import": ("SOURCE", "a folder or an HDF5 file of features")}
 
 Result = dict[str, Any]
 Outcome = tuple[int, Result, str]  # exit code, the result as JSON values, the result as text
@@ -94,35 +94,48 @@ def command_parsers() -> dict[str, argparse.ArgumentParser]:
         command.add_argument("--json", action="store_true", help="print the result as JSON")
         if name in ("convert", "derive"):
             command.add_argument(
-                "--to", type=_location, metavar="FOLDER", help="copy's folder; by default beside STORE"
+                "--to", type=_location, metavar="FOLDER", help="folder of the copy (default: beside STORE)"
             )
     added["convert"].add_argument("--format", choices=list(CODECS), help="file format of the copy")
     added["convert"].add_argument("--dtype", choices=get_args(StoredDtype), help="dtype of the tokens on disk")
     added["convert"].add_argument("--shard", type=_count, metavar="N", help="number of clips in a shard")
     added["convert"].add_argument("--codec", choices=get_args(Codec), help="lossless compression of each clip")
-    added["unlock"].add_argument("--shard", type=int, metavar="N", help="number of the shard; by default all of them")
-    for name, then in (("verify", "name those"), ("repair", "remove the clips of those")):
+    added["unlock"].add_argument("--shard", type=int, metavar="N", help="number of the shard to unlock (default: all)")
+    for name, then in (("verify", "name the changed ones"), ("repair", "remove the clips of the changed ones")):
         added[name].add_argument(
             "--sources",
             type=_folder,
             metavar="FOLDER",
-            help=f"also hash the videos in the data set's folder (data.root), and {then} that have changed",
+            help=f"also hash the videos in this folder (the config's data.root), and {then}",
         )
-    added["compare"].add_argument("other", type=_location, metavar="B", help="likewise")
-    added["compare"].add_argument("--clips", type=_count, metavar="N", help="clips to compare at most")
-    added["export"].add_argument("--to", choices=EXPORTS, required=True, help="kind of files")
-    added["export"].add_argument("--out", type=local_path, metavar="FOLDER", help="by default beside STORE")
-    added["export"].add_argument("--pooled", action="store_true", help="the mean over the patches of each frame")
-    added["export"].add_argument("--by", choices=["clip", "video"], default="clip", help="what a file or key holds")
+    added["compare"].add_argument("other", type=_location, metavar="B", help=FILES)
+    added["compare"].add_argument("--clips", type=_count, metavar="N", help="compare at most N clips")
+    added["export"].add_argument("--to", choices=EXPORTS, required=True, help="kind of files to write")
+    added["export"].add_argument(
+        "--out", type=local_path, metavar="FOLDER", help="folder to create (default: beside STORE)"
+    )
+    added["export"].add_argument(
+        "--pooled", action="store_true", help="write the mean of each frame's patches in their place"
+    )
+    added["export"].add_argument(
+        "--by", choices=["clip", "video"], default="clip", help="one file or key per clip or per video"
+    )
     added["import"].add_argument("--to", type=_location, required=True, metavar="STORE", help="store to create")
     added["import"].add_argument(
         "--dtype", choices=["float16", "bfloat16", "float32"], default="float16", help="dtype of the patches on disk"
     )
-    added["import"].add_argument("--grid", type=_grid, metavar="ROWSxCOLS", help="by default a square, where N is one")
+    added["import"].add_argument(
+        "--grid",
+        type=_grid,
+        metavar="ROWSxCOLS",
+        help="grid of the patches (default: a square, if N is a square number)",
+    )
     added["import"].add_argument("--shard", type=_count, default=64, metavar="N", help="number of clips in a shard")
     added["import"].add_argument("--format", choices=list(CODECS), default="zarr", help="file format of the store")
-    added["derive"].add_argument("--keep", type=_share, required=True, metavar="SHARE", help="share of patches to keep")
-    added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="what ranks the patches")
+    added["derive"].add_argument(
+        "--keep", type=_share, required=True, metavar="SHARE", help="share of each frame's patches to keep"
+    )
+    added["derive"].add_argument("--by", choices=["saliency"], default="saliency", help="score that ranks the patches")
     return added
 
 
@@ -136,7 +149,7 @@ def _missing(command: str, options: argparse.Namespace) -> str | None:
                 return f"{name} is {str(place)!r}; expected a folder or an HDF5 file on this machine"
             continue
         if command in PLACES and not place.exists():
-            return f"{name} is {str(place)!r}, which does not exist; expected a store or features in files"
+            return f"{name} is {str(place)!r}, which does not exist; expected {PLACES[command][1]}"
         if command not in PLACES and not place.is_dir():
             return f"{name} is {str(place)!r}; expected the folder of a store"
     return None
@@ -265,11 +278,15 @@ def _source_lines(report: "SourceReport", options: argparse.Namespace) -> Iterat
     yield f"{options.sources}: {hashed} hashed, {len(report.changed)} changed, {report.gone} gone"
     for file, clips in report.changed.items():
         since = counted(len(clips), "clip was", "clips were")
-        yield f"  {file} has changed since {since} encoded, such as {clips[0]!r}"
+        yield f"  {file} has changed since {since} encoded from it, such as {clips[0]!r}"
     for file, reason in report.unreadable.items():
         yield f"  {file} cannot be read: {reason}"
     if report.unrecorded:
-        yield f"{counted(report.unrecorded, 'clip')} came without the name of a video, and cannot be checked"
+        unchecked = (
+            "clip cannot be checked: the store does not name its video",
+            "clips cannot be checked: the store does not name their videos",
+        )
+        yield counted(report.unrecorded, *unchecked)
     if report.changed:
         yield (
             f"run `egopatch features repair {shlex.quote(str(options.store))} --sources "
@@ -313,7 +330,8 @@ def _repair(options: argparse.Namespace) -> Outcome:
     if sources and (unreadable := next(iter(sources.unreadable.items()), None)):
         file, reason = unreadable
         raise StoreError(
-            f"{file} cannot be read ({reason}), so whether it has changed is unknown; nothing was repaired"
+            f"{file} cannot be read ({reason}), so it may have changed; nothing was repaired: make it readable, or "
+            "repair without --sources"
         )
     done = repair(options.store, sources.clips if sources else ())
     result = {"before": _verify_result(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
@@ -372,7 +390,7 @@ def _compare(options: argparse.Namespace) -> Outcome:
         f"cosine {found.cosine:.6f}, relative error {found.error:.3g}",
     ]
     if found.times_differ_s is not None:
-        lines.append(f"times of frames differ by at most {found.times_differ_s:.3g} s")
+        lines.append(f"frame times differ by at most {found.times_differ_s:.3g} s")
     lines += [
         f"  {measure.name}: cosine {measure.cosine:.6f}, relative error {measure.error:.3g}"
         for measure in (*found.worst_clips, *found.worst_tokens, *found.worst_channels)
@@ -401,7 +419,10 @@ def _import(options: argparse.Namespace) -> Outcome:
         store = import_features(
             options.store, options.to, options.dtype, options.grid, options.shard, options.format, on_clips
         )
-    hint = "encoder.arch imported names such features: `egopatch extract run --config CONFIG` encodes the questions"
+    hint = (
+        "to train on this store, set encoder.arch to imported in a config, and encode the questions with "
+        "`egopatch extract run --config CONFIG`"
+    )
     return 0, _facts(store.catalog), f"{_copied(store, options.store)}\n{hint}"
 
 
@@ -425,20 +446,20 @@ def _progress(label: str, unit: str, options: argparse.Namespace) -> Iterator[Ca
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
-    "info": (_info, "show what a store is and how many clips it holds"),
+    "info": (_info, "show how a store was made and how many clips it holds"),
     "verify": (_verify, "read back every committed clip; name the bad ones and exit with 1 if there are any"),
     "repair": (_repair, "remove damaged clips, so that `egopatch extract run` encodes exactly those again"),
     "convert": (_convert, "copy a store, with its text states, to another format, dtype, shard size or codec"),
     "unlock": (
         _unlock,
-        "remove the leases of machines that are gone for good; refuses those of running processes",
+        "remove leases left by machines that are gone for good; refuses if a running process holds one",
     ),
     "compare": (
         _compare,
-        "say whether two stores agree, or features in files; exits with 1 and the likely cause if not",
+        "say whether two stores, or feature files, agree; if not, name the likely cause and exit with 1",
     ),
     "export": (_export, "write a store as files for other programs"),
-    "import": (_import, "make a store of features that another program wrote"),
+    "import": (_import, "create a store from features that another program wrote"),
     "derive": (_derive, "copy a store with only the highest-ranked patches of each frame"),
 }
 

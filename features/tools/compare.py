@@ -26,15 +26,15 @@ CAUSES = {
     "precision": ("compute_dtype", "compile", "stored_dtype", "converted_from"),
 }
 ADVICE = {
-    "weights": "another network, checkpoint or path through it",
+    "weights": "another network or checkpoint, or another path through the network",
     "depth": "tokens of another block",
     "frames": "other frames of the video",
-    "transform": "frames that are resized, cropped or normalised otherwise",
+    "transform": "frames that are resized, cropped or normalised differently",
     "precision": "rounding in another dtype",
     "shift": "the clips are in another order",
     "scale": "the same tokens, multiplied by a number",
     "shape": "tokens of another shape",
-    "unknown": "other frames, transform, depth or weights; nothing tells which",
+    "unknown": "other frames, transform, depth or weights; the features do not show which",
 }
 # Relative error up to which features agree: twice the rounding of float16 and of bfloat16.
 TOLERANCES = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-18, "float8_e4m3": 0.06, "int8": 0.03}
@@ -160,7 +160,9 @@ def compare(
     both = set(left.ids) & set(right.ids)
     common = [name for name in left.ids if name in both]
     if not common:
-        raise StoreError(f"{a} and {b} have no clip in common: {left.ids[0]!r} in one, {right.ids[0]!r} in the other")
+        raise StoreError(
+            f"{a} and {b} have no clip in common: A has {left.ids[0]!r}, B has {right.ids[0]!r}; expected the same ids"
+        )
     runs = [common[start : start + RUN] for start in range(0, len(common), RUN)]
     picked = [name for run in runs[:: -(-len(common) // clips)] for name in run][:clips]
     sums = _Sums()
@@ -266,8 +268,8 @@ class _Sums:
         self._shape = self._shape or tuple(x.shape)
         if x.shape != self._shape:
             raise StoreError(
-                f"clip {name!r} has patches of shape {tuple(x.shape)} in A and B, and others have {self._shape};"
-                " expected one shape: compare the clips of each shape in a folder of their own"
+                f"clip {name!r} has patches of shape {tuple(x.shape)} in A and B, but other clips have {self._shape};"
+                " expected one shape: put the clips of each shape in a separate folder, and compare these folders"
             )
         products = torch.stack([x * y, x * x, y * y, (x - y).square()]).double()
         self._clips.append(_measure(name, products.sum(dim=(1, 2, 3))))

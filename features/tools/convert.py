@@ -120,7 +120,7 @@ def require_separate(source: Location, target: Location, option: str = "--to", w
     """
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):
-        raise StoreError(f"{option} is {str(target)!r}, inside the {what} {str(source)!r}; expected another folder")
+        raise StoreError(f"{option} is {str(target)!r}, inside the {what} {str(source)!r}; expected one outside it")
 
 
 def _require_codec(store: Store, format: str | None, codec: Codec | None) -> None:
@@ -128,7 +128,7 @@ def _require_codec(store: Store, format: str | None, codec: Codec | None) -> Non
     name, wanted = format or store.format, codec or store.spec.codec
     format_named(name)  # refuses an unknown one
     if wanted not in CODECS[name]:
-        given = f"--codec is {wanted!r}" if codec else f"--codec is absent, and the store's codec is {wanted!r}"
+        given = f"--codec is {wanted!r}" if codec else f"--codec is not given, and the store's codec is {wanted!r}"
         raise WrongOption(f"{given}; expected one of {name}'s codecs: {', '.join(CODECS[name])}")
 
 

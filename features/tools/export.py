@@ -51,7 +51,7 @@ def export(
             video is not recorded; or the disk of `to` is full or cannot be written, and nothing is left there.
     """
     if to.exists():
-        raise StoreError(f"--out is {str(to)!r}, which exists; expected a folder that is to be created")
+        raise StoreError(f"--out is {str(to)!r}, which exists; expected the name of a new folder")
     require_separate(parse_location(path), to, "--out")
     store = open_store(path)
     if store.spec.kind != "patches":

@@ -59,16 +59,16 @@ def _write_file(folder: Path, name: str, content: bytes | memoryview) -> None:
     """
     file = folder / name
     if file.relative_to(folder).as_posix() != name or not file.suffix:
-        raise StoreError(f"the id of a clip cannot be told from its file's name {name!r}; use --to webdataset")
+        raise StoreError(f"the file name {name!r} would not give back its clip's id; use --to webdataset")
     try:
         if file.exists():
-            raise StoreError(f"two clips have the file {name!r}, by their ids; use --to webdataset")
+            raise StoreError(f"the ids of two clips give the same file {name!r}; use --to webdataset")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR):
             raise
-        raise StoreError(f"no file can be called {name!r} ({error.strerror}); use --to webdataset") from error
+        raise StoreError(f"a file cannot have the name {name!r} ({error.strerror}); use --to webdataset") from error
 
 
 def write_npy(folder: Path, clips: Iterable[Clip]) -> None:
@@ -149,7 +149,7 @@ def find_clips(path: Path) -> list[Unread]:
     """
     found = list(_find(path))
     if not found:
-        expected = "one dataset or group a clip" if path.is_file() else _expected()
+        expected = "one dataset or group per clip" if path.is_file() else _expected()
         raise StoreError(f"{path} holds no clip; expected {expected}: export the features again")
     return found
 
@@ -176,7 +176,7 @@ def _find(path: Path) -> Iterator[Unread]:
 
 
 def _expected() -> str:
-    return f"one file a clip ({', '.join(_SUFFIXES)}), tar files of a webdataset, or an lmdb folder"
+    return f"one file per clip ({', '.join(_SUFFIXES)}), tar files of a webdataset, or an lmdb folder"
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -314,7 +314,7 @@ def _require_sound_lmdb(path: Path) -> None:
         [sys.executable, "-c", _READ_LMDB, path], stderr=subprocess.PIPE, text=True, errors="replace"
     )
     if child.returncode < 0:
-        raise ValueError(f"reading it ends in {signal.Signals(-child.returncode).name}: it is cut short or damaged")
+        raise ValueError(f"reading it ends in {signal.Signals(-child.returncode).name}: it is truncated or damaged")
     if child.returncode:
         raise ValueError("".join(child.stderr.strip().splitlines()[-1:]))
 

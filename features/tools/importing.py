@@ -160,7 +160,9 @@ def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) ->
     expected = {"cls": (width,), "saliency": (frames, count), "timestamps": (frames,)}
     for key in BESIDE:
         if key in row and tuple(row[key].shape) != expected[key]:
-            joined = "; export the clips of a video with --by clip" if key == "cls" and row[key].ndim == 2 else ""
+            joined = (
+                "; if this is a whole video, export it with --by clip" if key == "cls" and row[key].ndim == 2 else ""
+            )
             raise ValueError(
                 f"{key} has shape {tuple(row[key].shape)}; expected {expected[key]} beside the patches{joined}"
             )
@@ -177,7 +179,7 @@ def patches_of(arrays: Mapping[str, Tensor]) -> Tensor:
     """
     given = arrays["patches"]
     if not given.numel():
-        raise ValueError(f"patches have shape {tuple(given.shape)}, without a value")
+        raise ValueError(f"patches have shape {tuple(given.shape)}; expected at least one value")
     if not given.isfinite().all():
         raise ValueError("patches hold NaN or infinity")
     if given.ndim == 1:
@@ -218,7 +220,7 @@ def _odd_shapes(shapes: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, str]
         key = next(key for key in (*arrays, *usual) if arrays.get(key) != usual.get(key))
         odd[name] = (
             f"{key} has shape {arrays[key]}" if key in arrays else f"{key} is missing"
-        ) + f"; expected {usual.get(key, 'none')} as in most clips: all clips of a store have one shape"
+        ) + f"; expected {usual.get(key, 'none')} as in most clips: all clips of a store must have the same shape"
     return odd
 
 

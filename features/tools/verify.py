@@ -249,8 +249,11 @@ def _differences(audit: Audit, shard: int) -> list[Fault]:
             continue
         if all(actual != version.get(name) for version in versions):
             size = committed[name][0]
-            what = f"{actual[0]} bytes; {size}" if actual[0] != size else "other bytes than"
-            faults.append(Fault(name, f"has {what} were committed", shard=shard))
+            if actual[0] != size:
+                what = f"has {actual[0]} bytes; {size} were committed"
+            else:
+                what = "has bytes that differ from those committed"
+            faults.append(Fault(name, what, shard=shard))
     return faults
 
 

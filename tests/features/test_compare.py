@@ -217,7 +217,7 @@ def test_compare_command_prints_verdict_json_and_errors(
     assert "B is '" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(a.path), str(tmp_path / "empty")]) == 1
-    assert "holds no features; expected one file a clip" in capsys.readouterr().err
+    assert "holds no features; expected one file per clip" in capsys.readouterr().err
     spec = StoreSpec.for_patches(2, (2, 2), 8)
     unfilled = create_store(tmp_path / "unfilled", spec, Fingerprint({}), NAMES)
     assert main(["compare", str(a.path), str(unfilled.path)]) == 1
@@ -227,7 +227,7 @@ def test_compare_command_prints_verdict_json_and_errors(
     (tmp_path / "others").mkdir()
     np.save(tmp_path / "others" / "x.npy", np.ones(3, np.float32))
     assert main(["compare", str(a.path), str(tmp_path / "others")]) == 1
-    assert "have no clip in common: 'clip00' in one, 'x' in the other" in capsys.readouterr().err
+    assert "have no clip in common: A has 'clip00', B has 'x'; expected the same ids" in capsys.readouterr().err
 
 
 def files_of(folder: Path, *clips: np.ndarray) -> Path:
@@ -240,9 +240,12 @@ def files_of(folder: Path, *clips: np.ndarray) -> Path:
 @pytest.mark.parametrize(
     ("clips", "why"),
     [
-        ([np.ones((2, 4, 8)), np.ones((3, 4, 8))], r"clip '1' has patches of shape (3, 4, 8) in A and B, and others"),
+        (
+            [np.ones((2, 4, 8)), np.ones((3, 4, 8))],
+            r"clip '1' has patches of shape (3, 4, 8) in A and B, but other clips",
+        ),
         ([np.ones((1, 1, 2, 4, 8))], "clip '0': patches have shape (1, 1, 2, 4, 8); expected [T, N, D]"),
-        ([np.ones((2, 0, 8))], "clip '0': patches have shape (2, 0, 8), without a value"),
+        ([np.ones((2, 0, 8))], "clip '0': patches have shape (2, 0, 8); expected at least one value"),
         ([np.full((2, 4, 8), np.nan)], "clip '0': patches hold NaN or infinity"),
     ],
 )

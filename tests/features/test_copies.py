@@ -142,7 +142,9 @@ def test_options_that_conflict_with_the_stores_exit_with_code_2(
     capsys.readouterr()
     assert main(["convert", str(whole.path.with_name(f"store_{codec}")), "--format", other, "--json"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"features convert: error: --codec is absent, and the store's codec is '{codec}'; expected")
+    assert line.startswith(
+        f"features convert: error: --codec is not given, and the store's codec is '{codec}'; expected one of {other}'s"
+    )
 
 
 def test_arrays_that_differ_are_named_one_by_one(whole: Store) -> None:
@@ -177,7 +179,7 @@ def test_an_interrupted_conversion_resumes(whole: Store, tmp_path: Path) -> None
 def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
     with pytest.raises(StoreError, match="inside the store"):
         convert(whole.path, whole.path / "copy")
-    with pytest.raises(StoreError, match="expected another folder"):
+    with pytest.raises(StoreError, match="expected one outside it"):
         derive(whole.path, whole.path, keep=0.5)
 
 

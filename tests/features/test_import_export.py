@@ -119,7 +119,7 @@ def test_export_by_video_joins_the_clips_of_each_video(tmp_path: Path) -> None:
         order = [IDS[2], IDS[0], IDS[3]]
         assert np.array_equal(file["patches"][()], store.read(order).patches.flatten(0, 1).numpy())
         assert np.array_equal(file["cls"][()], store.read(order).cls.numpy())
-    with pytest.raises(StoreError, match=r"cls has shape \(3, 8\); expected \(8,\) .*; export .* with --by clip"):
+    with pytest.raises(StoreError, match=r"cls has shape \(3, 8\); expected \(8,\) .*; if .* export it with --by clip"):
         import_features(tmp_path / "videos", tmp_path / "again")
     elsewhere = create_store(tmp_path / "elsewhere", SPEC, FINGERPRINT, IDS[:4])
     away = {name: replace(origin, file=f"/mnt/my videos/{origin.file}") for name, origin in origins.items()}

@@ -75,7 +75,10 @@ def _torch(path: Path, tensor: torch.Tensor) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "not an array of numbers"),
         (lambda path: _save(path, np.array([{"lazy": 1}], dtype=object)), "not an array of numbers .*allow_pickle"),
         (lambda path: _save(path, np.array(["text"])), "has dtype <U4; expected numbers"),
-        (lambda path: _save(path, np.zeros((0, 4, 8), np.float32)), "have shape .0, 4, 8., without a value"),
+        (
+            lambda path: _save(path, np.zeros((0, 4, 8), np.float32)),
+            "have shape .0, 4, 8.; expected at least one value",
+        ),
         (lambda path: _save(path, np.full((2, 4, 8), np.nan)), "hold NaN or infinity"),
         (lambda path: _save(path, np.full((2, 4, 8), 1e6)), "exceed the range of float16; use another --dtype"),
         (
@@ -164,7 +167,7 @@ def test_a_truncated_lmdb_is_named(command: str, tmp_path: Path, capsys: pytest.
     (place / "data.mdb").write_bytes(content[: len(content) // 2])
     said = _refusal(command, place, tmp_path / "store", capsys)
     assert said.startswith(f"features {command}: failed: {place} cannot be read (reading it ends in SIG")
-    assert said.endswith(": it is cut short or damaged); copy or export it again\n")
+    assert said.endswith(": it is truncated or damaged); copy or export it again\n")
 
 
 def test_an_lmdb_with_a_damaged_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +218,7 @@ def test_a_file_without_clips_is_named(
 
 def test_an_export_into_the_store_is_refused(tmp_path: Path) -> None:
     store = import_features(write(tmp_path / "files"), tmp_path / "store")
-    with pytest.raises(StoreError, match=r"--out is '.*/store/npy', inside the store '.*/store'; expected another"):
+    with pytest.raises(StoreError, match=r"--out is '.*/store/npy', inside the store '.*/store'; expected one"):
         export(store.path, tmp_path / "store" / "npy", "npy")
 
 
@@ -247,15 +250,19 @@ def test_faults_beyond_the_first_ten_are_only_counted(tmp_path: Path) -> None:
             1,
             "has 4 patches a frame; --grid 3x3 expects 9",
         ),
-        (["import", "{root}/none", "--to", "{root}/store"], 2, "which does not exist; expected a store or features"),
+        (
+            ["import", "{root}/none", "--to", "{root}/store"],
+            2,
+            "which does not exist; expected a folder or an HDF5 file of features",
+        ),
         (
             ["export", "{root}/files", "--to", "npy", "--out", "{root}/files"],
             1,
-            "which exists; expected a folder that is",
+            "which exists; expected the name of a new folder",
         ),
         (["export", "{root}/none", "--to", "npy"], 2, "expected the folder of a store"),
         (["info", "a" * 5000], 1, "File name too long"),
-        (["import", "{files}", "--to", "{files}/store"], 1, "/files'; expected another folder"),
+        (["import", "{files}", "--to", "{files}/store"], 1, "/files'; expected one outside it"),
         (["import", "s3://bucket/files", "--to", "{root}/store"], 2, "expected a folder or an HDF5 file on this"),
     ],
 )
@@ -324,11 +331,11 @@ def test_an_export_onto_a_full_disk_prints_one_line(
 @pytest.mark.parametrize(
     ("ids", "why"),
     [
-        (("a//b",), "the id of a clip cannot be told from its file's name 'a//b"),
-        (("a/",), "the id of a clip cannot be told from its file's name 'a/."),
-        (("a" * 256,), r"no file can be called 'a.*' \(File name too long\)"),
-        (("a.npy/b", "a.pt/b", "a.h5/b", "a"), "two clips have the file 'a"),
-        (("a", "a.npy/b", "a.pt/b", "a.h5/b"), r"no file can be called 'a.*/b.*' \("),
+        (("a//b",), "the file name 'a//b.* would not give back its clip's id"),
+        (("a/",), "the file name 'a/..* would not give back its clip's id"),
+        (("a" * 256,), r"a file cannot have the name 'a.*' \(File name too long\)"),
+        (("a.npy/b", "a.pt/b", "a.h5/b", "a"), "the ids of two clips give the same file 'a"),
+        (("a", "a.npy/b", "a.pt/b", "a.h5/b"), r"a file cannot have the name 'a.*/b.*' \("),
     ],
 )
 def test_ids_that_cannot_be_file_names_are_refused(kind: str, ids: tuple[str, ...], why: str, tmp_path: Path) -> None:

@@ -113,14 +113,14 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(command) == 0
     out = capsys.readouterr().out
     assert "3 videos hashed, 0 changed, 0 gone" in out
-    assert "1 clip came without the name of a video" in out
+    assert "1 clip cannot be checked: the store does not name its video" in out
     (data / "videos/0.mp4").unlink()
     assert main(command) == 0
     (data / "videos/1.mp4").write_bytes(b"other")  # of the same size
     assert main(command) == 1
     out = capsys.readouterr().out
     assert "2 videos hashed, 1 changed, 1 gone" in out
-    assert f"videos/1.mp4 has changed since 1 clip was encoded, such as {FIRST[1]!r}" in out
+    assert f"videos/1.mp4 has changed since 1 clip was encoded from it, such as {FIRST[1]!r}" in out
     assert f"repair {store.path} --sources {data}" in out
     assert main(["repair", str(store.path), "--sources", str(data)]) == 0
     check(store.path, {name: n for name, n in OLD.items() if name != FIRST[1]})
@@ -155,7 +155,7 @@ def test_an_unreadable_video_does_not_hide_other_changes(
     for file in ("0.mp4", "1.mp4"):
         assert f"  {file} cannot be read: {tmp_path / file}: Permission denied; mount its file system" in out
     assert main(["repair", str(store.path), "--sources", str(tmp_path)]) == 1
-    assert "so whether it has changed is unknown; nothing was repaired" in capsys.readouterr().err
+    assert "so it may have changed; nothing was repaired: make it readable" in capsys.readouterr().err
     assert open_store(store.path).clip_ids == FIRST
 
 
