@@ -6,8 +6,8 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _OTHERS = {
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a file stands where the path has a folder: choose another path, or move the file away",
-    errno.EISDIR: "a folder stands where the path has a file: choose another path",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: choose another path, or move the file away",
+    errno.EISDIR: "this path is a folder, not a file: choose another path",
     errno.EEXIST: "choose another path, or move it away",
 }
 

@@ -172,7 +172,7 @@ def _chunks(file: h5py.File, array: ArraySpec, spec: StoreSpec) -> np.ndarray:
         raise DamagedStore(f"has {array.name} of shape, dtype and chunk {found}; expected {expected}")
     filters = ("gzip" if spec.codec == "gzip" else None, spec.codec == "gzip", None, True)
     if (dataset.compression, dataset.shuffle, dataset.scaleoffset, dataset.fletcher32) != filters:
-        raise DamagedStore(f"has {array.name} with other filters than those of codec {spec.codec!r}")
+        raise DamagedStore(f"has {array.name} with filters that differ from codec {spec.codec!r}")
     chunks = np.zeros((spec.shard, 2), np.int64)
 
     def add(chunk: h5py.h5d.StoreInfo) -> None:

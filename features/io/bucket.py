@@ -215,8 +215,8 @@ class Bucket:
 
         if _process_of_obstore() != os.getpid():
             raise StoreError(
-                f"{self.url} is used in a forked process, in which requests would hang: the threads of obstore are not "
-                "copied; spawn the process (DataLoader: multiprocessing_context='spawn')"
+                f"{self.url} cannot be used in a forked process: requests would hang, because a fork does not copy the "
+                "threads of obstore; spawn the process (DataLoader: multiprocessing_context='spawn')"
             )
         try:
             yield

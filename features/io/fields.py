@@ -44,7 +44,7 @@ def get_field(record: Record, name: str, kind: type[T]) -> T:
         MalformedRecord: The field is missing or has another type.
     """
     if not isinstance(record, dict):
-        raise MalformedRecord(f"{_shortened(record)} stands where an object with {name!r} is expected")
+        raise MalformedRecord(f"found {_shortened(record)}; expected an object with {name!r}")
     if name not in record:
         raise MalformedRecord(f"{name!r} is missing")
     value = record[name]

@@ -163,8 +163,8 @@ def lock_file(handle: int, how: int, path: Path) -> None:
             raise
         raise StoreError(
             f"{path} cannot be locked ({error.strerror}): {file_system_of(path) or 'its file system'} has no file "
-            "locks, without which two processes could write over each other; mount it with locks (Lustre: option "
-            "flock; NFS: version 4, or run lockd), or write to another file system"
+            "locks, so two processes could overwrite each other's files; mount it with locks (Lustre: option flock; "
+            "NFS: version 4, or run lockd), or write to another file system"
         ) from error
 
 

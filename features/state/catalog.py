@@ -26,7 +26,7 @@ def commit_mismatch(commit: Commit, header: StoreHeader) -> str | None:
     if commit.row_bytes != row_bytes or not fits:
         return f"committed {len(commit.ids)} rows in {size} bytes, but store.json claims {row_bytes} bytes a row"
     if commit.fingerprint != header.fingerprint.digest:
-        return "committed clips with another fingerprint than the store's"
+        return "committed clips whose fingerprint differs from the store's"
     return None
 
 
@@ -145,7 +145,7 @@ class Catalog:
             raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
         absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
         if wrong := [name for name in absent if not isinstance(name, str)]:
-            raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips, such as those in clip_ids")
+            raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips; clip_ids lists them")
         if absent:
             raise AbsentClip(absent, f"store {self.root}")
         return [self.ledger.clips[name].clip(name) for name in ids]

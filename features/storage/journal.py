@@ -288,7 +288,7 @@ def require_intact(contents: Contents, where: Location) -> None:
     if contents.lines_lost:
         if isinstance(where, Path) and not where.exists():
             raise StoreError(
-                f"{where.absolute()} does not exist any more; if it was moved, open the store where it is now, and if "
+                f"{where.absolute()} does not exist any more; if it was moved, open the store at its new place; if "
                 "its disk was unmounted, mount it again"
             )
         remedy = f"run `egopatch features repair {shlex.quote(str(where))}`"

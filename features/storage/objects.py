@@ -160,7 +160,8 @@ class ObjectStorage(ObjectFiles):
                 raise write_conflict(f"shard {shard} of {self.location}") from None
             if found != expected:
                 raise DamagedStore(
-                    f"{self.location}: {name} reads back differently from what was written; nothing was committed"
+                    f"{self.location}: {name} reads back differently from what was written; nothing was committed: run "
+                    "the same command again"
                 )
         return write_id
 

@@ -47,7 +47,7 @@ def create_store(
     root = storage.location
     file_format = format_named(format, spec.codec)
     if not storage.in_place and file_format.needs_folder:
-        raise BadLocation(f"format is {format!r} and the store's location is {root}; HDF5 needs a folder: use zarr")
+        raise BadLocation(f"format is {format!r}, but the store's location is {root} and HDF5 needs a folder; use zarr")
     requested = StoreHeader(spec, fingerprint, format)
     header_record(requested)  # refuse bad values and ids before anything is written
     ids_without_row((), ids, spec.kind)

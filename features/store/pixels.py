@@ -36,7 +36,7 @@ def to_pixels(
     """
     rows, cols = grid
     if min(rows, cols, height, width) < 1:
-        raise ValueError(f"the grid is {grid}, and the frame {height} x {width} pixels; expected sides of at least 1")
+        raise ValueError(f"grid is {grid} and the frame has {height} x {width} pixels; expected sides of at least 1")
     values = values.float()
     kept = torch.ones_like(values)
     if positions is not None:
@@ -46,7 +46,9 @@ def to_pixels(
         whole, index = values.new_zeros(*values.shape[:-1], rows * cols), positions.long()
         values, kept = whole.scatter(-1, index, values), whole.scatter(-1, index, kept)
     if values.shape[-1] != rows * cols:
-        raise ValueError(f"values has {values.shape[-1]} patches a frame; expected {rows * cols} of the grid {grid}")
+        raise ValueError(
+            f"values has {values.shape[-1]} patches a frame; expected {rows * cols}, as in the grid {grid}"
+        )
     top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
     if not (-0.5 <= top < top + box_height <= height + 0.5 and -0.5 <= left < left + box_width <= width + 0.5):
         raise ValueError(f"box is {box}; expected one inside the frame of {height} x {width} pixels")

@@ -263,14 +263,14 @@ class Store:
         """
         times = [array for array in self.spec.arrays if array.name == "timestamps"]
         if not times:
-            raise StoreError(f"store {self.path} has no timestamps; only stores of videos have")
+            raise StoreError(f"store {self.path} has no timestamps; expected a store of videos")
         ids = _listed(ids)
         timestamps = self._read(times, ids)["timestamps"]
         origins = self.catalog.ledger.origins(ids)
         if unknown := [name for name in ids if origins[name] is None]:
             raise StoreError(
-                f"store {self.path} does not record the stretch of {counted(len(unknown), 'clip')}, such as "
-                f"{unknown[0]!r}, which were imported or which an earlier version encoded; use timestamps, which start "
+                f"store {self.path} does not record start and end of {counted(len(unknown), 'clip')}, such as "
+                f"{unknown[0]!r}: they were imported, or encoded by an earlier version; use timestamps, which start "
                 "with the clip"
             )
         starts = [origin.start_s or 0.0 for name in ids if (origin := origins[name]) is not None]

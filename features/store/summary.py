@@ -52,7 +52,7 @@ class Summary:
             ("clips" if clips else "texts", f"{self.stored} of {self.planned} stored"),
             ("size", f"{format_bytes(self.nbytes)}, {self.format}, {format_bytes(self.row_bytes)} a row"),
             *((array.name, f"{array.dtype} {list(array.shape)}") for array in self.spec.arrays),
-            ("made by", ", ".join(network) or "a program that does not say"),
+            ("made by", ", ".join(network) or "an unknown program"),
             ("next", f"{call}  # {first.name} {[rows, *first.shape]}" if rows else "run `extract run` to encode clips"),
         ]
 

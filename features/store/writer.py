@@ -118,7 +118,7 @@ class ShardWriter:
                 raise StoreError(f"clip {name!r} has no entry in sources; expected the hash of its video")
             if name in catalog.ledger.clips and name not in replaces:
                 raise StoreError(
-                    f"clip {name!r} is already committed in {catalog.root}; expected clips in missing() or replaces"
+                    f"clip {name!r} is already committed in {catalog.root}; expected a clip in missing() or in replaces"
                 )
 
     def _commit_new(

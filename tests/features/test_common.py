@@ -181,7 +181,7 @@ def test_os_errors_come_with_a_remedy() -> None:
         "path"
     )
     assert with_remedy(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "a/b")) == (
-        "a/b: Not a directory; a file stands where the path has a folder: choose another path, or move the file away"
+        "a/b: Not a directory; a part of this path is a file, not a folder: choose another path, or move the file away"
     )
     assert with_remedy(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")) == (
         "a: No such file or directory; check the path"

@@ -167,7 +167,7 @@ def _compressed(path: Path) -> None:
         (_external_storage, "keeps patches in other files; external storage is not followed"),
         (_four_tebibytes, "has patches of shape, dtype and chunk ((274877906944, 2, 6, 8)"),
         (_a_group, "keeps patches in other files; external storage is not followed"),
-        (_compressed, "has patches with other filters than those of codec 'none'"),
+        (_compressed, "has patches with filters that differ from codec 'none'"),
     ],
 )
 def test_hostile_files_are_refused(store: Store, attack, message: str) -> None:

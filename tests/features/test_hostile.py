@@ -90,7 +90,7 @@ def _a_negative_side(header: dict) -> None:
         (_no_version, "does not describe a store .'version' is missing"),
         (_a_nested_fingerprint, "'fingerprint' has 'depth' of list; expected a single value"),
         (_another_format, "format 'pickle' is unknown"),
-        (_another_checkpoint, "ledger.jsonl line 2 committed clips with another fingerprint than the store's"),
+        (_another_checkpoint, "ledger.jsonl line 2 committed clips whose fingerprint differs from the store's"),
         (_a_negative_side, r"does not describe a store .*expected positive sides"),
     ],
 )
@@ -113,7 +113,7 @@ LINES = [
     ("ledger.jsonl", {"kind": "merge", "shard": 0}, "'kind' is 'merge'; expected announce, commit or drop"),
     ("ledger.jsonl", {"kind": "drop", "shard": [], "ids": 3}, r"'shard' is \[\]; expected a whole number"),
     ("ledger.jsonl", {"kind": "drop", "shard": 0, "ids": [3]}, "'ids' holds 3; expected a text"),
-    ("ledger.jsonl", {"kind": "announce", "shard": 0, "files": {"a": 1}}, "1 stands where an object with 'bytes'"),
+    ("ledger.jsonl", {"kind": "announce", "shard": 0, "files": {"a": 1}}, "found 1; expected an object with 'bytes'"),
     (
         "ledger.jsonl",
         {"kind": "commit", "shard": 0, "ids": ["a"], "rows": [10**15], "crc32c": {}, "sources": [""]},
@@ -238,7 +238,7 @@ def test_a_refused_ledger_line_is_refused_on_every_refresh(store: Store) -> None
     commit = journal.read().lines[1].entry
     journal.append({**commit, "fingerprint": "another"})
     for _ in range(2):
-        with pytest.raises(DamagedStore, match="committed clips with another fingerprint"):
+        with pytest.raises(DamagedStore, match="committed clips whose fingerprint differs"):
             store.catalog.refresh()
 
 

@@ -250,7 +250,7 @@ def test_invalid_store_urls_are_refused(url: str) -> None:
 
 
 def test_hdf5_needs_a_folder(bucket: str) -> None:
-    with pytest.raises(BadLocation, match=r"format is 'hdf5' and .*s3://.*; HDF5 needs a folder: use zarr"):
+    with pytest.raises(BadLocation, match=r"format is 'hdf5', but .*s3://.* and HDF5 needs a folder; use zarr"):
         create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS, "hdf5")
     with pytest.raises(ValueError, match=r"store.format is 'hdf5'; expected zarr in object storage"):
         StoreConfig(path="s3://bucket/store", format="hdf5")

@@ -57,7 +57,7 @@ def test_a_pixel_mostly_covered_by_a_missing_patch_is_nan() -> None:
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"values has 5 patches a frame; expected 4 of the grid \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"values has 5 patches a frame; expected 4, as in the grid \(2, 2\)"):
         to_pixels(torch.rand(5), (2, 2), 8, 8)
     with pytest.raises(ValueError, match="expected one inside the frame of 8 x 8 pixels"):
         to_pixels(torch.rand(4), (2, 2), 8, 8, box=(0, 4, 8, 8))
@@ -65,7 +65,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 @pytest.mark.parametrize(("grid", "height"), [((2, 2), 0), ((-2, -2), 8), ((0, 2), 8)])
 def test_an_empty_grid_or_frame_is_refused(grid: tuple[int, int], height: int) -> None:
-    with pytest.raises(ValueError, match=rf"the grid is .*, and the frame {height} x 8 pixels; expected sides of at"):
+    with pytest.raises(ValueError, match=rf"grid is .* and the frame has {height} x 8 pixels; expected sides of at"):
         to_pixels(torch.rand(4), grid, height, 8)
     with pytest.raises(ValueError, match="the frame has 0 x 8 pixels; expected sides of at least 1"):
         covered_box(0, 8)

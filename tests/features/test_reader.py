@@ -176,7 +176,7 @@ def test_ids_may_come_from_a_generator(make_local: Callable[..., Store]) -> None
     assert np.array_equal(store.read(name for name in IDS[:3]).patches, whole.patches)
     assert np.array_equal(store.to_numpy(iter(IDS[:3]))["patches"], whole.patches.float())
     assert tuple(store.sources(iter(IDS[:3]))) == tuple(IDS[:3])
-    with pytest.raises(StoreError, match="does not record the stretch of 3 clips"):  # read to the end
+    with pytest.raises(StoreError, match="does not record start and end of 3 clips"):  # read to the end
         store.video_times(iter(IDS[:3]))
 
 

@@ -86,7 +86,9 @@ def test_one_id_instead_of_a_list_is_refused(make: Make) -> None:
 
 def test_ids_that_are_no_text_are_refused(make: Make) -> None:
     for ids in ([IDS[0], 5], [IDS[:2]]):
-        with pytest.raises(TypeError, match=f"^ids holds {re.escape(repr(ids[-1]))}; expected ids of clips, such as"):
+        with pytest.raises(
+            TypeError, match=f"^ids holds {re.escape(repr(ids[-1]))}; expected ids of clips; clip_ids lists"
+        ):
             make().read(ids)
 
 
@@ -347,7 +349,7 @@ def test_a_lost_header_is_restored_only_for_the_same_settings(tmp_path: Path, fo
     content = header.read_bytes()
     header.unlink()
     other = Fingerprint({**FINGERPRINT.fields, "checkpoint": "sha256:2"})
-    with pytest.raises(DamagedStore, match=r"line 2 committed clips with another fingerprint .* lost or replaced"):
+    with pytest.raises(DamagedStore, match=r"line 2 committed clips whose fingerprint differs .* lost or replaced"):
         create_store(tmp_path / "store", SPEC, other, IDS, format)
     assert not header.exists()
     assert create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format).clip_ids == IDS

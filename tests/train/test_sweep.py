@@ -333,7 +333,7 @@ def test_runs_trained_on_different_annotations_cannot_share_a_sweep(tmp_path: Pa
     with pytest.raises(RunError, match=message):
         run_sweep(config, seeds=[0, 1])
     (folder / "seed-0" / "questions.json").write_text('{"answers": 8}')
-    with pytest.raises(RunError, match=r"questions\.json is damaged \(8 stands where an object with 'n' is expected\)"):
+    with pytest.raises(RunError, match=r"questions\.json is damaged \(found 8; expected an object with 'n'\)"):
         run_sweep(config, seeds=[0, 1])
     (folder / "seed-0" / "questions.json").unlink()  # as in a run of an earlier version
     assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["trained"] == 1
