@@ -15,7 +15,7 @@ COMMANDS = {
     "extract": "stage one: encode videos once and store their patch tokens",
     "features": "inspect, verify, repair and convert stores",
     "train": "stage two: train and evaluate heads, sweep, make tables and reports",
-    "publish": "write a folder with everything needed to upload a head and its store",
+    "publish": "write a folder with a head and its store, ready to upload",
     "completion": "print a script that lets bash or zsh complete commands and options",
 }
 # Commands of a stage that also have a short name.

@@ -26,10 +26,10 @@ COMMANDS = {
     "ask": "answer a question about a stored clip, with the patches that the head kept",
     "explain": "measure which patches matter to a trained head's answers: deletion and insertion curves",
     "score": "compute metrics of any system's answers",
-    "sweep": "train many settings of a head on one reading of the features",
-    "table": "write the results table of every run below run.table",
+    "sweep": "train many settings of a head while reading the features only once",
+    "table": "write the results table of all runs below run.table",
     "report": "write the self-contained HTML report beside the table",
-    "publish": "write a folder with everything needed to upload a head and its store",
+    "publish": "write a folder with a head and its store, ready to upload",
     "bench": "run a benchmark script: bench NAME [its options]",
 }
 JOBS = ("fit", "sweep")  # schedulers start these, and restart them

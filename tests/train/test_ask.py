@@ -102,7 +102,7 @@ def test_a_new_question_is_encoded_with_the_stores_network(trained: Config, monk
     assert prediction.unknown_words == ("zebra",)
     fields[0] = Fingerprint({**fields[0].fields, "depth": 99})
     with pytest.raises(
-        FingerprintMismatch, match=r"text network is not that of the head in .* \(depth: head has 6, config"
+        FingerprintMismatch, match=r"text network is not the one that the head in .* \(depth: head has 6, config"
     ):
         ask(trained, clip_id, f"Zebra? {known}")
 
@@ -115,7 +115,7 @@ def test_a_possibly_truncated_question_gets_a_note(trained: Config, monkeypatch:
     monkeypatch.setattr("egopatch.extract.texts.encode_questions", lambda _, texts: (fields, {texts[0]: full}))
     found = ask_clips(trained, clip_id, "what colour is the thing on the left of the thing?", answers=1)
     assert found.predictions[0].cut
-    note = "the question is as long as the head can read (text.max_length), or longer: ask a shorter one"
+    note = "the question reaches the limit (text.max_length), so its end may be cut off: ask a shorter one"
     assert note in found.notes
 
 
@@ -205,7 +205,11 @@ def test_ask_usage_errors_print_one_line(
         (["--video="], 2, "--video is empty; expected a value"),
         (["--video", "a.mp4", "--run", ""], 2, "--run is empty; expected a value"),
         (["--video", "--json"], 2, "--video has no value"),
-        (["--video", "a.mp4", "--video=b.mp4"], 2, "--video is given twice; give one, such as a folder of videos"),
+        (
+            ["--video", "a.mp4", "--video=b.mp4"],
+            2,
+            "--video is given twice; give it once: --video also takes a folder of videos",
+        ),
         (["--run", "a", "--video", "a.mp4", "--run", "b"], 2, "--run is given twice"),
         (
             ["--video", "a.mp4"],
@@ -227,7 +231,7 @@ def test_ask_usage_errors_print_one_line(
         with pytest.raises(SystemExit, match="0"):
             main(["ask", option])
         lines = capsys.readouterr().out.splitlines()
-        assert "  --video FILE          a video file, or a folder of videos, which is encoded once" in lines
+        assert "  --video FILE          a video file, or a folder of videos; each is encoded only once" in lines
         assert any(line.startswith("  --run DIR ") for line in lines)
     for wrong, meant in (("--vidoe", "--video"), ("--rnu", "--run")):
         with pytest.raises(SystemExit, match="2"):
@@ -275,9 +279,9 @@ def test_a_multiple_choice_head_is_refused_before_encoding_a_video(
     card = Card.read(config.run.dir)
     dataclasses.replace(card, answers=card.answers[:0]).write(config.run.dir)
     monkeypatch.setattr(asking, "encode_video", lambda *_: pytest.fail("encoded for nothing"))
-    with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
+    with pytest.raises(ConfigError, match="whose head chooses among options; expected one with an answer vocabulary"):
         asking.ask_video(config, tmp_path / "a.mp4", "what?", None, tmp_path, 5)
-    with pytest.raises(ConfigError, match="whose head chooses among options; expected one trained on answers"):
+    with pytest.raises(ConfigError, match="whose head chooses among options; expected one with an answer vocabulary"):
         ask(config, "clip|P0|0|1", "what?")
 
 
@@ -323,7 +327,9 @@ def test_a_head_of_a_derived_store_is_refused_before_a_video_is_encoded(trained:
     card = Card.read(trained.run.dir)
     assert card.fingerprint is not None
     card = dataclasses.replace(card, fingerprint={**card.fingerprint, "derived_keep": 0.5})
-    with pytest.raises(RunError, match=r"trained on a derived store, .*; use a head of the whole store, or ask with"):
+    with pytest.raises(
+        RunError, match=r"trained on a derived store, .*; use a head that was trained on a full store, or ask with"
+    ):
         encode_video(tmp_path, trained, card, None, tmp_path)
 
 

@@ -42,16 +42,16 @@ def test_missing_or_mismatched_weights_are_refused_with_a_remedy(
         command(config)
     assert str(refused.value) == (
         f"{weights} does not fit the psa head that card.json beside it describes ({name} is (1, {tensor.shape[1]}), "
-        f"expected {tuple(tensor.shape)}); restore both files from one training and, for a head from outside, the "
-        "version of its package in the card; or delete the folder and train again"
+        f"expected {tuple(tensor.shape)}); restore both files from the same training and, for a head from "
+        "outside, install its package in the version that the card names; or delete the folder and train again"
     )
     weights.unlink()
     with pytest.raises(RunError) as refused:
         command(config)
     assert str(refused.value) == (
         f"{weights}: no such file, but card.json beside it describes a head that was trained: the weights were deleted,"
-        " or the head was trained in another folder and only evaluated into this one; restore the file, use the folder "
-        "that the head was trained in, or delete the folder and train again"
+        " or this folder only holds the results of a head that was trained in another one; restore the file, use the "
+        "folder that the head was trained in, or delete this folder and train again"
     )
 
 

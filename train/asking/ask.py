@@ -113,11 +113,11 @@ def _worth(card: Card, prediction: Prediction) -> Iterator[str]:
     if is_standin(values):
         yield "the encoder's weights are random stand-ins, so the answer says nothing about the video"
     if is_synthetic(values):
-        yield "the head was trained on EgoSynth's rendered videos, so its answers mean nothing about recorded ones"
+        yield "the head was trained on EgoSynth's rendered videos, so its answers say nothing about recorded ones"
     if prediction.cut:
-        yield "the question is as long as the head can read (text.max_length), or longer: ask a shorter one"
+        yield "the question reaches the limit (text.max_length), so its end may be cut off: ask a shorter one"
     if prediction.unknown_words is None:
-        yield "the questions that the head was trained on are not stored here, so it may not know some of these words"
+        yield "the head's training questions are not stored here, so some of these words may be unknown to it"
     elif prediction.unknown_words:
         words = ", ".join(map(repr, prediction.unknown_words))
         yield f"no stored question has the words {words}, so the head was not trained on them"

@@ -66,13 +66,13 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         )
     if card.fingerprint.get("origin") == "imported":
         raise RunError(
-            f"run.dir is {experiment.run.dir}, whose head was trained on imported features, which no network here"
-            " computes of a video; import the video's features, and ask with --config and --clip"
+            f"run.dir is {experiment.run.dir}, whose head was trained on imported features, so no network here"
+            " can encode a video for it; import the video's features, and ask with --config and --clip"
         )
     if "derived_keep" in card.fingerprint:
         raise RunError(
             f"run.dir is {experiment.run.dir}, whose head was trained on a derived store, which has only some patches"
-            " of each frame; use a head of the whole store, or ask with --config and --clip"
+            " of each frame; use a head that was trained on a full store, or ask with --config and --clip"
         )
     folder = cache.absolute() / cache_key(video, card.fingerprint, clip_s)
     config = dataclasses.replace(config_beside(folder / "store", experiment), run=experiment.run)
@@ -88,7 +88,7 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         quarantined = {name: record.reason for name, record in store.quarantine.items()}
         stored = {name: clips[name] for name in store.clip_ids}
     if not stored:
-        raise StoreError(f"--video is {video}, of which nothing can be decoded: {next(iter(quarantined.values()))}")
+        raise StoreError(f"--video is {video}, but none of it can be decoded: {next(iter(quarantined.values()))}")
     (folder / FINISHED).write_text(json.dumps({"video": str(video.absolute())}) + "\n")
     return EncodedVideo(config, folder, stored, quarantined, encoded)
 

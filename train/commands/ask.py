@@ -23,25 +23,25 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--clip", type=str | None, default=None, metavar="ID",
-        help="a clip of the config's store; by default all of its clips are ranked",
+        help="id of a clip in the config's store (default: all clips, ranked)",
     )  # fmt: skip
     parser.add_argument("--top", type=PositiveInt, default=3, help="number of clips to show")
-    parser.add_argument("--answers", type=PositiveInt, default=5, help="number of answers to show of each")
+    parser.add_argument("--answers", type=PositiveInt, default=5, help="number of answers to show for each clip")
     parser.add_argument(
         "--picture", type=Path | None, default=None, metavar="FILE",
-        help="picture of the best clip to write (.jpg or .png): the frames, with the kept patches outlined and their"
-        " times; with --video it is otherwise written beside the features",
+        help="file for a picture of the best clip (.jpg or .png), which shows its frames, their times and the kept"
+        " patches in outline (default with --video: beside the features)",
     )  # fmt: skip
     parser.add_argument(
         "--cache", type=Path | None, default=None, metavar="DIR",
-        help="folder that keeps features of videos; by default egopatch in the user's cache folder",
+        help="folder that keeps the features of videos (default: egopatch/videos in the user's cache folder)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.read_first = {
-        "--video": ("FILE", "a video file, or a folder of videos, which is encoded once"),
+        "--video": ("FILE", "a video file, or a folder of videos; each is encoded only once"),
         "--run": (
             "DIR",
-            "folder of a trained head; by default the best one on val in the table of --config, or of `egopatch demo`",
+            "folder of a trained head (default: the one best on val in the table of --config, or of `egopatch demo`)",
         ),
     }
     run, args = take_option(args, "--run")
@@ -49,12 +49,14 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     for option in parser.read_first:
         # jsonargparse would read the second one as a YAML file for that section.
         if take_option(args, option)[0] is not None:
-            raise ConfigError(f"{option} is given twice; give one, such as a folder of videos for --video")
+            raise ConfigError(f"{option} is given twice; give it once: --video also takes a folder of videos")
     config, options = parse_options(parser, args)
     if not options.question.strip():
         raise ConfigError('QUESTION is empty; expected a question in quotes, such as "what is on the table?"')
     if video is not None and options.clip is not None:
-        raise ConfigError("--video and --clip are both given; --clip names a clip of the config's store: give one")
+        raise ConfigError(
+            "--video and --clip are both given; --clip names a clip of the config's store: give only one of them"
+        )
     if video is None and run is None and not options.config:
         raise ConfigError("neither --video nor --config is given; expected a video file, or the config of a store")
     # Imported here to save start-up time: a wrong option is reported before torch is imported.

@@ -11,7 +11,7 @@ from egopatch.features.common.command_line import messages_apart, print_result
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Evaluate and print the accuracies on test."""
     parser.add_argument(
-        "--from", type=Path, metavar="RUN", help="folder of a run whose head is evaluated on this config's data set"
+        "--from", type=Path, metavar="RUN", help="folder of the run whose head to evaluate on this config's data set"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)

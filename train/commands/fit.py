@@ -26,8 +26,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
                 if not config.run.dir.resolve().is_relative_to(table_folder(config).resolve()):
                     ranks.print_once(
                         f"note: run.dir {config.run.dir} is not below run.table, {config.run.table}, so table and "
-                        "report leave it out, and ask needs --run; for a table with it, set run.table to a folder of "
-                        "both"
+                        "report leave it out, and ask needs --run; to include the run, set run.table to a folder that "
+                        "contains run.dir"
                     )
         except Stopped as stopped:
             if ranks.first:

@@ -15,7 +15,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("--head-only", action="store_true", help="leave out the store, which may be large")
     parser.add_argument(
         "--terms", type=str, action="append", default=[], metavar="'NAME: LICENCE'",
-        help="licence of weights or data of which none is known here; once for each",
+        help="licence of weights or data whose licence is not known here; repeat the option for each",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)

@@ -77,7 +77,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="matching rule of the JSON output; the difference under the other rule goes to standard error",
     )
     parser.add_argument(
-        "--text", action="store_true", help="also BLEU-4, METEOR and ROUGE-L (pip install 'egopatch[text-metrics]')"
+        "--text",
+        action="store_true",
+        help="also report BLEU-4, METEOR and ROUGE-L (pip install 'egopatch[text-metrics]')",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))

@@ -12,9 +12,9 @@ from egopatch.configs.schema import ConfigError
 from egopatch.features.common.command_line import messages_apart, print_result
 
 STACKED = (
-    "runs that differ only in ratio train together and round in another order than `train fit` does, so "
-    "an accuracy here may differ by several points from that of the same setting in the table; train the settings that"
-    " you choose between with `train fit`"
+    "runs that differ only in ratio train together and round in a different order from `train fit`, so their "
+    "accuracies may differ by several points from what `train fit` reaches with the same settings; before you choose "
+    "between settings, train them with `train fit`"
 )
 
 

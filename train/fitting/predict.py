@@ -11,6 +11,7 @@ from torch import Tensor
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint, FingerprintMismatch, PatchTokens, Store, StoreError, store_exists
+from egopatch.features.common.units import counted
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
 from egopatch.train.data.batch import Batch
@@ -160,8 +161,8 @@ def _text_states(config: Config, card: Card, store: Store | None, question: str)
     trained_on = fingerprint if card.text_fingerprint is None else Fingerprint(dict(card.text_fingerprint))
     if different := trained_on.differences(fingerprint, "head has", "config gives"):
         raise FingerprintMismatch(
-            f"the config's text network is not that of the head in {config.run.dir} ({'; '.join(different)}); use the"
-            f" config that it was trained with, {config.run.dir / CONFIG}"
+            f"the config's text network is not the one that the head in {config.run.dir} was trained with "
+            f"({'; '.join(different)}); use the head's own config, {config.run.dir / CONFIG}"
         )
     return rows[question]["states"][None], rows[question]["attention_mask"][None]
 
@@ -179,5 +180,9 @@ def _no_clip(store: Store, clip_id: str) -> str:
     if (failed := store.quarantine.get(clip_id)) is not None:
         return f"--clip is {clip_id!r}, which is in quarantine: {failed.reason}"
     close = difflib.get_close_matches(clip_id, store.clip_ids, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {len(store.clip_ids)}, such as {store.clip_ids[0]!r}"
+    hint = (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"it has {counted(len(store.clip_ids), 'clip')}, such as {store.clip_ids[0]!r}"
+    )
     return f"--clip is {clip_id!r}, which is not in store {store.path}; {hint}"

@@ -42,7 +42,9 @@ def require_video(folder: Path, card: Card) -> None:
 def require_answers(folder: Path, card: Card) -> None:
     """Refuse the run in `folder` with a ConfigError if its head, of `card`, chooses among a question's own options."""
     if set(card.answers) <= set(UNKNOWN_ANSWERS):
-        raise ConfigError(f"run.dir is {folder}, whose head chooses among options; expected one trained on answers")
+        raise ConfigError(
+            f"run.dir is {folder}, whose head chooses among options; expected one with an answer vocabulary"
+        )
 
 
 def open_head(
@@ -73,8 +75,8 @@ def _load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distribu
         if not path.exists():
             raise RunError(
                 f"{path}: no such file, but {CARD} beside it describes a head that was trained: the weights were "
-                "deleted, or the head was trained in another folder and only evaluated into this one; restore the "
-                "file, use the folder that the head was trained in, or delete the folder and train again"
+                "deleted, or this folder only holds the results of a head that was trained in another one; restore "
+                "the file, use the folder that the head was trained in, or delete this folder and train again"
             )
         return load_weights(folder, card.best_epoch)
 
@@ -84,7 +86,7 @@ def _load_trained(heads: StackedHeads, folder: Path, card: Card, ranks: Distribu
     except ValueError as error:
         raise RunError(
             f"{path} does not fit the {card.model} head that {CARD} beside it describes ({error}); restore both files "
-            "from one training and, for a head from outside, the version of its package in the card; or delete the "
-            "folder and train again"
+            "from the same training and, for a head from outside, install its package in the version that the card "
+            "names; or delete the folder and train again"
         ) from None
     return weights

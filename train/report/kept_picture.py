@@ -58,7 +58,7 @@ def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
 
     clip = next((clip for clip in load_clips(config.data) if clip.clip_id == clip_id), None)
     if clip is None:
-        raise ConfigError(f"clip {clip_id!r} is not in data.root, whose video the picture needs")
+        raise ConfigError(f"the picture needs the video of clip {clip_id!r}, but data.root has no such clip")
     transform = input_transform(config.encoder.arch, config.encoder.checkpoint, config.video.size)
     video = dataclasses.replace(config.video, decoder="pyav")
     with DecodePool(video, workers=1, prepare=partial(prepare_picture, transform=transform)) as pool:
