@@ -73,7 +73,7 @@ def test_local_paths_in_the_command_are_noted(run: Config, tmp_path: Path, capsy
     card = run.run.dir / "card.json"
     config, store = tmp_path / "my runs" / "a.yaml", tmp_path / "the store"
     options = ["--config", str(config), f"--store.path={store}", "--data.root", "../here/x"]
-    note = "note: README.md and card.json have the command, which names folders of this machine"
+    note = "note: README.md and card.json quote the command, which names folders of this machine"
     for command, named in (
         (shlex.join(["egopatch", "train", "fit", *options]), f"{config}, {store}"),
         ("egopatch train fit --config '/a/b c", "/a/b"),  # as a manual edit may have left it
@@ -94,7 +94,7 @@ def test_local_paths_in_the_store_are_noted(
     monkeypatch.setattr("egopatch.train.publishing.folders.convert", lambda *_: open_store(run.store.path))
     assert publish(run, tmp_path / "upload", "--terms", "none") == 0
     shown = capsys.readouterr().out
-    assert "note: the store has the paths of its videos on this machine, such as /my disk/c.mp4\n" in shown
+    assert "note: the store lists the paths of its videos on this machine, such as /my disk/c.mp4\n" in shown
     assert f"for quarantine, which name files of this machine, such as {tmp_path}/b.mp4\n" in shown
 
 
@@ -102,7 +102,7 @@ def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pyte
     assert publish(run, tmp_path / "upload") == 2
     assert capsys.readouterr().err == (
         "train publish: error: no licence is known for data: jsonl; find out whether you may publish what was made "
-        "from it, and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here\n"
+        "from it, then state the terms of each with --terms 'NAME: LICENCE'; NAME is any part of a name listed above\n"
     )
     assert not (tmp_path / "upload").exists()
 
@@ -140,7 +140,7 @@ def test_the_card_states_that_no_answers_are_published(
     path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(("open", "binary", "all"), unknown)))
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 0
     text = (tmp_path / "upload" / "head" / "README.md").read_text()
-    assert "Accuracy on test in percent: unknown, as no answer is published. Epoch 3" in text
+    assert "Accuracy on test in percent: unknown, because no answers are published. Epoch 3" in text
     path.write_text("{}")
     capsys.readouterr()
     assert publish(run, tmp_path / "upload", "--terms", "none", "--head-only") == 1
@@ -229,4 +229,4 @@ def test_a_published_file_is_compared_with_the_lock(
     entry = {"sha256": "b" * 64, "size": 1, "origin": "by hand"}
     Path("data_sources.lock.json").write_text(json.dumps({"egovlpv2/EgoVLPv2.pth": entry}))
     assert publish(run, tmp_path / "upload", *weights) == 2
-    assert "give it a name of its own" in capsys.readouterr().err
+    assert "give the checkpoint another name" in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureF
     write_run(tmp_path, "b", all_=60)
     (record,) = write_table(NO_ANNOTATIONS, tmp_path)
     assert record["all"] == 50.0
-    assert "b: repeats seed 0 of a" in capsys.readouterr().err
+    assert "b: ignored, because it repeats seed 0 of a" in capsys.readouterr().err
 
 
 def test_runs_on_different_data_or_questions_are_not_counted_as_seeds(
@@ -266,10 +266,10 @@ def test_runs_on_different_data_or_questions_are_not_counted_as_seeds(
     assert record["all"] == round((50 + 51 + 54) / 3, 2)
     shown = capsys.readouterr().err
     assert (
-        "table: s2: is no further seed of s0, because it learned from other data (different: train questions); train "
-        "one of the two again; ignored\n" in shown
+        "table: s2: ignored as a further seed of s0, because it learned from other data (different: train questions); "
+        "train one of the two again\n" in shown
     )
-    assert "table: s3: is no further seed of s0, because it answers 999 test questions in place of 1,000" in shown
+    assert "table: s3: ignored as a further seed of s0, because it answers 999 test questions instead of 1,000" in shown
 
 
 def test_runs_of_a_sweep_are_not_listed_as_rows(tmp_path: Path) -> None:

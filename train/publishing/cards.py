@@ -51,7 +51,7 @@ def head_card(card: Card, scores: Mapping[str, Score], found: Sequence[Origin], 
             *_warnings(card),
             f"A head of EgoPatch with {card.parameters:,} parameters, trained on stored features of a frozen encoder. "
             "It needs a store with the fingerprint below.",
-            f"Accuracy on test in percent: {shown or 'unknown, as no answer is published'}. "
+            f"Accuracy on test in percent: {shown or 'unknown, because no answers are published'}. "
             f"Epoch {card.best_epoch} was chosen on val; seed {card.seed}.",
             f"Trained by `{card.command}` with {', '.join(f'{k} {v}' for k, v in card.versions.items())}.",
             "## Origin and terms\n\n" + _origins(found),
@@ -103,10 +103,10 @@ def _warnings(card: Card) -> list[str]:
     found = []
     if is_standin(plain):
         found.append(
-            "**The encoder is a stand-in with random weights.** Nothing here says anything about the published network."
+            "**The encoder is a stand-in with random weights.** These files say nothing about the published network."
         )
     if is_synthetic(plain):
-        found.append("**The videos are rendered (EgoSynth).** Nothing here says anything about recorded videos.")
+        found.append("**The videos are rendered (EgoSynth).** These files say nothing about recorded videos.")
     return found
 
 

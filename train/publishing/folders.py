@@ -65,7 +65,7 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     if unknown := [what for what, licence in stated.items() if not licence]:
         raise ConfigError(
             f"no licence is known for {'; '.join(unknown)}; find out whether you may publish what was made from it, "
-            "and state the terms of each: --terms 'NAME: LICENCE', where NAME is a part of its name here"
+            "then state the terms of each with --terms 'NAME: LICENCE'; NAME is any part of a name listed above"
         )
     found = tuple(dataclasses.replace(origin, terms=origin.terms or stated[origin.what]) for origin in found)
     head = to / "head"
@@ -115,17 +115,17 @@ def _notes(card: Card) -> Iterator[str]:
     # --store.path=/data/my store.
     found = (re.search(r"(?:^|[\s='\"])(/.+)", word) for word in _words(card.command))
     if in_command := [path[1] for path in found if path]:
-        yield f"{README} and {CARD} have the command, which names folders of this machine: {', '.join(in_command)}"
+        yield f"{README} and {CARD} quote the command, which names folders of this machine: {', '.join(in_command)}"
 
 
 def _store_notes(store: Store) -> Iterator[str]:
     """Notes on what the files of a store reveal about this machine."""
     videos = (origin.file for origin in store.origins().values() if origin is not None)
     if video := next((name for name in videos if Path(name).is_absolute()), None):
-        yield f"the store has the paths of its videos on this machine, such as {video}"
+        yield f"the store lists the paths of its videos on this machine, such as {video}"
     reasons = (f"{record.reason} {record.traceback}" for record in store.quarantine.values())
     if named := next(filter(None, (re.search(r"(?:^|[\s='\"])(/[^\s'\"]+)", reason) for reason in reasons)), None):
-        yield f"the store has the reasons for quarantine, which name files of this machine, such as {named[1]}"
+        yield f"the store lists the reasons for quarantine, which name files of this machine, such as {named[1]}"
 
 
 def _words(command: str) -> list[str]:

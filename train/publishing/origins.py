@@ -74,8 +74,8 @@ def _checkpoint(what: str, path: Path, used: object) -> Origin:
     locked = Lockfile(sources.lock_path).get(f"{source.name}/{path.name}")
     if locked is not None and used not in (None, locked.sha256):
         raise ConfigError(
-            f"encoder.checkpoint is {path}, but the features were made with another file (SHA-256 {used}) than the one "
-            f"that {sources.lock_path} has for this name ({locked.sha256}); give it a name of its own"
+            f"encoder.checkpoint is {path}, but the features were made with a file of SHA-256 {used}, and "
+            f"{sources.lock_path} has {locked.sha256} for this name; give the checkpoint another name"
         )
     checked = "not compared with a lock file" if None in (locked, used) else f"SHA-256 as in {sources.lock_path}"
     return _published(f"{what}: {path.name}, {source.purpose} ({checked})", source)

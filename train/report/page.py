@@ -167,7 +167,7 @@ def write_report(config: Config, folder: Path) -> Path:
     for problem in problems[:_MOST_PROBLEMS]:
         print(f"report: {problem}", file=sys.stderr)
     if len(problems) > _MOST_PROBLEMS:
-        print(f"report: {len(problems) - _MOST_PROBLEMS} more are listed in {path}", file=sys.stderr)
+        print(f"report: {len(problems) - _MOST_PROBLEMS} more problems are listed in {path}", file=sys.stderr)
     return path
 
 

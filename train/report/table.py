@@ -29,7 +29,7 @@ from egopatch.train.scores.text_metrics import NAMES
 RowIntervals = Mapping[str, Interval]
 # Metrics of a split's answers as texts, by label and name.
 Texts = Mapping[str, Mapping[str, Interval]]
-TEXTS = "Answers as lower-cased texts, in percent, mean over seeds: by sacrebleu, nltk and rouge-score."
+TEXTS = "Answers compared as lower-cased texts by sacrebleu, nltk and rouge-score; in percent, mean over seeds."
 
 
 def write_table(config: Config, folder: Path) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
         ]
         if tagged:
             n = rows[0].n("split_tag")
-            lines += ["", f"All, over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
+            lines += ["", f"Accuracy over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
         if texts:
             lines += ["", TEXTS, "", f"| System | {' | '.join(NAMES.values())} |", "|:--|" + "--:|" * len(NAMES)]
             lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, texts))} |" for row in rows]
@@ -219,7 +219,7 @@ def _several_data_sets(split: str, rows: Sequence[Row]) -> str | None:
     if len(rows_of) < 2:
         return None
     each = "; ".join(f"{', '.join(labels)}: {data}" for data, labels in rows_of.items())
-    return f"Rows of {title(split, rows)} are about several data sets, and cannot be compared with each other: {each}."
+    return f"Rows of {title(split, rows)} come from several data sets and cannot be compared with each other: {each}."
 
 
 def is_standin(card: Mapping[str, Any]) -> bool:
@@ -241,15 +241,15 @@ def origin(results: Results) -> list[str]:
     """The origin of the numbers, one statement per item."""
     seeds = sorted({len(row.runs) for row in results.rows})
     mean = "one seed per row" if seeds == [1] else f"mean over {_span(seeds)} seeds per row"
-    alone = "; a row of one seed leaves out the spread between seeds" if 1 in seeds else ""
+    alone = "; for a row of one seed, they leave out the spread between seeds" if 1 in seeds else ""
     count = max(run.quarantined for row in results.rows for run in row.runs)
     quarantined = f"Up to {count:,} test questions are about quarantined clips; they got the majority answer."
     return [
-        f"{mean[0].upper()}{mean[1:]}; checkpoint and log are those of the seed best on val. "
+        f"{mean[0].upper()}{mean[1:]}; checkpoint and log are from the seed that is best on val. "
         "Nothing is chosen on test.",
         f"In brackets: 95% intervals over seeds and clips (`train.scores.statistics`){alone}.",
-        "Wrong form: share of answers such as `cup` to a yes/no question. Time to 95%: training until val first "
-        "reached 95% of its best, median over seeds.",
+        "Wrong form: share of answers that do not fit the question, such as `cup` to a yes/no question. Time to 95%: "
+        "training time until val first reached 95% of its best, median over seeds.",
         f"Each row is the mean over `{TEST}` of its runs; `{CARD}` beside it has the command and versions.",
         f"`{'`, `'.join(BLIND[:-1])}` and `{BLIND[-1]}` never see the video. All other systems read cached features of "
         "uniformly sampled frames.",

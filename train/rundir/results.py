@@ -316,12 +316,14 @@ def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: l
         for run in group:
             if why := _no_seed_of(group[0], run):
                 names = run.dir.relative_to(folder), group[0].dir.relative_to(folder)
-                problems.append(f"{names[0]}: is no further seed of {names[1]}, because {why}; ignored")
+                problems.append(f"{names[0]}: ignored as a further seed of {names[1]}, because {why}")
                 continue
             first = seeds.setdefault(run.seed, run)
             if first is not run:
                 names = run.dir.relative_to(folder), first.dir.relative_to(folder)
-                problems.append(f"{names[0]}: repeats seed {run.seed} of {names[1]} with the same config; ignored")
+                problems.append(
+                    f"{names[0]}: ignored, because it repeats seed {run.seed} of {names[1]} with the same config"
+                )
         ranked = sorted(seeds.values(), key=lambda run: (-(run.val if run.val is not None else -math.inf), run.seed))
         label = system
         if group is not groups[0]:
@@ -342,7 +344,7 @@ def _no_seed_of(first: Run, run: Run) -> str | None:
         return f"it learned from other data (different: {', '.join(kinds)}); train one of the two again"
     counts = [[seed.scores[part].n for part in COLUMNS] for seed in (first, run)]
     if counts[0] != counts[1]:
-        return f"it answers {counts[1][-1]:,} test questions in place of {counts[0][-1]:,}; evaluate both again"
+        return f"it answers {counts[1][-1]:,} test questions instead of {counts[0][-1]:,}; evaluate both again"
     return None
 
 
