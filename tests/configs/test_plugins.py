@@ -177,7 +177,7 @@ def test_head_options_are_type_checked(options: dict[str, object], why: str, mon
     with pytest.raises(ConfigError, match=f"head.options of the head mine: .*{why}") as caught:
         check_head(HeadConfig(name="mine", options=options))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is not a registered head"):
+    with pytest.raises(ConfigError, match=r"head\.options is .*, but psa is a built-in head"):
         check_head(HeadConfig(name="psa", options=options))
 
 

@@ -281,7 +281,7 @@ def test_a_custom_head_without_a_capture_flag_is_not_captured(tiny: Config, cuda
     register_head(Head("uncaptured", lambda _, sizes: torch.nn.Linear(1, sizes.answers)), replace=True)
     config = with_run(tiny, "outside", head_name="uncaptured", train_device="cuda")
     why = why_not_captured(config, open_experiment(config))
-    assert why == "the head uncaptured does not say that its steps can be captured (Head.captures)"
+    assert why == "Head.captures is false for the head uncaptured"
 
 
 def test_measure_is_not_called_on_a_head_that_reads_no_video(tiny: Config) -> None:

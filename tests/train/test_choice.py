@@ -175,7 +175,7 @@ def test_a_duplicated_correct_option_counts_at_both_indices(choice: Config, monk
 
 def test_a_val_part_without_published_answers_is_refused(choice: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config = withhold(choice, monkeypatch, "val", 1)
-    message = r"data has 40 val questions, none with a published answer, so no epoch can be chosen by them; expected"
+    message = r"data has 40 val questions, but none has a published answer, so they cannot choose an epoch; use"
     with pytest.raises(RunError, match=message):
         fit(config, "x")
 

@@ -192,7 +192,11 @@ def test_world_size_without_the_torchrun_variables_is_refused(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("variable", "value", "fault"),
     [
-        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two'; expected a whole number, as torchrun sets it: start with it, or"),
+        (
+            "WORLD_SIZE",
+            "two",
+            "WORLD_SIZE is 'two'; expected a whole number, as torchrun sets it: start with torchrun, or",
+        ),
         ("WORLD_SIZE", "２", "WORLD_SIZE is '２'; expected a whole number"),
         ("RANK", " 1", "RANK is ' 1'; expected a whole number"),
         ("MASTER_PORT", "+1", r"MASTER_PORT is '\+1'; expected a whole number"),

@@ -254,7 +254,7 @@ def test_an_option_missing_from_an_older_run_takes_its_default(tiny: Config) -> 
 def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, "x")
     other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
-    message = r"psa was trained on other features than those of store .*other/store \(different: checkpoint\);"
+    message = r"psa was trained on features that differ from store .*other/store \(different: checkpoint\);"
     with pytest.raises(FingerprintMismatch, match=message):
         evaluate(with_run(tiny, "psa", store_path=other.store.path))
 

@@ -32,7 +32,7 @@ def test_equal_values_written_differently_are_refused_as_duplicates(
     grid = tmp_path / "grid.yaml"
     grid.write_text(text)
     option = text.partition(":")[0]
-    message = rf"in the sweep, {option} has a value twice in {values}: {same} are the same; list each value once"
+    message = rf"in the sweep, {option} lists a value twice in {values}: {same} are the same; list each value once"
     with pytest.raises(ConfigError, match=message):
         run_sweep(tiny, grid=grid)
 
@@ -59,7 +59,7 @@ def test_an_option_given_both_as_a_flag_and_in_the_grid_is_refused(tmp_path: Pat
     [
         ({"head_name": "question-only"}, [0.5, 1.0], "the head question-only does not depend on head.ratio, so runs"),
         ({"head_name": "mine"}, [0.5, 1.0], "the head mine does not depend on head.ratio, so runs that differ only in"),
-        ({"head_scores": ("all",)}, [0.5, 1.0], "the head psa does not depend on head.ratio where head.scores is all,"),
+        ({"head_scores": ("all",)}, [0.5, 1.0], "the head psa does not depend on head.ratio if head.scores is all,"),
         ({"head_name": "question-only"}, [0.5], None),
         ({}, [0.5, 1.0], None),
     ],
@@ -105,7 +105,7 @@ def test_settings_that_would_share_a_folder_are_refused(
     grid.write_text(f'head.options.mode: ["{first}", "max", "{second}"]\n', encoding="utf-8")
     message = (
         rf"in the sweep, two settings would share the folder .*/modes/mode-{folder}_seed-0 \(head\.options\.mode "
-        rf"'{first}' and '{second}'\); leave one of the values to a sweep with another --name"
+        rf"'{first}' and '{second}'\); move one of the values to a sweep with another --name"
     )
     with pytest.raises(ConfigError, match=message):
         run_sweep(with_run(tiny, "modal", head_name="modal"), seeds=[0], grid=grid, name="modes")

@@ -170,7 +170,7 @@ def test_heads_without_a_published_classifier_are_refused(mfas: Config, tmp_path
     checkpoint = mfas.encoder.checkpoint
     with pytest.raises(ConfigError, match=r"head\.name is egovlp, for which no EgoTaskQA classifier was published"):
         evaluate(with_run(mfas, "x", head_name="egovlp", head_checkpoint=checkpoint))
-    with pytest.raises(ConfigError, match="but a psa head has no checkpoint"):
+    with pytest.raises(ConfigError, match="but a psa head takes no checkpoint"):
         fit(with_run(mfas, "y", head_name="psa", head_checkpoint=checkpoint), "x")
     other = make(tmp_path, "egovlpv2")
     with pytest.raises(

@@ -343,7 +343,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return config
 
 
-SAME = "then and now, but others or in another order"
+SAME = "then and now, but not the same ones or not in the same order"
 
 
 @pytest.mark.parametrize(
@@ -370,8 +370,8 @@ def test_resuming_on_other_questions_is_refused(
     assert before == f"{interrupted.run.dir}/last.pt was saved with different data"
     assert re.sub(rf"^answers: 8 {SAME}; ", "", found) == changed
     assert after == (
-        f"restore the annotations in {interrupted.data.root}, or the store if clips were encoded since, to resume; or "
-        "delete the file to train from the start"
+        f"to resume, restore the annotations in {interrupted.data.root}, or the store if clips were encoded since; "
+        "otherwise delete the file to train from the start"
     )
     (interrupted.run.dir / "last.pt").unlink()
     fit(interrupted, "x")
@@ -392,18 +392,21 @@ def test_a_state_without_recorded_questions_resumes_if_its_steps_fit(
     original = interrupted.data.root / "qa" / "direct" / "formatted_train_qas_encode.json"
     rows = original.read_text()
     _edit(interrupted, "train", lambda rows: rows[: len(rows) // 2])
-    with pytest.raises(
-        RunError, match=r"different data \(its 6 steps up to batch 2 of epoch 2 are not those of the qu"
-    ):
+    with pytest.raises(RunError, match=r"different data \(its 6 steps up to batch 2 of epoch 2 do not match the qu"):
         fit(interrupted, "x")
     original.write_text(rows)
     _edit(interrupted, "train", lambda rows: [{**rows[0], "answer": "purple"}, *rows[1:]])
-    with pytest.raises(RunError, match=r"a head of another shape \(.*: \(8,.*\) then, \(9,.*\) now\); restore the ans"):
+    with pytest.raises(
+        RunError, match=r"a head of another shape \(.*: \(8,.*\) then, \(9,.*\) now\); to resume, restore the ans"
+    ):
         fit(interrupted, "x")
     original.write_text(rows)
     capsys.readouterr()
     fit(interrupted, "x")
-    assert "which recorded no answers and questions: the results are those of one" in capsys.readouterr().out
+    assert (
+        "which did not record the answers and questions; if the annotations have changed since"
+        in capsys.readouterr().out
+    )
 
 
 def test_resuming_on_other_features_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,9 @@ def test_a_sweep_waits_for_runs_held_by_another_process(
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 2)
     out = capsys.readouterr().out
-    line = f"sweep shared: waiting for 1 run of other processes: run folder {folder}/ratio-0.5 is held by process "
+    line = (
+        f"sweep shared: waiting for 1 run that other processes train: run folder {folder}/ratio-0.5 is held by process "
+    )
     assert out.count(line) == 1
     assert not list((folder / "crews").iterdir())
 
@@ -328,8 +330,8 @@ def test_runs_trained_on_different_annotations_cannot_share_a_sweep(tmp_path: Pa
     config = with_run(write_tiny(tmp_path), "psa", train_epochs=1)
     folder = run_sweep(config, seeds=[0]).parent
     change_answers(config, part)
-    changed = rf"\(.*{part} questions: \d+ then and now, but others or in another order\)"
-    message = rf"seed-0 was trained on different data {changed}, and the runs of a sweep have to share theirs; restore"
+    changed = rf"\(.*{part} questions: \d+ then and now, but not the same ones or not in the same order\)"
+    message = rf"seed-0 was trained on different data {changed}, but all runs of a sweep must share their data; restore"
     with pytest.raises(RunError, match=message):
         run_sweep(config, seeds=[0, 1])
     (folder / "seed-0" / "questions.json").write_text('{"answers": 8}')
@@ -339,7 +341,7 @@ def test_runs_trained_on_different_annotations_cannot_share_a_sweep(tmp_path: Pa
     assert json.loads(run_sweep(config, seeds=[0, 1]).read_text())["trained"] == 1
     change_answers(config, part)
     run_sweep(config, seeds=[2])
-    message = rf"seed-2 and .*seed-1 were trained on different data \(different: .*{part} questions\), and the runs of"
+    message = rf"seed-2 and .*seed-1 were trained on different data \(different: .*{part} questions\), but all runs of"
     with pytest.raises(RunError, match=message):
         run_sweep(config, seeds=[0, 1, 2])
 
@@ -378,7 +380,10 @@ def test_the_summary_states_verdicts_and_the_seeds_needed() -> None:
     needed = {"1": None, "3": 21, "5": 8}
     lines = describe({"points": points, "comparisons": [pair], "seeds_needed": needed})
     assert lines[-2] == ("  head.ratio 1 against head.ratio 0.1: +1.00 [-4.00, +6.00], cannot be told apart (p 0.6000)")
-    assert lines[-1] == "  seeds needed to find a difference, in points, 4 times in 5: 1: more clips, 3: 21, 5: 8"
+    assert (
+        lines[-1]
+        == "  seeds needed to find a difference 4 times in 5, by its size in points: 1: more clips, 3: 21, 5: 8"
+    )
     assert len(describe({"points": points, "comparisons": [], "seeds_needed": None})) == 2
 
 

@@ -285,7 +285,7 @@ def test_a_custom_data_set_without_questions_is_refused_by_name(tiny: Config, mo
     bare = Dataset(clips, {"train": (), "val": (), "test": ()}, UNKNOWN_ANSWERS, (), "direct")
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: bare)
     with pytest.raises(
-        ConfigError, match=r"^the data set mine has clips and no questions; expected some of each part$"
+        ConfigError, match=r"^the data set mine has clips but no questions; expected questions of each part$"
     ):
         fit(replace(tiny, data=replace(tiny.data, name="mine")), "x")
 

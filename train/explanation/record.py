@@ -107,7 +107,9 @@ def _ranking(values: dict[str, Any], shares: int) -> Ranking:
     def curve(name: str) -> tuple[float, ...]:
         heights = tuple(map(_number, values[name]))
         if len(heights) != shares or shares < 2:
-            raise ValueError(f"{name!r} has {len(heights)} points for {shares} shares; expected as many, at least 2")
+            raise ValueError(
+                f"{name!r} has {len(heights)} points for {shares} shares; expected one for each share, and at least 2"
+            )
         return heights
 
     return Ranking(
@@ -124,7 +126,7 @@ def _ranking(values: dict[str, Any], shares: int) -> Ranking:
 def _number(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{number} stands where a finite number is expected")
+        raise ValueError(f"found {number}; expected a finite number")
     return number
 
 

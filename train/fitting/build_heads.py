@@ -46,7 +46,7 @@ def why_not_captured(config: Config, experiment: Experiment) -> str | None:
     if features.store is not None and features.residency != "gpu":
         return f"features are not on the GPU (train.residency: {features.residency})"
     if not can_capture(config.head.name):
-        return f"the head {config.head.name} does not say that its steps can be captured (Head.captures)"
+        return f"Head.captures is false for the head {config.head.name}"
     if not HAS_TRITON:
         return "Triton is not installed, so dropout runs its reference"
     for width in selected_widths(config, experiment.sizes):

@@ -210,10 +210,12 @@ def _load_annotations(config: Config) -> Dataset:
     if any(dataset.questions.values()):
         return dataset
     if config.data.name != "jsonl":
-        raise ConfigError(f"the data set {config.data.name} has clips and no questions; expected some of each part")
+        raise ConfigError(
+            f"the data set {config.data.name} has clips but no questions; expected questions of each part"
+        )
     raise ConfigError(
-        f"data.questions is {config.data.questions!r}, so {config.data.root} has clips and no questions; name a file"
-        " of questions there, and run `extract run` with the same config"
+        f"data.questions is {config.data.questions!r}, so {config.data.root} has clips but no questions; set"
+        " data.questions to a file of questions in that folder, and run `extract run` with the same config"
     )
 
 
@@ -263,14 +265,14 @@ def _require_questions(
     if not len(encoded_test):
         raise RunError(
             f"all {counts['test']} test questions of {root} are about quarantined clips, so none can be answered; "
-            "`egopatch extract status --config CONFIG` names a reason: mend the videos, and run "
+            "repair the videos (`egopatch extract status --config CONFIG` names a reason), then run "
             "`egopatch extract retry --config CONFIG`"
         )
     if not is_trained and not any(question.counts for question in tables["val"].questions):
         raise RunError(
-            f"{root} has {counts['val']} val questions, none with a published answer, so no epoch can be chosen by "
-            "them; expected some with one: use a part with published answers as val, or evaluate a head of another "
-            "data set: egopatch train evaluate --config CONFIG --from RUN"
+            f"{root} has {counts['val']} val questions, but none has a published answer, so they cannot choose an "
+            "epoch; use a part with published answers as val, or evaluate a head that was trained on another data set: "
+            "egopatch train evaluate --config CONFIG --from RUN"
         )
 
 
@@ -322,7 +324,7 @@ def open_features(config: Config, kind: str, expect: Mapping[str, object] | None
     if trained_on is not None and (different := store.fingerprint.differences(trained_on, "store has", "head has")):
         names = ", ".join(line.partition(":")[0] for line in different)
         raise FingerprintMismatch(
-            f"the head in {config.run.dir} was trained on other features than those of store {path} (different: "
+            f"the head in {config.run.dir} was trained on features that differ from store {path} (different: "
             f"{names}); use the run.dir and store.path of one config, such as {config.run.dir / CONFIG}"
         )
     if store.spec.kind != kind:

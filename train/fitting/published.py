@@ -96,6 +96,6 @@ def _check_store(config: Config, experiment: Experiment, sha256: str) -> None:
     if encoded_with != sha256:
         raise FingerprintMismatch(
             f"store {config.store.path} was created with a checkpoint of SHA-256 {encoded_with} but head.checkpoint "
-            f"{config.head.checkpoint} has {sha256}; encode with it first: egopatch extract run --config CONFIG "
-            f"--encoder.checkpoint {shlex.quote(str(config.head.checkpoint))} --store.path ANOTHER"
+            f"{config.head.checkpoint} has {sha256}; encode with head.checkpoint first: egopatch extract run "
+            f"--config CONFIG --encoder.checkpoint {shlex.quote(str(config.head.checkpoint))} --store.path ANOTHER"
         )

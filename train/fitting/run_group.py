@@ -191,10 +191,10 @@ class RunGroup:
         elsewhere = "another --run.dir" if self.path.parent == run.config.run.dir else "a sweep with another --name"
         remedy = f"try {lower}, in {elsewhere}"
         if step == 1 and what.startswith("the loss"):  # no rate has had an effect yet
-            float32 = ", use --train.dtype float32" if heads.low_precision else ""
+            float32 = ", or try --train.dtype float32" if heads.low_precision else ""
             remedy = (
-                f"expected a finite one before anything is learned: check the logits of the head "
-                f"{self.config.head.name}{float32}, and the store with `features verify`; then use {elsewhere}"
+                f"nothing has been learned yet, so the rate is not the cause: check the logits of the head "
+                f"{self.config.head.name} and the store (`features verify`){float32}; then use {elsewhere}"
             )
         run.fail(f"{what} in {where}; {remedy}", step)
 
@@ -212,15 +212,15 @@ class RunGroup:
         if saved.data is None:
             changed = self._changed_since_earlier(saved)
             experiment.ranks.print_once(
-                f"note: {self.path} was saved by an earlier version, which recorded no answers and questions: the "
-                "results are those of one training only if the annotations have not changed since"
+                f"note: {self.path} was saved by an earlier version, which did not record the answers and "
+                "questions; if the annotations have changed since, delete the file to train from the start"
             )
         else:
             changed = changed_data(saved.data, experiment.data_record)
         if changed:
             raise RunError(
-                f"{self.path} was saved with different data ({'; '.join(changed)}); restore the annotations in "
-                f"{self.config.data.root}, or the store if clips were encoded since, to resume; or delete the file to "
+                f"{self.path} was saved with different data ({'; '.join(changed)}); to resume, restore the annotations "
+                f"in {self.config.data.root}, or the store if clips were encoded since; otherwise delete the file to "
                 "train from the start"
             )
         then, now = _head_shapes(saved.heads["tensors"]), _head_shapes(self.heads.tensors)
@@ -228,8 +228,8 @@ class RunGroup:
             if then.get(name) != now.get(name):
                 raise RunError(
                     f"{self.path} was saved with a head of another shape ({name}: {then.get(name)} then, "
-                    f"{now.get(name)} now); restore the answers and, for a head from outside, its package to resume, "
-                    "or delete the file to train from the start"
+                    f"{now.get(name)} now); to resume, restore the answers and, for a head from outside, its package; "
+                    "otherwise delete the file to train from the start"
                 )
         self.heads.load_state(saved.heads)
         for run, state in zip(self.runs, saved.runs, strict=True):
@@ -253,9 +253,7 @@ class RunGroup:
         steps += math.ceil(batch / train.accumulate) if batch == batches[epoch] else batch // train.accumulate
         if batch <= batches[epoch] and steps == saved.heads["step"]:
             return []
-        return [
-            f"its {saved.heads['step']} steps up to batch {batch} of epoch {epoch + 1} are not those of the questions"
-        ]
+        return [f"its {saved.heads['step']} steps up to batch {batch} of epoch {epoch + 1} do not match the questions"]
 
 
 def _head_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -84,7 +84,7 @@ def _build_fused(config: Config, sizes: Sizes) -> nn.Module:
     if sizes.patches < sizes.grid[0] * sizes.grid[1]:
         raise ConfigError(
             f"head.name is {name}, which reads whole frames, but the store has {sizes.patches} of "
-            f"{sizes.grid[0] * sizes.grid[1]} patches a frame; use the store that it was derived from"
+            f"{sizes.grid[0] * sizes.grid[1]} patches a frame; use the store that this one was derived from"
         )
     if name == "mfas" and config.encoder.arch != "mfas":
         raise ConfigError(
@@ -148,8 +148,8 @@ def check_head(config: HeadConfig) -> None:
         _options_of(head, config)
     elif config.options is not None:
         raise ConfigError(
-            f"head.options is {config.options!r}, but {config.name} is not a registered head: its options are "
-            "those of the section head itself"
+            f"head.options is {config.options!r}, but {config.name} is a built-in head, whose options are keys of the "
+            "section head itself; set them there, and remove head.options"
         )
 
 
@@ -210,8 +210,8 @@ def build_head(config: Config, sizes: Sizes) -> nn.Module:
     head = _described(config.head.name)
     if config.head.checkpoint is not None and not (isinstance(head, _BuiltIn) and head.published):
         raise ConfigError(
-            f"head.checkpoint is {config.head.checkpoint}, but a {config.head.name} head has no checkpoint; set it to "
-            "null, or head.name to egovlpv2 or mfas"
+            f"head.checkpoint is {config.head.checkpoint}, but a {config.head.name} head takes no checkpoint; set it "
+            "to null, or head.name to egovlpv2 or mfas"
         )
     if not sizes.choices or (isinstance(head, _BuiltIn) and head.chooses):
         return _build(head, config, sizes)

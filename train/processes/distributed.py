@@ -132,7 +132,7 @@ def _number(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
     if not (text.isascii() and text.isdecimal()):
         raise ConfigError(
-            f"{name} is {text!r}; expected a whole number, as torchrun sets it: start with it, or unset {name}"
+            f"{name} is {text!r}; expected a whole number, as torchrun sets it: start with torchrun, or unset {name}"
         )
     return int(text)
 
@@ -161,7 +161,7 @@ def join(cuda: bool) -> Iterator[Distributed]:
     if rank >= size or local >= local_size:  # the others would wait for a rank that does not exist
         raise ConfigError(
             f"RANK is {rank} of WORLD_SIZE {size}, and LOCAL_RANK {local} of LOCAL_WORLD_SIZE {local_size}; expected "
-            "ranks below these numbers, as torchrun sets them: start with it, or unset WORLD_SIZE"
+            "ranks below these numbers, as torchrun sets them: start with torchrun, or unset WORLD_SIZE"
         )
     ranks = Distributed(rank, size, local, local_size)
     if cuda:

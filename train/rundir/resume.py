@@ -110,5 +110,5 @@ def changed_data(saved: DataRecord, now: DataRecord) -> list[str]:
         if then != count:
             lines.append(f"{kind}: {then} then, {count} now")
         elif digest_then != digest:
-            lines.append(f"{kind}: {count} then and now, but others or in another order")
+            lines.append(f"{kind}: {count} then and now, but not the same ones or not in the same order")
     return lines

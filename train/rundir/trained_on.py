@@ -93,9 +93,9 @@ def require_same_questions(folder: Path, record: DataRecord, root: Path) -> None
     saved = _read_questions(folder)
     if saved and (changed := changed_data(saved, record)):
         raise RunError(
-            f"{folder} was trained on different data ({'; '.join(changed)}), and the runs of a sweep have to share "
-            f"theirs; restore the annotations in {root}, or the store if clips were encoded since; or train again with "
-            "another --name, or delete this folder"
+            f"{folder} was trained on different data ({'; '.join(changed)}), but all runs of a sweep must share their "
+            f"data; restore the annotations in {root}, or the store if clips were encoded since; otherwise train again "
+            "with another --name, or delete this folder"
         )
 
 
@@ -111,8 +111,8 @@ def require_shared_questions(folders: Sequence[Path]) -> None:
         kinds = [kind for kind in dict.fromkeys([*expected, *record]) if record.get(kind) != expected.get(kind)]
         if kinds:
             raise RunError(
-                f"{folder} and {first} were trained on different data (different: {', '.join(kinds)}), and the runs of "
-                "a sweep have to share theirs; delete one of the folders, and run the sweep again"
+                f"{folder} and {first} were trained on different data (different: {', '.join(kinds)}), but all "
+                "runs of a sweep must share their data; delete one of the folders, and run the sweep again"
             )
 
 

@@ -90,8 +90,8 @@ def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any
                 # In Python, True equals 1.
                 if parsed == other and isinstance(parsed, bool) == isinstance(other, bool):
                     raise ConfigError(
-                        f"in the sweep, {option} has a value twice in {list(values)}: {written!r} and {value!r} are "
-                        "the same; list each value once"
+                        f"in the sweep, {option} lists a value twice in {list(values)}: {written!r} and {value!r} "
+                        "are the same; list each value once"
                     )
             listed.append((parsed, value))
             typed[option, _key(value)] = parsed
@@ -151,7 +151,7 @@ def require_own_folders(runs: Sequence[PlannedRun]) -> None:
                 if _key(first.overrides[option]) != _key(value)
             )
             raise ConfigError(
-                f"in the sweep, two settings would share the folder {run.folder} ({different}); leave one of the "
+                f"in the sweep, two settings would share the folder {run.folder} ({different}); move one of the "
                 "values to a sweep with another --name"
             )
 

@@ -110,10 +110,10 @@ def run_sweep(
     before = sum(_finished(run.config) for run in runs)
     print(f"{label}: {counted(len(runs), 'run')}, {before} already finished", flush=True)
     if len(axes.get("head.ratio", ())) > 1 and not any(reads_ratio(run.config.head) for run in runs):
-        where = " where head.scores is all" if config.head.name == "psa" else ""
+        condition = " if head.scores is all" if config.head.name == "psa" else ""
         print(
-            f"note: the head {config.head.name} does not depend on head.ratio{where}, so runs that differ only in it "
-            "train the same head; vary options that it reads, with --grid",
+            f"note: the head {config.head.name} does not depend on head.ratio{condition}, so runs that differ only in "
+            "it train the same head; vary other options with --grid",
             flush=True,
         )
     started, bytes_read = time.monotonic(), 0
@@ -204,7 +204,10 @@ def _train_all(
                 # Resident features are read once anyway; from disk, groups with the same seed share the reading.
                 results = [train(_of_one_seed(plans) if on_disk else plans[:1], label=label)]
         elif not announced and (holder := next(filter(None, (busy(config.run.dir) for config in unfinished)), None)):
-            print(f"{label}: waiting for {counted(len(unfinished), 'run')} of other processes: {holder}", flush=True)
+            print(
+                f"{label}: waiting for {counted(len(unfinished), 'run')} that other processes train: {holder}",
+                flush=True,
+            )
             announced = True
         for result in results:
             outcomes |= result

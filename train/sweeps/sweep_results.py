@@ -170,7 +170,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     ]
     if needed := result["seeds_needed"]:
         parts = [f"{points}: {'more clips' if seeds is None else seeds}" for points, seeds in needed.items()]
-        lines.append(f"  seeds needed to find a difference, in points, 4 times in 5: {', '.join(parts)}")
+        lines.append(f"  seeds needed to find a difference 4 times in 5, by its size in points: {', '.join(parts)}")
     return lines
 
 

@@ -136,7 +136,7 @@ def test_the_budget_refuses_the_interpreter() -> None:
 
 def test_triton_is_refused_on_a_cpu() -> None:
     if find_spec("triton") is None:
-        message = r"Triton is not installed; expected it .* with implementation 'triton'; or use 'auto'"
+        message = r"Triton is not installed; expected 3.6 or newer .* with implementation 'triton'; or use 'auto'"
     else:
         message = r"tokens is on cpu; expected a CUDA device with implementation 'triton'; or use 'auto'"
     case = make_case(2, 3, 1, 9, 16, 1)

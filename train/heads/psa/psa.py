@@ -295,12 +295,12 @@ def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:
         raise ConfigError(
             f"head.ratio {config.ratio:g} with head.scores {', '.join(config.scores)} keeps {k} of {whole} patches a "
             f"frame, but the store has {sizes.patches}; use a ratio of at most {sizes.patches / whole:.2g}, or the "
-            "store that it was derived from"
+            "store that this one was derived from"
         )
     if config.coarse and sizes.patches < whole:
         raise ConfigError(
             f"head.coarse is true but the store has {sizes.patches} of {whole} patches a frame, too few to merge; "
-            "use --head.coarse false, or the store that it was derived from"
+            "use --head.coarse false, or the store that this one was derived from"
         )
     return k
 

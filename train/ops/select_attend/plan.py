@@ -119,9 +119,9 @@ def choose_implementation(
 def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, and what they expect; None if they can."""
     if TRITON is None:
-        return "Triton is not installed; expected it (pip install triton)"
+        return "Triton is not installed; expected 3.6 or newer (pip install triton)"
     if machine.release(TRITON) < machine.OLDEST_TRITON:
-        return f"Triton {TRITON} is installed; expected 3.6 or newer, as torch 2.10 and newer bring it"
+        return f"Triton {TRITON} is installed; expected 3.6 or newer, which torch 2.10 and newer install"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
     if dtype == torch.float64:
