@@ -87,8 +87,8 @@ def test_a_signal_to_all_processes_interrupts_each_once(number: signal.Signals) 
     others = set(psutil.Process().children())  # such as Python's resource tracker
 
     def work() -> None:
-        os.write(report, b".")
         try:
+            os.write(report, b".")
             time.sleep(LONG_S)
         finally:
             time.sleep(0.2)  # as training that saves its position
