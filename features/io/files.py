@@ -33,6 +33,7 @@ REMEDIES = {
 }
 _BLOCK = 1 << 20
 _SMALL = 1 << 13
+_BEHIND = 1 << 23  # bytes of a file that is being written, which the disk has not begun to write
 
 
 @contextmanager
@@ -61,10 +62,18 @@ def sync_file(path: Path) -> None:
     try:
         with _errors_name(path):
             os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        _leave_cache(handle)
     finally:
         os.close(handle)
+
+
+def _leave_cache(handle: int, offset: int = 0, size: int = 0) -> None:
+    """Drop bytes of an open file from the page cache; the disk begins to write those that it does not have yet.
+
+    A size of 0 reaches to the end of the file. Systems without this advice keep the bytes in their cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def make_folder(folder: Path) -> None:
@@ -243,6 +252,8 @@ def size_and_crc(content: bytes | memoryview) -> FileSum:
 class SummedFile:
     """A new file that is written from start to end, and whose checksum is known without reading it again.
 
+    The disk writes its beginning while the rest is made, so that a sync at the end waits for little.
+
     Attributes:
         size: Bytes so far.
     """
@@ -251,6 +262,7 @@ class SummedFile:
         # Rows are larger than any buffer, and the few small pieces between them are not worth a second copy of rows.
         self._file = path.open("wb", buffering=_SMALL)
         self.size = 0
+        self._begun = 0
         self._crc32 = 0
 
     def __enter__(self) -> "SummedFile":
@@ -265,6 +277,10 @@ class SummedFile:
         self._file.write(data.data)
         self._crc32 = crc32_combine(self._crc32, crc32(data) if crc is None else crc, data.size)
         self.size += data.size
+        if self.size - self._begun >= _BEHIND:
+            self._file.flush()
+            _leave_cache(self._file.fileno(), self._begun, self.size - self._begun)
+            self._begun = self.size
 
     @property
     def sum(self) -> FileSum:

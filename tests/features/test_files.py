@@ -33,6 +33,21 @@ def test_file_size_and_crc32_match_zlib(tmp_path: Path, size: int) -> None:
     assert file.sum == size_and_crc_of_file(tmp_path / "parts") == (size, zlib.crc32(content))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system does not take the advice")
+def test_the_disk_begins_to_write_a_file_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def advise(handle: int, offset: int, size: int, advice: int) -> None:
+        assert os.fstat(handle).st_size >= offset + size  # the bytes have left the file's buffer
+        begun.append((offset, size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with SummedFile(tmp_path / "rows") as file:
+        for size in (5 << 20, 100, 5 << 20, 1, 9 << 20, 1 << 20):
+            file.write(bytes(size))
+    assert begun == [(0, (10 << 20) + 100), ((10 << 20) + 100, (9 << 20) + 1)]
+
+
 def test_crc32c_matches_the_standard_check_value() -> None:
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(b"6789", crc32c(b"12345")) == 0xE3069283
