@@ -363,6 +363,26 @@ def parse_options(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, js
         parser.error(str(error))
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read one experiment file; `overrides` are options like `["--head.ratio", "0.5"]`. Errors as in `parse_config`."""
-    return parse_config(ConfigParser(prog="config"), ["--config", str(path), *overrides])[0]
+def load_config(path: Path | str, overrides: Sequence[object] = ()) -> Config:
+    """Read one experiment file; `overrides` are options like `["--head.ratio", 0.5]`.
+
+    Raises:
+        ConfigError: The file is missing or not an experiment's, or an option has an unknown name or a wrong value.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(f'overrides is {overrides!r}; expected a list such as ["--head.ratio", "0.5"]')
+    try:
+        return parse_config(_ParserInPython(prog="config"), ["--config", str(path), *map(str, overrides)])[0]
+    except _Refusal as refusal:
+        raise ConfigError(str(refusal)) from None
+
+
+class _Refusal(BaseException):
+    """What is wrong with a config, in one line; jsonargparse would catch an Exception and explain it once more."""
+
+
+class _ParserInPython(ConfigParser):
+    """Raises errors instead of printing them."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise _Refusal(self.explain(message))
