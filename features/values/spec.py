@@ -7,7 +7,7 @@ L text tokens.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -35,6 +35,16 @@ def keep_count(ratio: float, patches: int) -> int:
 def middle_indices(count: int, wanted: int) -> list[int]:
     """Index of the item in the middle of each of `wanted` equal spans of `count` items, such as frames of a clip."""
     return [(2 * span + 1) * count // (2 * wanted) for span in range(wanted)]
+
+
+def _row_shapes(patches: Sequence[int], coarse: Sequence[int] | None) -> dict[str, tuple[int, ...]]:
+    """Array -> its shape for one clip, beside patches [T, N, D] and coarse patches [T, M, E]."""
+    t, n, d = patches
+    shapes = {"cls": (d,), "saliency": (t, n), "timestamps": (t,), "scale": (t, n), "positions": (t, n)}
+    if coarse is None:
+        return shapes
+    _, m, e = coarse
+    return shapes | {"coarse": (t, m, e), "coarse_saliency": (t, m)}
 
 
 @dataclass(frozen=True)
@@ -67,24 +77,15 @@ class PatchTokens:
     def __post_init__(self) -> None:
         if self.patches.ndim != 4:
             raise ValueError(f"patches has shape {tuple(self.patches.shape)}; expected [B, T, N, D]")
-        b, t, n, d = self.patches.shape
-        expected = {
-            "cls": (b, d),
-            "saliency": (b, t, n),
-            "timestamps": (b, t),
-            "scale": (b, t, n),
-            "positions": (b, t, n),
-        }
-        if self.coarse is not None:
-            if self.coarse.ndim != 4:
-                raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, E]")
-            m, e = self.coarse.shape[2:]
-            expected |= {"coarse": (b, t, m, e), "coarse_saliency": (b, t, m)}
-        for name, shape in expected.items():
+        if self.coarse is not None and self.coarse.ndim != 4:
+            raise ValueError(f"coarse has shape {tuple(self.coarse.shape)}; expected [B, T, M, E]")
+        b, *patches = self.patches.shape
+        rows = _row_shapes(patches, None if self.coarse is None else self.coarse.shape[1:])
+        for name, row in rows.items():
             tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is not None and tuple(tensor.shape) != (b, *row):
                 raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected {shape} beside patches {b, t, n, d}"
+                    f"{name} has shape {tuple(tensor.shape)}; expected {(b, *row)} beside patches {(b, *patches)}"
                 )
 
     def tensors(self) -> "dict[str, Tensor]":
@@ -127,6 +128,11 @@ _REQUIRED = {
 }
 
 
+def _are_counts(values: object) -> bool:
+    """Whether `values` is a tuple of ints of at least 1; NumPy's would not read back from JSON."""
+    return isinstance(values, tuple) and all(type(value) is int and value >= 1 for value in values)
+
+
 @dataclass(frozen=True)
 class ArraySpec:
     """One named array of a store; `shape` is the shape of a single row."""
@@ -136,8 +142,10 @@ class ArraySpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if any(side < 1 for side in self.shape):
-            raise ValueError(f"array {self.name!r} has row shape {self.shape}; expected positive sides")
+        if not _are_counts(self.shape):
+            raise ValueError(
+                f"array {self.name!r} has row shape {self.shape!r}; expected a tuple of ints of at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,8 @@ class StoreSpec:
         codec: Compression of rows on disk; it changes no value.
 
     Raises:
-        ValueError: An attribute has a value that no store can have; the message names the attribute.
+        ValueError: An attribute has a value that no store can have, or two arrays, or an array and the grid, do not
+            fit together; the message names them.
     """
 
     kind: Literal["patches", "text"]
@@ -164,12 +173,12 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if self.kind not in _ARRAYS:
             raise ValueError(f"kind is {self.kind!r}; expected one of {', '.join(_ARRAYS)}")
-        if self.shard < 1:
-            raise ValueError(f"shard is {self.shard}; expected at least 1 row")
+        if not _are_counts((self.shard,)):
+            raise ValueError(f"shard is {self.shard!r}; expected at least 1 row, as an int")
         if self.codec not in get_args(Codec):
             raise ValueError(f"codec is {self.codec!r}; expected one of {', '.join(get_args(Codec))}")
-        if self.grid is not None and min(self.grid) < 1:
-            raise ValueError(f"grid is {self.grid}; expected at least 1 row and 1 column")
+        if self.grid is not None and not (_are_counts(self.grid) and len(self.grid) == 2):
+            raise ValueError(f"grid is {self.grid!r}; expected at least 1 row and 1 column, as a tuple of ints")
         names = [array.name for array in self.arrays]
         for name in names:
             # Each name becomes a file's name and a field of PatchTokens or TextStates.
@@ -179,6 +188,24 @@ class StoreSpec:
         required = _REQUIRED[self.kind]
         if missing := [name for name in required if name not in names]:
             raise ValueError(f"array {missing[0]!r} is missing; a store of {self.kind} needs {', '.join(required)}")
+        if self.kind == "patches":
+            self._require_fitting({array.name: array.shape for array in self.arrays})
+
+    def _require_fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse arrays of clips that do not fit one another or the grid, with the names of both."""
+        for name, axes in (("patches", "[T, N, D]"), ("coarse", "[T, M, E]")):
+            if name in shapes and len(shapes[name]) != 3:
+                raise ValueError(f"array {name!r} has row shape {shapes[name]}; expected {axes}")
+        patches = shapes["patches"]
+        for name, expected in _row_shapes(patches, shapes.get("coarse")).items():
+            if name in shapes and shapes[name] != expected:
+                raise ValueError(
+                    f"array {name!r} has row shape {shapes[name]}; expected {expected} beside patches {patches}"
+                )
+        if self.grid:
+            count, whole = patches[1], math.prod(self.grid)
+            if count != whole and ("positions" not in shapes or count > whole):  # with positions, some may be left out
+                raise ValueError(f"grid is {self.grid}, but array 'patches' has {count} patches a frame, not {whole}")
 
     @classmethod
     def for_patches(
@@ -239,9 +266,23 @@ class StoreSpec:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Every setting that decides the values in a store, by name; two stores differ where their fingerprints do."""
+    """Every setting that decides the values in a store, by name; two stores differ where their fingerprints do.
+
+    Raises:
+        ValueError: A name is not text, or a value is not text, a number, true, false or None; the message has both.
+    """
 
     fields: Mapping[str, Scalar]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fields, Mapping):
+            raise ValueError(f"fingerprint is {self.fields!r:.60}; expected a mapping from names of settings to values")
+        for name, value in self.fields.items():
+            if not isinstance(name, str):
+                raise ValueError(f"fingerprint has the name {name!r:.60}; expected text")
+            if not isinstance(value, Scalar) or value != value:
+                expected = "text, a number, true, false or None, as Python's own types"
+                raise ValueError(f"fingerprint has {name!r} = {value!r:.60}; expected {expected}")
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -283,13 +284,28 @@ def _with(old: ArraySpec, *new: ArraySpec) -> StoreSpec:
 @pytest.mark.parametrize(
     ("spec", "fingerprint", "why"),
     [
-        (lambda: SPEC, {"a": [1]}, "'a' of list; expected a single value"),
-        (lambda: SPEC, {1: "a"}, "would not read back equal"),
-        (lambda: SPEC, {"a": float("nan")}, "would not read back equal"),
-        (lambda: _with(CLS, replace(CLS, shape=(8.0,))), {}, "'shape' holds 8.0; expected a whole number"),
-        (lambda: _with(CLS, replace(CLS, shape=[8])), {}, "would not read back equal"),
-        (lambda: replace(SPEC, grid=(2, 3, 1)), {}, "'grid' is .2, 3, 1.; expected the rows and columns"),
-        (lambda: replace(SPEC, shard=4.0), {}, "'shard' is 4.0; expected a whole number"),
+        (lambda: SPEC, {"a": [1]}, r"fingerprint has 'a' = \[1\]; expected text, a number, true, false or None"),
+        (lambda: SPEC, {"a": Path("x")}, r"fingerprint has 'a' = PosixPath\('x'\); expected text, a number"),
+        (lambda: SPEC, {"a": np.float32(1)}, r"fingerprint has 'a' = np.float32\(1.0\); .*Python's own types"),
+        (lambda: SPEC, {1: "a"}, "fingerprint has the name 1; expected text"),
+        (lambda: SPEC, {"a": float("nan")}, "fingerprint has 'a' = nan; expected text, a number"),
+        (lambda: SPEC, "a", "fingerprint is 'a'; expected a mapping from names of settings to values"),
+        (lambda: _with(CLS, replace(CLS, shape=(8.0,))), {}, r"'cls' has row shape \(8.0,\); expected a tuple of ints"),
+        (lambda: _with(CLS, replace(CLS, shape=[8])), {}, r"'cls' has row shape \[8\]; expected a tuple of ints"),
+        (
+            lambda: replace(SPEC, grid=(2, 3, 1)),
+            {},
+            r"grid is \(2, 3, 1\); expected at least 1 row and 1 column, as a tuple",
+        ),
+        (lambda: replace(SPEC, grid=[2, 3]), {}, r"grid is \[2, 3\]; expected .*, as a tuple of ints"),
+        (lambda: replace(SPEC, grid=(2, 2)), {}, r"grid is \(2, 2\), but array 'patches' has 6 patches a frame, not 4"),
+        (lambda: replace(SPEC, shard=4.0), {}, "shard is 4.0; expected at least 1 row, as an int"),
+        (
+            lambda: _with(CLS, replace(CLS, shape=(9,))),
+            {},
+            r"'cls' has row shape \(9,\); expected \(8,\) beside patches",
+        ),
+        (lambda: _with(CLS, CLS, ArraySpec("coarse", (4, 8), "float16")), {}, r"'coarse' has row shape .*\[T, M, E\]"),
         (lambda: _with(CLS), {}, "array 'cls' is missing; a store of patches needs cls, patches, saliency"),
         (lambda: _with(SPEC.array("patches")), {}, "array 'patches' is missing"),
     ],
