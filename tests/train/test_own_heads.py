@@ -115,6 +115,18 @@ def test_logits_without_a_gradient_are_refused(change: Callable[[Tensor], Tensor
         run_sweep(config, ratios=[0.25, 0.5, 0.75, 1.0])  # stacked in twos on two cores, where torch.vmap hides it
 
 
+@pytest.mark.parametrize("change", [lambda logits: logits * logits.sum().item(), lambda logits: logits[logits > 0]])
+def test_a_head_that_torch_cannot_stack_is_refused_in_one_line(
+    change: Callable[[Tensor], Tensor], own: Registered
+) -> None:
+    expected = (
+        r"^the head Linear is registered with stacks=True, but torch\.vmap cannot run its forward \(vmap: .*\); rem"
+    )
+    with pytest.raises(ConfigError, match=expected) as refused:
+        run_sweep(own(lambda _, sizes: Linear(sizes, change), stacks=True), ratios=[0.25, 0.5, 0.75, 1.0])
+    assert "\n" not in str(refused.value)
+
+
 def test_logits_on_another_device_are_refused(own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, lambda logits: logits.to("meta")))
     with pytest.raises(ConfigError, match=r"^the head mine returns logits on meta; expected cpu, the device of the"):

@@ -257,7 +257,15 @@ class StackedHeads:
             out = functional_call(caller, {name: tensor.squeeze(0) for name, tensor in named.items()}, ())
             return tuple(tensor[None] for tensor in out) if isinstance(out, tuple) else out[None]
         # "same": heads from outside that draw from torch's own generator draw the same for all.
-        return torch.vmap(lambda tensors: functional_call(caller, tensors, ()), randomness="same")(named)
+        try:
+            return torch.vmap(lambda tensors: functional_call(caller, tensors, ()), randomness="same")(named)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap: "):
+                raise
+            raise ConfigError(
+                f"the head {type(unwrapped(self._head)).__name__} is registered with stacks=True, but torch.vmap "
+                f"cannot run its forward ({str(error).partition('. ')[0]}); remove that operation, or stacks=True"
+            ) from error
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the whole batch, summed over the ranks; returns its losses [M]."""
