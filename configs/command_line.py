@@ -15,16 +15,18 @@ from types import MappingProxyType
 from typing import Any, NoReturn, get_args
 
 import jsonargparse
+import yaml
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig, refusal_of_null
 from egopatch.configs.wrong_types import listed, reworded
-from egopatch.configs.yaml_faults import find_fault
+from egopatch.configs.yaml_faults import find_fault, find_fault_in_value
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 # Stands for the experiment in messages of code that does not see the command line; see `name_experiment`.
 UNNAMED = "--config CONFIG"
 # Spellings of null in YAML.
 _NULLS = ("null", "Null", "NULL", "~")
+_OPTION_OF_HEAD = "--head.options."
 # Numbers that YAML reads in base 60, so that 1:30 becomes 90.
 _WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
@@ -62,11 +64,13 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return "--config" in self._option_string_actions
 
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does, but refuse three values: empty text, which as a path would be this folder; a null
-        that the option cannot take, which as a path would be the folder `null`; and 1:30 for a number.
+        """Parse as jsonargparse does, but refuse four values: empty text, which as a path would be this folder; a null
+        that the option cannot take, which as a path would be the folder `null`; 1:30 for a number; and YAML with a
+        fault.
         """
         own = set(option_names()) if self.takes_config else set()
         last = ""  # the option that the values belong to; some, such as `--seeds`, have several
+        of_head: dict[str, str] = {}  # `--head.options.NAME VALUE`, which jsonargparse leaves as text
         for before, arg in itertools.pairwise(["", *args]):
             last = arg.partition("=")[0] if arg.startswith("--") else last
             name, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
@@ -76,9 +80,20 @@ class ConfigParser(jsonargparse.ArgumentParser):
                 self.error(refusal)
             if _WITH_COLON.fullmatch(value) and _takes_number(self._option_string_actions.get(last)):
                 self.error(f"{last} is {value!r}; expected a number without a colon")
+            # Lists and mappings, and options of heads from outside, whose types are not known here, are read as YAML.
+            if own and name.startswith(_OPTION_OF_HEAD):
+                of_head[name.removeprefix(_OPTION_OF_HEAD)] = value
+            in_section = own and name.startswith("--") and name[2:].partition(".")[0] in _SECTIONS
+            as_yaml = in_section and (value[:1] in ("{", "[") or name.startswith(_OPTION_OF_HEAD))
+            if as_yaml and (fault := find_fault_in_value(value)):
+                self.error(f"{name}: {fault}")
             if getattr(self._option_string_actions.get(last), "nargs", None) == "+" and re.search(r"[,\s]", value):
                 self.error(f"{last} is {value!r}; several values are separated by spaces: {last} {listed(value, ' ')}")
-        return super().parse_args(args, *more, **options)
+        namespace = super().parse_args(args, *more, **options)
+        for name, value in of_head.items():
+            if namespace.head.options.get(name) == value:
+                namespace.head.options[name] = _as_yaml(value)
+        return namespace
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config file as jsonargparse does, and report a fault with the file's name and the line."""
@@ -186,6 +201,14 @@ class ConfigParser(jsonargparse.ArgumentParser):
         )
 
 
+def _as_yaml(text: str) -> Any:
+    """The value that `text` is in YAML; the text itself if it is not YAML."""
+    try:
+        return jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError:
+        return text
+
+
 def _takes_number(action: argparse.Action | None) -> bool:
     hint = getattr(action, "_typehint", None)
     return any(isinstance(kind, type) and issubclass(kind, int | float) for kind in get_args(hint) or (hint,))
@@ -290,7 +313,7 @@ def overrides_in(args: Sequence[str]) -> list[str]:
     found: list[str] = []
     for place, arg in enumerate(args):
         name, equals, _ = arg.partition("=")
-        if name.startswith("--") and name[2:] in option_names():
+        if name.startswith(_OPTION_OF_HEAD) or (name.startswith("--") and name[2:] in option_names()):
             found += [arg] if equals else args[place : place + 2]
     return found
 

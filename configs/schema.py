@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from egopatch.configs.wrong_types import type_in_words
 
@@ -288,7 +288,7 @@ class HeadConfig:
     """
 
     name: str = "psa"
-    options: dict[str, Any] | None = None
+    options: dict | None = None  # with dict[str, Any], jsonargparse would read texts as YAML again: 'on' as true
     checkpoint: Path | None = None
     ratio: float = 0.25
     scores: tuple[Score, ...] = ("question", "saliency", "prior")

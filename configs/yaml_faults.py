@@ -38,13 +38,27 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
     if not isinstance(root, yaml.MappingNode):
         return f"line {root.start_mark.line + 1}: not a mapping; {expected}"
     return (
-        misread_number(text)
-        or _endless_alias(root, set(), set())
-        or _repeated_in(root)
+        _fault_in_values(text, root)
         or _key_that_is_no_name(root)
         or _section_without_options(root, sections)
         or _empty_text(root)
     )
+
+
+def find_fault_in_value(text: str) -> str | None:
+    """As `find_fault`, in the value of one option of a command line; a value that is not YAML is text, without one."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return _fault_in_values(text, root)
+
+
+def _fault_in_values(text: str, root: yaml.Node | None) -> str | None:
+    """A number that is misread, a value that contains itself, or a key that is used twice; None if there is none."""
+    if root is None:
+        return None
+    return misread_number(text) or _endless_alias(root, set(), set()) or _repeated_in(root)
 
 
 def misread_number(text: str) -> str | None:
@@ -70,9 +84,7 @@ def read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None and (
-            fault := misread_number(text) or _endless_alias(root, set(), set()) or _repeated_in(root)
-        ):
+        if fault := _fault_in_values(text, root):
             raise ValueError(fault)
         return yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

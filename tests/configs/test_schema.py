@@ -4,7 +4,14 @@ from typing import get_args, get_type_hints
 import pytest
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, load_config, option_names, parse_config, parse_options
+from egopatch.configs.command_line import (
+    ConfigParser,
+    experiment_in,
+    load_config,
+    option_names,
+    parse_config,
+    parse_options,
+)
 from egopatch.configs.schema import Config, ConfigError, DataConfig, RunConfig, StoreConfig, refusal_of_null
 from egopatch.features.formats.interface import CODECS
 from egopatch.features.values.spec import Codec
@@ -108,6 +115,13 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
         (["--video.timeout_s", ".inf"], "video.timeout_s is inf; expected a positive, finite number of seconds"),
         (["--video.memory_gb", ".inf"], "video.memory_gb is inf; expected a positive number of GiB, at most a million"),
         (["--video.timeout_s", "1:30"], "error: --video.timeout_s is '1:30'; expected a number without a colon\n"),
+        (["--head.options", "{x: 1:30}"], "error: --head.options: line 1: 1:30 is 90 in YAML; write 90, or '1:30' in "),
+        (["--head.options.x", "1:30"], "error: --head.options.x: line 1: 1:30 is 90 in YAML; write 90, or '1:30' in "),
+        (["--head", "{options: {x: 010}}"], "error: --head: line 1: 010 is 8 in YAML; write 8, or '010' in quotes"),
+        (
+            ["--head.options={x: 1, x: 2}"],
+            "error: --head.options: line 1: key 'x' is used twice; expected each key once",
+        ),
         (["--text.depth", "0"], "text.depth is 0; expected null or at least 1"),
         (["--text.depth", "-10"], "text.depth is -10; expected null or at least 1"),
         (["--video.size", "100"], "video.size is 100; expected a positive multiple of 16"),
@@ -122,39 +136,6 @@ def test_config_mistakes_print_one_line_and_exit_with_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_mistakes_in_python_raise_the_same_line_and_print_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text("head: {ratio: 0.5}\n")
-    for text, path, overrides in (
-        ("store: {shrad: 8}\n", file, []),
-        ("head: {ratio: 2}\n", file, []),
-        ("head: {}\nrun:\n", file, []),
-        ("head: {ratio: many}\n", file, []),
-        ("head: {}\n", file, ["--head.ratoi", "0.5"]),
-        ("head: {}\n", file, ["--video.timeout_s", "1:30"]),
-        ("head: {}\n", file, ["--run.dir", "null"]),
-        ("head: {}\n", tmp_path / "y.yaml", []),
-    ):
-        file.write_text(text)
-        with pytest.raises(ConfigError) as refused:
-            load_config(path, overrides)
-        assert capsys.readouterr() == ("", "")
-        with pytest.raises(SystemExit, match="2"):
-            parse("--config", str(path), *overrides)
-        assert capsys.readouterr().err == f"test: error: {refused.value}\n"
-
-
-def test_overrides_in_python_are_a_list_of_any_values(tmp_path: Path) -> None:
-    file = tmp_path / "x.yaml"
-    file.write_text("head: {}\n")
-    config = load_config(file, ["--head.ratio", 0.5, "--run.dir", tmp_path])
-    assert (config.head.ratio, config.run.dir) == (0.5, tmp_path)
-    with pytest.raises(ConfigError, match=r"^overrides is '--head\.ratio 0\.5'; expected a list such as \["):
-        load_config(file, "--head.ratio 0.5")
 
 
 @pytest.mark.parametrize(
@@ -390,6 +371,11 @@ def test_a_value_with_a_colon_is_refused_as_a_number(capsys: pytest.CaptureFixtu
         assert capsys.readouterr().err == f"demo: error: {option} is '{value}'; expected a number without a colon\n"
     assert parser.parse_args(["--seeds", "3", "--clip", "1:30"]).clip == "1:30"
     assert parse("--data.root", "1:30").data.root == Path("1:30")
+
+
+def test_the_experiment_in_a_command_line_has_the_options_of_a_head() -> None:
+    experiment = ["--config", "a.yaml", "--head.ratio", "0.5", "--head.options.x", "3", "--head.options.y=4"]
+    assert experiment_in(["--json", *experiment, "--top", "3"]) == experiment
 
 
 def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
