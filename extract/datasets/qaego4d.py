@@ -25,6 +25,7 @@ from egopatch.extract.datasets.records import (
     answer_vocabulary,
     texts_of,
 )
+from egopatch.features.common.units import counted
 
 CLIP_FOLDER = "clips"
 FILE_NAME = re.compile(r"annotations\.(train|val|test)\.json")
@@ -100,7 +101,7 @@ def _question(record: object, close: bool) -> Question:
 def _options(fields: Any, name: str, right: str) -> tuple[str, ...]:
     wrong = parsing.texts_field(fields, "wrong_answers")
     if len(wrong) != WRONG:
-        raise ValueError(f"'wrong_answers' has {len(wrong)} answers; expected {WRONG}, as in QAEgo4D-Close")
+        raise ValueError(f"'wrong_answers' has {counted(len(wrong), 'answer')}; expected {WRONG}, as in QAEgo4D-Close")
     options = [right, *wrong]
     random.Random(name).shuffle(options)
     return tuple(options)

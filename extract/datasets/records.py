@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from egopatch.features.common.command_line import pick_varied
+from egopatch.features.common.units import counted
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -104,7 +105,7 @@ class Question:
         if not self.options:
             return
         if not MIN_OPTIONS <= len(self.options) <= MAX_OPTIONS:
-            raise ValueError(f"has {len(self.options)} options; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
+            raise ValueError(f"has {counted(len(self.options), 'option')}; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
         compared = [option.strip().lower() for option in self.options]
         if self.answer and self.answer not in compared:
             raise ValueError(f"has the answer {self.answer!r}, which is not one of its options {', '.join(compared)}")

@@ -18,6 +18,7 @@ from egopatch.extract.video.cache import VideoCache, version_of
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
 from egopatch.extract.video.frames import has_varying_rate, rows_within
 from egopatch.extract.video.index import VideoError
+from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder, replacing
 
 SHORT_SIDE = 288
@@ -138,7 +139,9 @@ def _verify(path: Path, times_s: NDArray[np.float64], means: NDArray[np.float64]
         index = copy.index
         if len(index.pts) != len(times_s) or index.damage:
             raise _wrong(
-                path, f"it has {len(index.pts)} frames, expected {len(times_s)}{index.damage and '; '}{index.damage}"
+                path,
+                f"it has {counted(len(index.pts), 'frame')}, "
+                f"expected {len(times_s)}{index.damage and '; '}{index.damage}",
             )
         if np.abs(index.starts_s - index.starts_s[0] - times_s).max() > SAME_TIME_S:
             raise _wrong(path, "its frames have different times")

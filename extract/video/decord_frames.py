@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.index import VideoError
+from egopatch.features.common.units import counted
 
 SAME_TIME_S = 2e-3  # decord counts in float32, some containers in milliseconds
 
@@ -27,7 +28,9 @@ def decord_pixels(file: VideoFile, rows: NDArray[np.int64]) -> list[NDArray[np.u
         reader = decord.VideoReader(str(file.path), ctx=decord.cpu(0), num_threads=1)
         times_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
         if len(times_s) != len(file.index.pts):
-            raise _refused(file, f"it counts {len(times_s)} frames, but the file shows {len(file.index.pts)}")
+            raise _refused(
+                file, f"it counts {counted(len(times_s), 'frame')}, but the file shows {len(file.index.pts)}"
+            )
         if np.abs(times_s - file.index.starts_s).max() > SAME_TIME_S:
             raise _refused(file, "its frame times differ from PyAV's")
         decoded = list(reader.get_batch(rows).asnumpy())

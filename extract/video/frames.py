@@ -14,6 +14,7 @@ from egopatch.extract.video.container import UnclearPackets, VideoFile, open_vid
 from egopatch.extract.video.decord_frames import decord_pixels
 from egopatch.extract.video.index import FrameIndex, VideoError
 from egopatch.extract.video.planes import Planes
+from egopatch.features.common.units import counted
 
 # A frame rate is constant if its gaps differ by less than this share of a frame; containers round timestamps.
 CONSTANT_RATE_TOLERANCE = 0.25
@@ -172,7 +173,7 @@ def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: Vid
     count = len(rows)
     if count < video.frames:
         if video.short == "quarantine":
-            raise VideoError(f"clip {clip.clip_id} has {count} frames; video.frames requires {video.frames}")
+            raise VideoError(f"clip {clip.clip_id} has {counted(count, 'frame')}; video.frames requires {video.frames}")
         if video.short == "zeros":
             return np.arange(count)
         return uniform_indices(count, video.frames)

@@ -29,6 +29,7 @@ from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import full_float32
 from egopatch.extract.worker.results import ResultMemory
+from egopatch.features.common.units import counted
 from egopatch.features.values.spec import PatchTokens, StoredDtype
 
 _FINITE = "finite"  # among the results of a batch, beside its tensors
@@ -168,7 +169,7 @@ class DeviceEncoder(BatchEncoder):
 
     def _require_frames(self, count: int) -> None:
         if count != self._encoder.num_frames:
-            raise ValueError(f"a clip has {count} frames; this encoder takes {self._encoder.num_frames}")
+            raise ValueError(f"a clip has {counted(count, 'frame')}; this encoder takes {self._encoder.num_frames}")
 
     def _group_for(self, run: Pixels, frames: Tensor) -> _Group:
         """A group with room for these frames."""

@@ -5,6 +5,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+from egopatch.features.common.units import counted
+
 Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
 
@@ -47,7 +49,8 @@ def to_pixels(
         values, kept = whole.scatter(-1, index, values), whole.scatter(-1, index, kept)
     if values.shape[-1] != rows * cols:
         raise ValueError(
-            f"values has {values.shape[-1]} patches a frame; expected {rows * cols}, as in the grid {grid}"
+            f"values has {counted(values.shape[-1], 'patch', 'patches')} a frame; "
+            f"expected {rows * cols}, as in the grid {grid}"
         )
     top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
     if not (-0.5 <= top < top + box_height <= height + 0.5 and -0.5 <= left < left + box_width <= width + 0.5):

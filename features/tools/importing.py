@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from egopatch.features.common.command_line import pick_varied
+from egopatch.features.common.units import counted
 from egopatch.features.state.ids import check_id
 from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store
@@ -203,7 +204,10 @@ def _grid(given: Tensor, patches: int, grid: tuple[int, int] | None) -> tuple[in
         side = int(patches**0.5)
         return (side, side) if side * side == patches else (1, patches)
     if grid[0] * grid[1] != patches:
-        raise ValueError(f"has {patches} patches a frame; --grid {grid[0]}x{grid[1]} expects {grid[0] * grid[1]}")
+        raise ValueError(
+            f"has {counted(patches, 'patch', 'patches')} a frame; "
+            f"--grid {grid[0]}x{grid[1]} expects {grid[0] * grid[1]}"
+        )
     return grid
 
 

@@ -59,6 +59,8 @@ def test_a_pixel_mostly_covered_by_a_missing_patch_is_nan() -> None:
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"values has 5 patches a frame; expected 4, as in the grid \(2, 2\)"):
         to_pixels(torch.rand(5), (2, 2), 8, 8)
+    with pytest.raises(ValueError, match=r"values has 1 patch a frame; expected 4"):
+        to_pixels(torch.rand(1), (2, 2), 8, 8)
     with pytest.raises(ValueError, match="expected one inside the frame of 8 x 8 pixels"):
         to_pixels(torch.rand(4), (2, 2), 8, 8, box=(0, 4, 8, 8))
 

@@ -7,6 +7,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.encoders.inspection import inspect_checkpoint
 from egopatch.extract.errors import CheckpointError
 from egopatch.features import FingerprintMismatch
+from egopatch.features.common.units import counted
 from egopatch.train.fitting.answers import answer_table, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run import TrainingRun
@@ -56,10 +57,10 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
     answers = len(experiment.dataset.answers)
     if inspection.answers != answers:
         count = inspection.answers
-        has = "no classifier (pretraining)" if count is None else f"a classifier of {count} answers"
+        has = "no classifier (pretraining)" if count is None else f"a classifier of {counted(count, 'answer')}"
         raise CheckpointError(
-            f"{path} has {has} but {config.data.root} has {answers} answers; expected a file that was fine-tuned on "
-            "this answer set"
+            f"{path} has {has} but {config.data.root} has {counted(answers, 'answer')}; expected a "
+            "file that was fine-tuned on this answer set"
         )
     _check_store(config, experiment, inspection.sha256)
     folder = config.run.dir

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from egopatch.configs.schema import ConfigError
 from egopatch.features.common.machine import usable_gpus
+from egopatch.features.common.units import counted
 
 T = TypeVar("T")
 
@@ -168,8 +169,8 @@ def join(cuda: bool) -> Iterator[Distributed]:
         devices = usable_gpus()
         if ranks.local_size > devices:
             raise ConfigError(
-                f"torchrun started {ranks.local_size} ranks on this machine, which has {devices} CUDA devices; "
-                f"expected --nproc-per-node {devices} at most, or --train.device cpu"
+                f"torchrun started {ranks.local_size} ranks on this machine, which has "
+                f"{counted(devices, 'CUDA device')}; expected --nproc-per-node {devices} at most, or --train.device cpu"
             )
         torch.cuda.set_device(ranks.local)
     # The default arguments of this module keep whatever process group exists at its first import. Import it before

@@ -259,7 +259,7 @@ def test_multiple_choice_questions_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"options": ["cup"], "answer_index": 0}, "has 1 options; expected 2 to 26"),
+        ({"options": ["cup"], "answer_index": 0}, "has 1 option; expected 2 to 26"),
         ({"options": [str(n) for n in range(100)], "answer_index": 0}, "has 100 options; expected 2 to 26"),
         (
             {"options": ["cup", "jar", " CUP"], "answer_index": 0},

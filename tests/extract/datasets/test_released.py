@@ -139,7 +139,7 @@ def test_duplicate_options_in_a_released_set_are_kept(tmp_path: Path) -> None:
         ("qaego4d", {"answer": ""}, "annotations.train.json:record 2: 'answer' is ''; expected text"),
         ("qaego4d", {"sample_id": 0}, "annotations.train.json:record 2: sample_id '0' is used twice"),
         ("qaego4d", {"video_id": "a/b"}, "annotations.train.json:record 2: 'video_id' is 'a/b'; expected a name"),
-        ("qaego4d-close", {"wrong_answers": ["one"]}, "record 2: 'wrong_answers' has 1 answers; expected 3"),
+        ("qaego4d-close", {"wrong_answers": ["one"]}, "record 2: 'wrong_answers' has 1 answer; expected 3"),
         ("nextqa", {"answer": 5}, "train.csv:3: 'answer' is '5'; expected 0 to 4, the index of the right option"),
         ("nextqa", {"video": "300"}, "train.csv:3: 'video' is '300', which map_vid_vidorID.json does not name"),
         ("nextqa", {"type": "XY"}, "train.csv:3: 'type' is 'XY'; expected one that starts with C, T, D"),

@@ -18,6 +18,7 @@ from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
 from egopatch.extract.video.orientation import Upright
+from egopatch.features.common.units import counted
 from tests.extract.video.odd_videos import moving
 from tests.extract.video.videos import (
     B_FRAMES,
@@ -183,7 +184,7 @@ def test_too_short_clip_is_repeated_padded_or_refused_as_configured(count: int, 
     padded = read_frames(clip, VideoConfig(frames=5, short="zeros"))
     assert frame_numbers(padded.frames[:count]) == list(range(count))
     assert np.stack(padded.frames[count:]).max() == 0
-    with pytest.raises(VideoError, match=rf"clip a has {count} frames; video\.frames requires 5"):
+    with pytest.raises(VideoError, match=rf"clip a has {counted(count, 'frame')}; video\.frames requires 5"):
         read_frames(clip, VideoConfig(frames=5, short="quarantine"))
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from egopatch.configs.schema import ConfigError, HeadConfig
 from egopatch.features import PatchTokens
+from egopatch.features.common.units import counted
 from egopatch.features.values.spec import keep_count, middle_indices
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.noise import Dropout, Noise
@@ -310,5 +311,7 @@ def _frames_to_read(stored: int, wanted: int | None) -> tuple[int, ...]:
     if wanted is None:
         return tuple(range(stored))
     if wanted > stored:
-        raise ConfigError(f"head.frames is {wanted} but the store has {stored} frames a clip; use at most {stored}")
+        raise ConfigError(
+            f"head.frames is {wanted} but the store has {counted(stored, 'frame')} a clip; use at most {stored}"
+        )
     return tuple(middle_indices(stored, wanted))
