@@ -1,6 +1,6 @@
 """Creating a store, and adding rows to one that exists."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from egopatch.features.formats.interface import Format
 from egopatch.features.formats.registry import format_named
@@ -23,7 +23,7 @@ def create_store(
     path: Location | str,
     spec: StoreSpec,
     fingerprint: Fingerprint,
-    ids: Sequence[str],
+    ids: Iterable[str],
     format: str = "zarr",
     option: str = "store.path",
 ) -> Store:
@@ -42,7 +42,11 @@ def create_store(
     Raises:
         FingerprintMismatch: The existing store was created with different settings; the message names them.
         StoreError: An id is unsafe, or the existing store is damaged.
+        TypeError: `ids` is a single text.
     """
+    if isinstance(ids, str):
+        raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
+    ids = list(ids)
     storage = storage_at(parse_location(path))
     root = storage.location
     file_format = format_named(format, spec.codec)

@@ -314,7 +314,7 @@ class Store:
         Raises:
             AbsentClip, DamagedStore: As in `read`.
             StoreError: The store does not record the grid of its patches.
-            ValueError: The frames have another shape.
+            ValueError: The frames have another shape, or whole numbers.
         """
         if self.spec.grid is None:
             raise StoreError(f"store {self.path} does not record the grid of its patches; use to_pixels with a grid")

@@ -63,8 +63,11 @@ def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32]
     steps = len(saliency)
     if frames is None:
         frames = np.ones((steps, 3, SIDE, SIDE), np.float32)
+    frames = np.asarray(frames)  # such as a tensor
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) < steps:
         raise ValueError(f"frames has shape {frames.shape}; expected [{steps} or more, 3, height, width] in [0, 1]")
+    if frames.dtype.kind != "f":
+        raise ValueError(f"frames has dtype {frames.dtype}; expected float32 in [0, 1]: divide values up to 255 by 255")
     positions = None if tokens.positions is None else tokens.positions[0]
     height, width = frames.shape[2:]
     maps = to_pixels(saliency, grid, height, width, positions=positions).numpy()

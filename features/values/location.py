@@ -73,8 +73,10 @@ def parse_location(location: Location | str) -> Location:
     """`location` as an object: an `ObjectUrl` if the text has a scheme, else a folder, made absolute if it has no name.
 
     Raises:
-        BadLocation: No store can exist at this URL.
+        BadLocation: No store can exist at this URL, or `location` is neither text nor a path.
     """
     if isinstance(location, str):
         location = ObjectUrl(location.rstrip("/")) if "://" in location else Path(location)
+    if not isinstance(location, Path | ObjectUrl):
+        raise BadLocation(f"the location of a store is {location!r:.60}; expected its folder or URL")
     return location.absolute() if location == Path() else location

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Literal, get_args
 
+from egopatch.features.common.units import counted
+
 if TYPE_CHECKING:  # see `features`
     import torch
     from torch import Tensor
@@ -189,6 +191,9 @@ class StoreSpec:
         if missing := [name for name in required if name not in names]:
             raise ValueError(f"array {missing[0]!r} is missing; a store of {self.kind} needs {', '.join(required)}")
         if self.kind == "patches":
+            dtype = self.array("patches").dtype
+            if dtype in QUANTISED and "scale" not in names:
+                raise ValueError(f"array 'patches' has dtype {dtype}, which needs an array 'scale'; add it")
             self._require_fitting({array.name: array.shape for array in self.arrays})
 
     def _require_fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -205,7 +210,10 @@ class StoreSpec:
         if self.grid:
             count, whole = patches[1], math.prod(self.grid)
             if count != whole and ("positions" not in shapes or count > whole):  # with positions, some may be left out
-                raise ValueError(f"grid is {self.grid}, but array 'patches' has {count} patches a frame, not {whole}")
+                raise ValueError(
+                    f"grid is {self.grid}, but array 'patches' has {counted(count, 'patch', 'patches')} a frame, "
+                    f"not {whole}"
+                )
 
     @classmethod
     def for_patches(

@@ -26,7 +26,7 @@ from egopatch.features import (
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 
 Make = Callable[..., Store]
-CLS = SPEC.array("cls")
+CLS, PATCHES = SPEC.array("cls"), SPEC.array("patches")
 
 
 def test_a_store_reads_written_clips_in_any_order(make: Make) -> None:
@@ -262,6 +262,20 @@ def test_two_spellings_of_one_id_are_refused(make: Make) -> None:
         make(ids=("cafe\u0301",))
 
 
+def test_ids_of_a_new_store_come_from_any_iterable_but_not_from_one_text(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, (name for name in "ab"))
+    assert store.planned_ids == ("a", "b")
+    with pytest.raises(TypeError, match=r"^ids is 'abc'; expected a list of ids, such as \['abc'\]$"):
+        create_store(tmp_path / "other", SPEC, FINGERPRINT, "abc")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("location", [None, 3, {"path": "x"}])
+def test_a_location_that_is_no_path_is_refused(location: object) -> None:
+    with pytest.raises(StoreError, match=r"^the location of a store is .*; expected its folder or URL$"):
+        open_store(location)  # type: ignore[arg-type]
+
+
 def test_ids_never_become_paths(make_local: Make) -> None:
     store = make_local(ids=("P01/P01_01", "vid|P1|start|end", "..."))
     fill(store)
@@ -306,6 +320,7 @@ def _with(old: ArraySpec, *new: ArraySpec) -> StoreSpec:
             r"'cls' has row shape \(9,\); expected \(8,\) beside patches",
         ),
         (lambda: _with(CLS, CLS, ArraySpec("coarse", (4, 8), "float16")), {}, r"'coarse' has row shape .*\[T, M, E\]"),
+        (lambda: _with(PATCHES, replace(PATCHES, dtype="int8")), {}, "has dtype int8, which needs an array 'scale'"),
         (lambda: _with(CLS), {}, "array 'cls' is missing; a store of patches needs cls, patches, saliency"),
         (lambda: _with(SPEC.array("patches")), {}, "array 'patches' is missing"),
     ],

@@ -47,6 +47,11 @@ def test_a_picture_is_bright_where_the_saliency_is_high(store: Store) -> None:
         ValueError, match=r"frames has shape \(1, 3, 64, 64\); expected \[2 or more, 3, height, width\]"
     ):
         store.show("one", frames[:1])
+    with pytest.raises(
+        ValueError, match=r"frames has dtype uint8; expected float32 in \[0, 1\]: divide values up to 255"
+    ):
+        store.show("one", (frames * 255).astype(np.uint8))
+    assert store.show("one", torch.from_numpy(frames)) == store.show("one", frames)  # type: ignore[arg-type]
 
 
 def test_patches_dropped_by_a_derived_store_are_dark(store: Store, tmp_path: Path) -> None:
