@@ -78,6 +78,16 @@ def test_the_best_run_on_the_stores_features_answers_by_default(
     assert predict(store, *asked) == expected
 
 
+@pytest.mark.parametrize(
+    ("question", "answers", "message"), [(" ", 5, "question is ' '; exp"), ("a?", -1, "answers is -1; ")]
+)
+def test_an_empty_question_and_too_few_answers_are_refused_in_python(
+    question: str, answers: int, message: str, tiny: Config
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        ask(tiny, "clip|P0|0|1", question, answers)
+
+
 def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from egopatch.configs.schema import ConfigError
 from egopatch.features import Store
 from egopatch.train.asking.choose import best_run, config_of_run
 from egopatch.train.fitting.predict import Prediction, predict_clips
@@ -23,9 +24,14 @@ def predict(store: Store, clip_id: str, question: str, run: str | Path | None = 
 
     Raises:
         RunError: There is no trained head in `run`, or none below `runs`.
-        ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
+        ConfigError: `question` is empty or `answers` below 1; the head reads no video, or chooses
+            among a question's own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
+    if not question.strip():
+        raise ConfigError(f"question is {question!r}; expected a question in words")
+    if answers < 1:
+        raise ConfigError(f"answers is {answers}; expected a number of at least 1")
     config = config_of_run(best_run([RUNS], features=store.fingerprint) if run is None else Path(run))
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, path=str(store.path)))
     return predict_clips(config, [clip_id], question, answers)[0]
