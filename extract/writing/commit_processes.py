@@ -5,9 +5,11 @@ waits for it each time. A child has its own GIL, and finds the rows in memory th
 process keeps the leases; a killed child leaves the same files behind as a killed writer.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,34 +69,21 @@ class CommitProcesses(SpawnedPool):
                 offset = self._slots.offset_of(row)
                 if offset is None and row.nbytes > _SMALL:
                     return None
-                content = _Sent(row) if offset is None else _InSlots(offset, row.dtype.str, row.shape)
+                content = partial(_sent, row) if offset is None else partial(_in_slots, offset, row.dtype, row.shape)
                 rows.append(replace(source, content=content))
             arrays.append((array, rows))
         return replace(commit, sources=arrays)
 
 
-@dataclass(frozen=True)
-class _Sent:
+def _sent(row: NDArray) -> NDArray:
     """A row that is sent to the child."""
-
-    row: NDArray
-
-    def __call__(self) -> NDArray:
-        return self.row
+    return row
 
 
-@dataclass(frozen=True)
-class _InSlots:
+def _in_slots(offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> NDArray:
     """A row that a child finds in its slots."""
-
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __call__(self) -> NDArray:
-        dtype = np.dtype(self.dtype)
-        nbytes = int(np.prod(self.shape)) * dtype.itemsize
-        return inherited().at(self.offset, nbytes).view(dtype).reshape(self.shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    return inherited().at(offset, nbytes).view(dtype).reshape(shape)
 
 
 def _start_child(slots: SharedSlots, file_format: str) -> None:
