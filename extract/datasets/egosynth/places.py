@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from egopatch.extract.datasets.egosynth.questions import ARRIVALS, CLAUSES, FOLLOWS
-from egopatch.extract.datasets.egosynth.scene import GRID, OBJECTS, SLOTS, Difficulty, Scene, Slot, Thing, draw_scene
+from egopatch.extract.datasets.egosynth.scene import GRID, OBJECTS, SLOTS, Difficulty, Scene, Thing, draw_scene
 
 _CLIP = re.compile(r"egosynth(?:-(?P<difficulty>hard))?-(?P<seed>\d+)-(?P<index>\d{6})\|")
 _AFTER = "go to after"
@@ -44,20 +44,16 @@ def places_of(scene: Scene, question: str, frames: int, grid: tuple[int, int]) -
     if _AFTER in text:
         before = slots | {slot for slot in SLOTS if scene.event(slot).name in named}
         slots |= {after for first, after in FOLLOWS if first in before}
-    described = {scene.event(slot).name for slot in slots}
+    events = [scene.event(slot) for slot in slots]
+    described = {event.name for event in events}
     asked, others = [], []
     for frame in range(frames):
         time = (2 * frame + 1) / (2 * frames)
-        now = {name for slot in slots if _during(scene, slot, time) for name in [scene.event(slot).name]}
+        now = {event.name for event in events if event.start <= time < event.end}
         things = scene.things_at(time)
         asked.append(frozenset(_patch(things[name], grid) for name in named | now))
         others.append(frozenset(_patch(things[name], grid) for name in things.keys() - named - described))
     return Places(tuple(asked), tuple(others))
-
-
-def _during(scene: Scene, slot: Slot, time: float) -> bool:
-    event = scene.event(slot)
-    return event.start <= time < event.end
 
 
 def _patch(thing: Thing, grid: tuple[int, int]) -> int:
