@@ -11,9 +11,9 @@ def retry_command(args: Sequence[str]) -> str:
     return shlex.join(["egopatch", "extract", "retry", *experiment_in(args)])
 
 
-def after_quarantine(command: str) -> str:
-    """What to do about clips in quarantine, in one line; `command` is that of `retry_command`."""
+def after_quarantine(args: Sequence[str]) -> str:
+    """What to do about clips in quarantine, in one line; `args` as for `retry_command`."""
     return (
         "clips stay in quarantine until they are retried: fix what the reason names, such as a damaged video, then "
-        f"run `{command}`"
+        f"run `{retry_command(args)}`"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from egopatch.configs.command_line import ConfigParser, experiment_named, name_experiment, parse_config
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.commands.again import after_quarantine, retry_command
+from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.bounds import bound_line, ceilings
@@ -171,6 +171,6 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
     for clip_id, reason in result.quarantine.items():
         print(f"quarantined {clip_id}: {reason}")
     if result.quarantine:
-        print(after_quarantine(retry_command(args)))
+        print(after_quarantine(args))
     for line in [*result.check.lines(), *filter(None, [machines_line(result.machines)])]:
         print(name_experiment(line, args))

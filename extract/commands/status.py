@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
 from egopatch.configs.schema import Config
-from egopatch.extract.commands.again import after_quarantine, retry_command
+from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.datasets import Clip, DatasetError, load_clips
 from egopatch.extract.datasets.origins import compare_origins
 from egopatch.extract.worker.bounds import bound_line, ceilings
@@ -37,7 +37,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if failure := first_in_quarantine(config.store.path, ledger, named):
         clip_id, reason = failure
         print(f"first in quarantine: {clip_id}: {reason}")
-        print(after_quarantine(retry_command(args)))
+        print(after_quarantine(args))
     lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
     if line := machines_line(machines):
         lines.append(line)
