@@ -28,7 +28,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
                 clips=options.clips,
                 seed=options.seed,
                 difficulty="hard" if options.hard else "plain",
-                progress=lambda done, total: display.update(done),
+                progress=display.update,
             )
         except ValueError as error:
             parser.error(str(error))
