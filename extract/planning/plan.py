@@ -108,7 +108,7 @@ def make_plan(config: Config, probe: int) -> Plan:
         without_video=len(todo) - len(present),
         shards=shards,
         files=shards * len(format_named(config.store.format, config.store.codec).file_names(job.spec, 0)),
-        bytes_to_write=_bytes_of(job.spec, len(todo)),
+        bytes_to_write=len(todo) * spec_row_bytes(job.spec),
         bytes_free=_bytes_free(config.store.path),
         probed=len(sample),
         seconds_per_clip=seconds,
@@ -147,7 +147,7 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
 
 def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
     """Why the disk cannot hold `clips` more rows of the store at `path`; None if it can."""
-    needed, free = _bytes_of(spec, clips), _bytes_free(path)
+    needed, free = clips * spec_row_bytes(spec), _bytes_free(path)
     if free is None or needed <= free:
         return None
     return (
@@ -214,10 +214,6 @@ def _shards(todo: Sequence[Clip], stored: _StoredRows, size: int) -> int:
     new_rows = itertools.count(stored.rows)
     waiting = stored.waiting
     return len({waiting[c.clip_id] if c.clip_id in waiting else next(new_rows) // size for c in todo})
-
-
-def _bytes_of(spec: StoreSpec, clips: int) -> int:
-    return clips * spec_row_bytes(spec)
 
 
 def _bytes_free(path: Path | str) -> int | None:
