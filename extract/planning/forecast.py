@@ -90,14 +90,7 @@ def given_cost(clips_per_second: float, measured: ClipCost | None) -> ClipCost:
 
 
 def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: str, cost: ClipCost) -> Forecast:
-    """Spread `clips` over `gpus`, in whole shards.
-
-    Raises:
-        ConfigError: One of `clips`, `gpus` and `cores` is below 1.
-    """
-    for option, value in (("--clips", clips), ("--gpus", gpus), ("--cores", cores)):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}; expected at least 1")
+    """Spread `clips` over `gpus` with `cores` cores each, in whole shards; none of the numbers is below 1."""
     shards = math.ceil(clips / spec.shard)
     # The stages overlap, so the slowest one decides.
     stages = {"encoding": cost.encode_s, "decoding": cost.decode_s / cores, "writing": cost.write_s}

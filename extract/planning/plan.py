@@ -129,7 +129,7 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
         clips_per_second: Encoding rate of one GPU; None uses the rate measured by earlier jobs on the configured store.
 
     Raises:
-        ConfigError: A number is out of range, or there is neither a measured rate nor a given one.
+        ConfigError: The given rate is out of range, or there is neither a measured rate nor a given one.
         CheckpointError: As `extract.run.extract_features`.
     """
     measured = measured_cost(config.store.path)

@@ -51,10 +51,10 @@ def test_more_gpus_than_shards_are_no_faster() -> None:
 
 
 @pytest.mark.parametrize("option", ["clips", "gpus", "cores"])
-def test_zero_clips_gpus_or_cores_are_refused(option: str) -> None:
-    numbers = {"clips": 10, "gpus": 1, "cores": 1, option: 0}
-    with pytest.raises(ConfigError, match=f"--{option} is 0; expected at least 1"):
-        forecast(**numbers, spec=SPEC, format_name="zarr", cost=COST)
+def test_zero_clips_gpus_or_cores_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", f"--{option}", "0"])
+    assert f"--{option} is 0; expected a whole number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", [float("inf"), 1e-320])
