@@ -114,11 +114,6 @@ def renamed_codec(path: Path) -> Path:
     return path
 
 
-def raw_stream(path: Path) -> Path:
-    """H.264 without a container, and so without times."""
-    return write_video(path, options=B_FRAMES)
-
-
 def kept(name: str) -> Callable[[Path], Path]:
     """Copy a file of `FILES`."""
 
@@ -191,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "music with a cover": (kept("song.mp3"), r"it has no picture track \(tracks: audio, cover\)"),
     "raw h264": (
-        lambda to: raw_stream(to / "a.h264"),
+        lambda to: write_video(to / "a.h264", options=B_FRAMES),
         r"has frames without times, like a raw stream; put it into a container: ffmpeg -i a\.h264 -c copy a\.mp4",
     ),
     "text": (lambda to: _text(to / "a.mp4"), "cannot be decoded: Invalid data found"),

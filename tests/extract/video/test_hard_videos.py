@@ -19,7 +19,7 @@ from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
 from egopatch.extract.video.orientation import Upright
 from egopatch.features.common.units import counted
-from tests.extract.video.odd_videos import moving
+from tests.extract.video.odd_videos import REFUSED, moving
 from tests.extract.video.videos import (
     B_FRAMES,
     FPS,
@@ -30,7 +30,6 @@ from tests.extract.video.videos import (
     show_turned,
     start_at,
     without_packets,
-    write_audio,
     write_video,
 )
 
@@ -259,7 +258,6 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (empty, r"is empty \(0 bytes\)"),
     "pointer of LFS": (pointer, "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"),
     "garbage": (garbage, "cannot be decoded: Invalid data found"),
-    "audio only": (lambda to: write_audio(to / "a.mp4"), r"it has no picture track \(tracks: audio\)"),
     "index cut off": (lambda to: cut_off(write_video(to / "a.mp4"), 0.4), "moov atom not found"),
     "index half cut off": (
         lambda to: cut_off(write_video(to / "a.mp4"), 0.81),
@@ -278,6 +276,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"no frame that can be decoded \(no keyframe\)",
     ),
     "damaged in the middle": (damaged_middle, r"cannot be decoded"),
+    **REFUSED,
 }
 
 

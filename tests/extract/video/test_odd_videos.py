@@ -12,7 +12,7 @@ from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames
 from egopatch.extract.video.index import VideoError, checksum
-from tests.extract.video.odd_videos import ODD, REFUSED, full_decode, moving, without_ts_packet
+from tests.extract.video.odd_videos import ODD, full_decode, moving, without_ts_packet
 from tests.extract.video.videos import B_FRAMES, write_video
 
 
@@ -81,11 +81,3 @@ def test_wrong_key_frame_flags_make_decoding_start_earlier(tmp_path: Path, monke
     with open_video(path) as file:
         file.pixels(np.array([24, 28]))
     assert keys == [24, 23, 21, 17]  # the true key frames are 0, 10 and 20
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_unreadable_video_error_gives_the_reason(name: str, tmp_path: Path) -> None:
-    make, reason = REFUSED[name]
-    with pytest.raises(VideoError, match=reason) as caught:
-        read_frames(Clip("a", make(tmp_path)), VideoConfig(frames=4))
-    assert "\n" not in str(caught.value)
