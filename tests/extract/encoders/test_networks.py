@@ -18,61 +18,6 @@ from tests.extract.encoders.networks import relative, sequence, tiny
 CLOSE = 1e-5
 
 
-@pytest.mark.parametrize(("frames", "size", "width", "batch"), [(1, 64, 64, 1), (3, 64, 128, 2), (5, 80, 192, 3)])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_question_answering_path_matches_the_reference(
-    tmp_path: Path, frames: int, size: int, width: int, batch: int, depth: int
-) -> None:
-    checkpoint = tiny(tmp_path, frames=frames, size=size, width=width)
-    video = torch.randn(batch, frames, 3, size, size)
-    tokens = load_video_encoder("egovlpv2", checkpoint, frames, depth)(video)
-    expected, logits = reference.encode(checkpoint.tensors, video, depth)
-    assert relative(sequence(tokens), expected) < CLOSE
-    assert relative(tokens.saliency.flatten(1), logits[:, 1:]) < CLOSE
-
-
-@pytest.mark.parametrize("depth", [3, 4])
-def test_video_only_path_and_its_final_norm_match_the_reference(tmp_path: Path, depth: int) -> None:
-    checkpoint = tiny(tmp_path)
-    video = torch.randn(2, 3, 3, 64, 64)
-    encoder = load_video_encoder("egovlpv2", checkpoint, 3, depth, "dual")
-    expected, _ = reference.encode(checkpoint.tensors, video, depth, "dual")
-    if depth == 4:
-        expected = reference.norm(checkpoint.tensors, "video_model.norm", expected, 1e-5)
-    assert relative(sequence(encoder(video)), expected) < CLOSE
-    if depth == 4:
-        assert encoder.project(encoder(video).cls).shape == (2, 32)
-    else:
-        with pytest.raises(ValueError, match="project has no meaning at depth 3"):
-            encoder.project(encoder(video).cls)
-
-
-@pytest.mark.parametrize("depth", [2, 4])
-def test_egovlp_matches_the_reference(tmp_path: Path, depth: int) -> None:
-    checkpoint = tiny(tmp_path, "egovlp")
-    video = torch.randn(2, 3, 3, 64, 64)
-    expected, _ = reference.encode(checkpoint.tensors, video, depth, "dual", eps=1e-6)
-    if depth == 4:
-        expected = reference.norm(checkpoint.tensors, "video_model.norm", expected, 1e-6)
-    assert relative(sequence(load_video_encoder("egovlp", checkpoint, 3, depth)(video)), expected) < CLOSE
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("size", [64, 128])
-def test_mfas_towers_match_the_reference(tmp_path: Path, variant: str, size: int) -> None:
-    checkpoint = tiny(tmp_path, "mfas", size=size)
-    video = torch.randn(2, 3, 3, size, size)
-    growth = reference.PAPER if variant == "paper" else reference.RELEASED
-    fine, coarse, over_fine, over_coarse = reference.mfas_encode(checkpoint.tensors, video, 2, growth)
-    tokens = load_video_encoder("mfas", checkpoint, 3, 2, variant=variant)(video)
-    assert tokens.coarse is not None
-    assert tokens.coarse_saliency is not None
-    assert relative(sequence(tokens), fine) < CLOSE
-    assert relative(tokens.coarse.flatten(1, 2), coarse[:, 1:]) < CLOSE
-    assert relative(tokens.saliency, over_fine) < CLOSE
-    assert relative(tokens.coarse_saliency, over_coarse) < CLOSE
-
-
 def test_mfas_from_egovlpv2_starts_as_egovlpv2(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     video = torch.randn(1, 3, 3, 64, 64)
@@ -135,16 +80,6 @@ def test_chunked_attention_matches_whole_attention(
     with torch.no_grad():
         parts, _ = attention.to(dtype)(x.to(dtype), 3, axis, residual=residual.to(dtype))
     assert relative(parts.float(), whole) < (CLOSE if dtype == torch.float32 else 1e-2)
-
-
-def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
-    checkpoint = tiny(tmp_path)
-    video = torch.randn(2, 3, 3, 64, 64)
-    exact = load_video_encoder("egovlpv2", checkpoint, 3, 2)(video)
-    fast = load_video_encoder("egovlpv2", checkpoint, 3, 2, dtype=torch.bfloat16)(video)
-    assert fast.patches.dtype == torch.bfloat16
-    assert fast.saliency.dtype == torch.float32
-    assert relative(sequence(fast), sequence(exact)) < 1e-2
 
 
 def test_clip_tokens_do_not_depend_on_the_batch(tmp_path: Path) -> None:
