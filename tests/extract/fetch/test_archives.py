@@ -74,19 +74,11 @@ def test_unpacked_files_follow_the_umask(tmp_path: Path, folder: Path, make) -> 
     assert stat.S_IMODE((folder / CLIP).parent.stat().st_mode) == 0o775
 
 
-HOSTILE = {
-    "../out": "would be unpacked outside",
-    "/etc/out": "would be unpacked outside",
-    "a/../../out": "would be unpacked outside",
-    "a\\..\\out": "would be unpacked outside",
-}
-
-
 @pytest.mark.parametrize("make", [tar, zipped])
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out", "a\\..\\out"])
 def test_member_path_outside_the_folder_is_refused(tmp_path: Path, folder: Path, name: str, make) -> None:  # type: ignore[no-untyped-def]
     archive = make(tmp_path / "archive", {"good": b"1", name: b"2"})
-    with pytest.raises(ArchiveError, match=HOSTILE[name]) as error:
+    with pytest.raises(ArchiveError, match="would be unpacked outside") as error:
         unpack(archive, folder)
     assert repr(name) in str(error.value)
     assert str(archive) in str(error.value)
