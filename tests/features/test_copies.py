@@ -255,9 +255,7 @@ def test_deriving_twice_is_refused(whole: Store, tmp_path: Path) -> None:
         derive(small.path, tmp_path / "smaller", keep=0.5)
 
 
-def test_convert_and_derive_commands_write_copies(
-    whole: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_convert_and_derive_commands_write_copies(whole: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(whole.path), "--format", "hdf5", "--dtype", "int8"]) == 0
     out = capsys.readouterr().out
     assert "store_hdf5_int8: 9 clips" in out

@@ -278,9 +278,7 @@ def test_credentials_appear_in_no_output_log_or_file(
         assert credential.encode() not in held
 
 
-def test_info_and_verify_work_on_a_store_in_a_bucket(
-    bucket: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_info_and_verify_work_on_a_store_in_a_bucket(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(store)
     assert features(["info", f"{bucket}/store", "--json"]) == 0

@@ -207,9 +207,7 @@ def test_work_of_a_lost_worker_or_node_is_done_by_the_others(
 
 
 @pytest.mark.slow
-def test_more_workers_than_cluster_cores_are_refused(
-    cluster: Cluster, bare: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_more_workers_than_cluster_cores_are_refused(cluster: Cluster, bare: Path) -> None:
     job = start_job([*on(cluster, bare), "--engine.workers", "3"])
     _, error = job.communicate(timeout=120)
     assert job.returncode == 2

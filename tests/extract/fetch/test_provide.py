@@ -369,9 +369,7 @@ def test_transformers_model_may_be_a_folder_or_a_hub_name(
     assert (code, found[str(model / "absent")]) == (1, "missing")
 
 
-def test_data_set_files_that_are_not_archives_are_fetched(
-    published: Published, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_set_files_that_are_not_archives_are_fetched(published: Published) -> None:
     published.server.files |= {"/train.csv": Served(b"a,b\n"), "/map.json": Served(b"{}")}
     tree = yaml.safe_load((published.root / "sources.yaml").read_text())
     tree["datasets"]["nextqa"] = published._source(["train.csv", "map.json"])

@@ -59,7 +59,7 @@ def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     )
 
 
-def test_missing_weights_package_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_package_is_a_warning() -> None:
     assert machine._package(LITE0, "encoder.arch lite").state == "ok"
     check = machine._package(Package("no-such-weights", "file"), "encoder.arch lite")
     assert str(check) == (
