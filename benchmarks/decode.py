@@ -37,7 +37,7 @@ class Kind:
 
     width: int
     height: int
-    seconds: int
+    seconds: float
 
 
 KINDS = {
@@ -47,16 +47,16 @@ KINDS = {
 }
 
 
-def write_video(path: Path, kind: Kind) -> Path:
+def write_video(path: Path, kind: Kind, seed: int = 0) -> Path:
     """Write patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shape = -(-kind.height // 8), -(-kind.width // 8), 3
     ground = rng.integers(0, 255, shape, np.uint8).repeat(8, 0).repeat(8, 1)[: kind.height, : kind.width]
     noise = rng.integers(0, 24, (4, kind.height, kind.width, 3), np.uint8)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=30, options={"crf": "23"})
         stream.width, stream.height, stream.pix_fmt = kind.width, kind.height, "yuv420p"
-        for index in range(kind.seconds * 30):
+        for index in range(round(kind.seconds * 30)):
             pixels = np.roll(ground, (index, 2 * index), (0, 1)) // 2 + noise[index % 4]
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         file.mux(stream.encode())

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks.decode import Kind, write_video  # noqa: E402
 from benchmarks.encoder import GRID, PATCH, Work, checkpoint  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
@@ -36,23 +35,6 @@ from egopatch.extract.worker.device import device_of, has_bfloat16  # noqa: E402
 from egopatch.extract.worker.job import ExtractionJob  # noqa: E402
 from egopatch.extract.worker.pipeline import encode_shards  # noqa: E402
 from egopatch.features import Fingerprint, StoreSpec, create_store  # noqa: E402
-
-WIDTH, HEIGHT, FPS = 320, 240, 30
-
-
-def write_video(path: Path, seconds: float, seed: int) -> Path:
-    """Write patches of colour that drift over a noisy ground: motion to predict, and a residue to code."""
-    rng = np.random.default_rng(seed)
-    ground = rng.integers(0, 255, (HEIGHT // 8, WIDTH // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    noise = rng.integers(0, 24, (4, HEIGHT, WIDTH, 3), np.uint8)
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "medium"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for index in range(round(seconds * FPS)):
-            pixels = np.roll(ground, (index, 2 * index), (0, 1)) // 2 + noise[index % 4]
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        file.mux(stream.encode())
-    return path
 
 
 def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) -> float:
@@ -84,7 +66,8 @@ def measure(config: Config, root: Path, clips: int, seconds: float) -> dict[str,
     dtype = getattr(torch, config.encoder.dtype)
     encoder = load_video_encoder(network, weights, config.video.frames, config.encoder.depth, dtype=dtype)
     job = ExtractionJob(config, network, device, weights, encoder.eval(), EGOVLP_TRANSFORM)
-    videos = [Clip(f"clip{i}", write_video(root / f"{i}.mp4", seconds, i)) for i in range(clips)]
+    kind = Kind(320, 240, seconds)
+    videos = [Clip(f"clip{i}", write_video(root / f"{i}.mp4", kind, seed=i)) for i in range(clips)]
     decoders = decoder_count(config, 1)
     with job.open_decoders(decoders, 2 * decoders + 4) as pool:
         # Not to be released: each is encoded several times.
