@@ -104,23 +104,20 @@ class Bench:
             )
 
     def found(self, name: str) -> dict[str, Any] | None:
-        """The point of a sweep of one setting, with its runs as `members`; None if it is not finished."""
+        """The point of a sweep of one setting, with the `folders` of its runs; None if it is not finished."""
         path = self.root / "sweeps" / name / "sweep.json"
         if not path.exists():
             return None
         result = json.loads(path.read_text())
-        done = len(result["members"]) == len(self.seeds)
-        return {**result["points"][0], "members": result["members"], "name": name} if done else None
+        folders = [path.parent / member["dir"] for member in result["members"]]
+        return {**result["points"][0], "folders": folders} if len(folders) == len(self.seeds) else None
 
     def against(self, ours: Mapping[str, Any], theirs: Mapping[str, Any], split: str) -> dict[str, Any]:
         """The paired difference of two points, in points of accuracy over all questions."""
         questions = load_dataset(self.config("lite", split).data).questions["test"]
         right = []
         for point in (ours, theirs):
-            folder = self.root / "sweeps" / point["name"]
-            predictions = [
-                read_predictions(folder / m["dir"] / "predictions.jsonl", questions) for m in point["members"]
-            ]
+            predictions = [read_predictions(folder / "predictions.jsonl", questions) for folder in point["folders"]]
             right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in predictions])
         result = compare(*right, [question.clip_id for question in questions])
         difference = result.difference
@@ -135,8 +132,8 @@ class Bench:
     def disagreements(self, point: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
         """Wordings of questions that the seeds of a point disagree about, or cannot answer."""
         questions = load_dataset(self.config("lite", split).data).questions
-        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
-        predictions = [read_predictions(folder / "predictions.jsonl", questions["test"]) for folder in folders]
+        files = [folder / "predictions.jsonl" for folder in point["folders"]]
+        predictions = [read_predictions(file, questions["test"]) for file in files]
         return disagreements(questions["train"], questions["test"], predictions)
 
     def agreement(self, point: Mapping[str, Any], split: str) -> dict[str, float] | None:
@@ -144,16 +141,15 @@ class Bench:
         config = self.config("lite", split)
         questions, grid = load_questions(config, split), open_store(config.store.path).spec.grid
         assert grid is not None
-        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
-        found = [agreement(read_selection(folder / "selection.npz"), questions, grid) for folder in folders]
+        files = [folder / "selection.npz" for folder in point["folders"]]
+        found = [agreement(read_selection(file), questions, grid) for file in files]
         known = [vars(one) for one in found if one is not None]
         return {name: round(float(np.mean([one[name] for one in known])), 2) for name in known[0]} if known else None
 
     def explained(self, point: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Every score that ranks patches, as `train explain` measures it: percentages, mean over seeds."""
         found = []
-        for member in point["members"]:
-            folder = self.root / "sweeps" / point["name"] / member["dir"]
+        for folder in point["folders"]:
             explanation = read_explanation(folder)
             if explanation is None:
                 explanation = explain(load_config(folder / "config.yaml"))
@@ -180,7 +176,7 @@ class Bench:
         """Training of a point's seeds: the accuracy of each, the percentage of answers of the wrong form, and the
         median number of steps until val reached 95% of its best.
         """
-        folders = [self.root / "sweeps" / point["name"] / member["dir"] for member in point["members"]]
+        folders = point["folders"]
         tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
         logs = [json.loads(line) for folder in folders for line in (folder / "log.jsonl").read_text().splitlines()]
         reached = [event for event in logs if event["event"] == "converged"]
