@@ -67,22 +67,22 @@ class Experiment:
         are about quarantined clips, and which answers no head can give.
         """
         note = [f"note: {unrecorded_line(self.unrecorded)}"] if self.unrecorded else []
-        return [self.features.residency_line, *note, *self._quarantine_lines(), *self._answer_lines()]
+        quarantined = [*self._quarantine_lines("train"), *self._quarantine_lines("val")]
+        return [self.features.residency_line, *note, *quarantined, *self._answer_lines()]
 
     def print_quarantined(self) -> None:
         """Print, on the first rank, how many *test* questions get the majority answer because of quarantined clips."""
-        asked, encoded = len(self.tables["test"]), len(self.encoded["test"])
-        if asked > encoded:
-            self.ranks.print_once(
-                f"note: {_about(asked - encoded, asked, 'test')} quarantined clips; the majority answer stands in"
-            )
+        for line in self._quarantine_lines("test"):
+            self.ranks.print_once(line)
 
-    def _quarantine_lines(self) -> Iterator[str]:
-        """A line for each of *train* and *val* with questions about quarantined clips."""
-        for part, effect in (("train", "nothing is learned from them"), ("val", "the majority answer stands in")):
-            asked, encoded = len(self.tables[part]), len(self.encoded[part])
-            if asked > encoded:
-                yield f"note: {_about(asked - encoded, asked, part)} quarantined clips; {effect}"
+    def _quarantine_lines(self, part: str) -> Iterator[str]:
+        """A line if questions of `part` are about quarantined clips."""
+        asked = len(self.tables[part])
+        effect = "nothing is learned from them" if part == "train" else "the majority answer stands in"
+        if some := asked - len(self.encoded[part]):
+            questions = counted(asked, f"{part} question")
+            about = counted(some, f"of {questions} is about", f"of {questions} are about")
+            yield f"note: {about} quarantined clips; {effect}"
 
     def _answer_lines(self) -> Iterator[str]:
         """A line for each of *val* and *test* with answers that are not in the vocabulary."""
@@ -349,11 +349,6 @@ def _check_config(config: Config, store: Store) -> None:
             f"store {store.path} was created with different settings ({'; '.join(differences)}); use another "
             "store.path or the original settings"
         )
-
-
-def _about(some: int, asked: int, part: str) -> str:
-    questions = counted(asked, f"{part} question")
-    return counted(some, f"of {questions} is about", f"of {questions} are about")
 
 
 def _refuse_stale(store: Store, dataset: Dataset, config: Config, clip_ids: Collection[str]) -> int:
