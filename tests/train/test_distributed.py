@@ -1,7 +1,6 @@
 """Several processes training one head match a single process, and all of them stop when one does."""
 
 import ast
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,10 +27,9 @@ from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.processes.distributed import ALONE, Distributed, join
 from egopatch.train.processes.rank_slice import RankSlice
-from egopatch.train.rundir.run_folder import plain
 from egopatch.train.steps.stacked_heads import StackedHeads
 from tests.train.test_published import make
-from tests.train.tiny import losses, with_run, write_tiny
+from tests.train.tiny import events, losses, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 # Sums over ranks are taken in another order; training carries the rounding on.
@@ -46,20 +43,6 @@ def start(command: Sequence[str], ranks: int = 2) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*launcher, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-
-
-def written(config: Config) -> str:
-    """The config as a file."""
-    path = config.run.dir.with_suffix(".yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(plain(config)))
-    return str(path)
-
-
-def events(run: Path, kind: str) -> list[dict]:
-    return [
-        event for line in (run / "log.jsonl").read_text().splitlines() if (event := json.loads(line))["event"] == kind
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir import lease, run_folder
 from egopatch.train.rundir.run_folder import RunError, plain
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.tiny import FIELDS, losses, with_run, write_tiny
+from tests.train.tiny import FIELDS, events, losses, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,11 +48,10 @@ def test_run_folder_is_complete(tiny: Config) -> None:
     card = json.loads((run / "card.json").read_text())
     assert card["fingerprint"] == FIELDS
     assert card["command"] == "the command"
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    vals = [event for event in events if event["event"] == "val"]
+    vals = events(run, "val")
     assert card["val"]["all"] == max(event["all"] for event in vals)
     assert card["best_epoch"] == next(e["epoch"] for e in vals if e["all"] == card["val"]["all"])
-    (converged,) = [event for event in events if event["event"] == "converged"]
+    (converged,) = events(run, "converged")
     assert converged["steps"] == next(e["step"] for e in vals if e["all"] >= 0.95 * card["val"]["all"])
     assert converged["steps"] > vals[0]["step"]
     assert 0 < converged["seconds"] < 60
@@ -85,8 +84,8 @@ def test_the_log_names_the_implementation_of_select_attend(tiny: Config, capsys:
         config = with_run(tiny, implementation, head_implementation=implementation, train_epochs=1, train_device="cpu")
         fit(config, "")
         assert f"select_attend: reference ({why})" in capsys.readouterr().out
-        first = json.loads((config.run.dir / "log.jsonl").read_text().splitlines()[0])
-        assert first == {"event": "select_attend", "step": 0, "implementation": "reference", "why": why}
+        expected = {"event": "select_attend", "step": 0, "implementation": "reference", "why": why}
+        assert events(config.run.dir)[0] == expected
     with pytest.raises(ConfigError, match=r"head.implementation is triton: .* or use 'auto'"):
         fit(with_run(tiny, "triton", head_implementation="triton", train_device="cpu"), "")
 
@@ -153,8 +152,7 @@ def test_cpu_training_enables_deterministic_algorithms(tiny: Config, monkeypatch
 def test_training_stops_after_patience_epochs_without_val_improvement(tiny: Config) -> None:
     patient, plain_run = with_run(tiny, "patient", train_epochs=12, train_patience=2, train_lr=1e-6), tiny
     fit(patient, "x")
-    events = [json.loads(line) for line in (patient.run.dir / "log.jsonl").read_text().splitlines()]
-    vals = [event["all"] for event in events if event["event"] == "val"]
+    vals = [event["all"] for event in events(patient.run.dir, "val")]
     best = vals.index(max(vals))
     assert len(vals) == min(12, best + 1 + 2)
     assert len(vals) < 12
@@ -337,10 +335,8 @@ def test_json_counts_the_questions_about_quarantined_clips(
 ) -> None:
     config = write_tiny(tmp_path, bad=("clip|P47|0|48",))
     fit(config, "x")
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(plain(config)))
     capsys.readouterr()
-    assert main([command, "--config", str(file), "--json"]) == 0
+    assert main([command, "--config", written(config), "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["quarantined"] == 8
     assert "note: 8 of 64 test questions are about quarantined clips" in err
@@ -392,14 +388,13 @@ def test_blind_heads_read_no_video_and_majority_needs_no_store(tiny: Config, tmp
 
 
 @pytest.mark.slow
-def test_training_imports_no_video_library(tiny: Config, tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(with_run(tiny, "imports", train_epochs=1))))
+def test_training_imports_no_video_library(tiny: Config) -> None:
+    path = written(with_run(tiny, "imports", train_epochs=1))
     script = (
         "import sys; from egopatch.train.__main__ import main; code = main(['fit', '--config', sys.argv[1]]);"
         "found = {'av', 'transformers'} & set(sys.modules); print(found); sys.exit(code or len(found))"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

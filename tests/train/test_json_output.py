@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from egopatch.__main__ import SHORT
 from egopatch.configs.schema import Config
 from egopatch.train.__main__ import COMMANDS, main
 from egopatch.train.commands import bench
-from egopatch.train.rundir.run_folder import plain
 from tests.json_keys import documented_keys
-from tests.train.tiny import with_run
+from tests.train.tiny import with_run, written
 
 
 @pytest.mark.slow
@@ -20,13 +18,12 @@ def test_every_command_prints_only_its_json_result(
     tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(plain(config)))
+    file = written(config)
     seen = {"bench"}  # in a test of its own
 
     def result(name: str, *args: str) -> dict:
         seen.add(name)
-        given = () if name == "score" else ("--config", str(file))
+        given = () if name == "score" else ("--config", file)
         assert main([name, *args, *given, "--json"]) == 0
         out, err = capsys.readouterr()
         assert "{" not in err

@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from egopatch.configs.schema import Config
-from egopatch.train.rundir.run_folder import plain
-from tests.train.tiny import with_run, write_tiny
+from tests.train.tiny import with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,21 +45,19 @@ def run(*args: str, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("tiny")
     config: Config = with_run(write_tiny(root, clips=24), "watched", train_epochs=1)
     videos = config.data.root / "qa_videos"
     videos.mkdir()
     for index in range(24):  # exist, so that an attempt to open them would be noticed
         (videos / f"clip|P{index}|0|{index + 1}.mp4").write_bytes(b"no video")
-    path = root / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(config)))
-    return path
+    return written(config)
 
 
 @pytest.mark.slow
-def test_all_of_stage_two_imports_and_trains_without_video(config_file: Path) -> None:
-    done = run("--config", str(config_file))
+def test_all_of_stage_two_imports_and_trains_without_video(config_file: str) -> None:
+    done = run("--config", config_file)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

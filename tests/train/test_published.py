@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig, RunConfig, StoreConfig, TrainConfig, VideoConfig
 from egopatch.extract.datasets import load_dataset
@@ -19,9 +18,9 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import load_head
-from egopatch.train.rundir.run_folder import RunError, plain
+from egopatch.train.rundir.run_folder import RunError
 from tests.extract.encoders.networks import tiny as tiny_network
-from tests.train.tiny import losses, with_run, write_tiny
+from tests.train.tiny import losses, with_run, write_tiny, written
 
 FRAMES, SIZE, LENGTH = 3, 64, 6
 
@@ -183,10 +182,9 @@ def test_a_network_width_unlike_the_stores_prints_one_line(
     mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = tiny_network(tmp_path, "mfas", width=128, answers=4)
-    other, path = tmp_path / "other.tar", tmp_path / "c.yaml"
+    other = tmp_path / "other.tar"
     torch.save({"model_state_dict": {f"module.{n}": t for n, t in network.tensors.items()}, "epoch": 3}, other)
-    path.write_text(yaml.safe_dump(plain(with_run(mfas, "wide"))))
-    assert main(["fit", "--config", str(path), "--encoder.checkpoint", str(other)]) == 1
+    assert main(["fit", "--config", written(with_run(mfas, "wide")), "--encoder.checkpoint", str(other)]) == 1
     assert "failed: patches has 64 channels; this head's network has 128\n" in capsys.readouterr().err
 
 
@@ -199,11 +197,7 @@ def test_a_file_is_not_evaluated_where_training_was_interrupted(mfas: Config) ->
     assert [path.name for path in begun.run.dir.iterdir()] == ["last.pt"]
 
 
-def test_evaluate_command_accepts_a_fine_tuned_checkpoint(
-    mfas: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(with_run(mfas, "command"))))
-    code = main(["evaluate", "--config", str(path), "--head.checkpoint", str(mfas.encoder.checkpoint)])
-    assert code == 0
+def test_evaluate_command_accepts_a_fine_tuned_checkpoint(mfas: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    path, checkpoint = written(with_run(mfas, "command")), str(mfas.encoder.checkpoint)
+    assert main(["evaluate", "--config", path, "--head.checkpoint", checkpoint]) == 0
     assert "mfas on the direct test questions: open" in capsys.readouterr().out

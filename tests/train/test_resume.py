@@ -29,7 +29,7 @@ from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
 from egopatch.train.rundir.run_folder import RunError, plain
-from tests.train.tiny import FIELDS, clock, losses, with_run, write_tiny
+from tests.train.tiny import FIELDS, clock, events, losses, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,10 +136,8 @@ def test_the_exit_code_asks_a_scheduler_for_another_start(
 
     target = "run_group.RunGroup.end_epoch" if trains else "fit.open_experiment"
     monkeypatch.setattr(f"egopatch.train.fitting.{target}", interrupted)
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(tiny)))
     before = signal.getsignal(number)
-    assert main(["fit", "--config", str(path)]) == code
+    assert main(["fit", "--config", written(tiny)]) == code
     assert capsys.readouterr().err.endswith("; run the same command again to resume\n")
     assert signal.getsignal(number) is before
 
@@ -156,8 +154,7 @@ def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pyte
         fit(tiny, "x")
     monkeypatch.setattr(RunGroup, "restore_best", real)
     fit(tiny, "x")
-    events = [json.loads(line)["event"] for line in (tiny.run.dir / "log.jsonl").read_text().splitlines()]
-    assert events == ["val", "converged", "end"]
+    assert [event["event"] for event in events(tiny.run.dir)] == ["val", "converged", "end"]
 
 
 def test_a_signal_between_accumulated_batches_loses_no_gradient(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,11 +286,9 @@ def test_a_run_that_another_process_releases_is_trained(
 def test_ctrl_c_while_waiting_prints_one_line(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(tiny)))
     monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
     with file_lease.hold(tiny.run.dir, 0):
-        assert main(["fit", "--config", str(path)]) == 130
+        assert main(["fit", "--config", written(tiny)]) == 130
         assert [path.name for path in tiny.run.dir.iterdir()] == ["leases"]
     assert capsys.readouterr().err == "train fit: interrupted; run the same command again to resume\n"
 
@@ -316,9 +311,7 @@ def test_a_sigkilled_process_resumes_with_the_same_losses(tiny: Config, tmp_path
     tiny = with_run(tiny, "psa", train_accumulate=2, train_ema=0.9, train_epochs=6)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(tiny)))
-    command = [sys.executable, "-m", "train", "fit", "--config", str(path)]
+    command = [sys.executable, "-m", "train", "fit", "--config", written(tiny)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     log = tiny.run.dir / "log.jsonl"

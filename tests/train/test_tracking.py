@@ -1,6 +1,5 @@
 """Experiment trackers: stand-ins of their modules get the numbers of the log, and a run that resumes stays one run."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from egopatch.train.fitting.fit import fit
 from egopatch.train.rundir.log import RunLog
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.tracking import open_tracker
-from tests.train.tiny import with_run
+from tests.train.tiny import events, with_run
 
 Calls = list[tuple[str, Any]]
 
@@ -66,10 +65,9 @@ def tracked(request: pytest.FixtureRequest, tiny: Config, monkeypatch: pytest.Mo
 def test_trackers_receive_the_log_and_a_resumed_run_stays_one_run(tracked: tuple[Config, Calls]) -> None:
     config, calls = tracked
     fit(config, "train fit")
-    lines = [json.loads(line) for line in (config.run.dir / "log.jsonl").read_text().splitlines()]
     numbers = {
         (line["step"], f"{line['event']}/{name}", value)
-        for line in lines
+        for line in events(config.run.dir)
         for name, value in line.items()
         if isinstance(value, float)
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +20,10 @@ from egopatch.train.data.batch import Batch
 from egopatch.train.fitting import experiment, run_group
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.rundir.run_folder import RunError, plain, save_weights, weights_epoch
+from egopatch.train.rundir.run_folder import RunError, save_weights, weights_epoch
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.tiny import losses, with_run
+from tests.train.tiny import events, losses, with_run, written
 
 
 class Killed(BaseException):
@@ -55,10 +54,8 @@ def same(here: dict[str, Tensor], there: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture
-def config_file(tiny: Config, tmp_path: Path) -> str:
-    path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(plain(tiny)))
-    return str(path)
+def config_file(tiny: Config) -> str:
+    return written(tiny)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -74,8 +71,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         )
     names = {path.name for path in tiny.run.dir.iterdir()}
     assert names == {"config.yaml", "clips.json", "questions.json", "log.jsonl", "tb", "leases"}
-    last = json.loads((tiny.run.dir / "log.jsonl").read_text().splitlines()[-1])
-    assert last["event"] == "failed"
+    assert events(tiny.run.dir)[-1]["event"] == "failed"
 
 
 def test_weights_that_are_not_finite_are_never_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import yaml
 from torch import Tensor
 
 from egopatch.configs.schema import Config, DataConfig, HeadConfig, RunConfig, StoreConfig, TrainConfig
 from egopatch.features import Failure, Fingerprint, StoreSpec, create_store
+from egopatch.train.rundir.run_folder import plain
 
 COLOURS = ("red", "green", "blue", "white")
 PLACES = ("left", "right", "top", "bottom")
@@ -77,15 +79,28 @@ def with_run(config: Config, name: str, **changes: object) -> Config:
     return dataclasses.replace(config, **sections)
 
 
+def written(config: Config) -> str:
+    """The path of a file with `config`, beside its run folder."""
+    path = config.run.dir.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(plain(config)))
+    return str(path)
+
+
 def clock(sleep: Callable[[float], None]) -> SimpleNamespace:
     """In place of the module `time` in one other module: threads that sleep elsewhere are not disturbed."""
     return SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 
 
+def events(run: Path, kind: str | None = None) -> list[dict]:
+    """The lines of a run's log, or those of one kind."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["event"])]
+
+
 def losses(run: Path) -> list[float]:
     """The loss trace of a run's log."""
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if event["event"] == "step"]
+    return [event["loss"] for event in events(run, "step")]
 
 
 def _write_questions(root: Path, split: str, names: list[str], planted: dict, rng: random.Random) -> None:
