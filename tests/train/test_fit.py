@@ -31,7 +31,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir import lease, run_folder
 from egopatch.train.rundir.run_folder import RunError, plain
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.tiny import FIELDS, events, losses, with_run, write_tiny, written
+from tests.train.tiny import FIELDS, events, losses, same_weights, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,8 +95,7 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     fit(tiny, "x")
     fit(other, "x")
     assert losses(tiny.run.dir) == losses(other.run.dir)
-    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, other))
-    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert same_weights(tiny, other)
     third = with_run(tiny, "seed1", train_seed=1)
     fit(third, "x")
     assert losses(third.run.dir) != losses(tiny.run.dir)

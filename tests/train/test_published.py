@@ -14,12 +14,11 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, StoreSpec, create_store, open_store
 from egopatch.train.__main__ import main
-from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
-from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.heads import load_head
 from egopatch.train.rundir.run_folder import RunError
 from tests.extract.encoders.networks import tiny as tiny_network
+from tests.train.kills import killed_after
 from tests.train.tiny import losses, with_run, write_tiny, written
 
 FRAMES, SIZE, LENGTH = 3, 64, 6
@@ -89,17 +88,7 @@ def test_a_killed_run_of_a_published_head_resumes_bit_for_bit(mfas: Config, monk
     killed, undisturbed = with_run(mfas, "killed"), with_run(mfas, "undisturbed")
     fit(undisturbed, "x")
     torch.manual_seed(5)
-    real = RunGroup.learn
-
-    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
-        if self.position[0] == 1:
-            raise KeyboardInterrupt
-        real(self, batch, last)
-
-    monkeypatch.setattr(RunGroup, "learn", dies)
-    with pytest.raises(KeyboardInterrupt):
-        fit(killed, "x")
-    monkeypatch.setattr(RunGroup, "learn", real)
+    killed_after(monkeypatch, 3, lambda: fit(killed, "x"))  # in the second epoch
     torch.manual_seed(99)  # another process has other random numbers
     fit(killed, "x")
     assert losses(killed.run.dir) == losses(undisturbed.run.dir)

@@ -29,7 +29,8 @@ from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
 from egopatch.train.rundir.run_folder import RunError, plain
-from tests.train.tiny import FIELDS, clock, events, losses, with_run, write_tiny, written
+from tests.train.kills import Killed, killed_after
+from tests.train.tiny import FIELDS, clock, events, losses, same_weights, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,10 +53,6 @@ def stop_after(
     return str(stopped.value)
 
 
-class Killed(BaseException):
-    """Stands for a kill: the loop cannot clean up or save."""
-
-
 @pytest.mark.parametrize(
     ("step", "accumulate"),
     [(12, 1), (7, 3), *(pytest.param(step, 1, marks=pytest.mark.slow) for step in (1, 16, 23))],
@@ -66,17 +63,7 @@ def test_a_killed_and_resumed_run_has_the_same_losses(
     tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    real = RunGroup.learn
-
-    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if self.heads.step == step:
-            raise Killed
-
-    monkeypatch.setattr(RunGroup, "learn", dies)
-    with pytest.raises(Killed):
-        fit(tiny, "x")
-    monkeypatch.setattr(RunGroup, "learn", real)
+    killed_after(monkeypatch, step, lambda: fit(tiny, "x"))
     torch.manual_seed(99)  # another process has other random numbers
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -166,8 +153,7 @@ def test_a_signal_between_accumulated_batches_loses_no_gradient(tiny: Config, mo
     assert len(torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["held"]) == 2
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
-    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
-    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert same_weights(tiny, undisturbed)
 
 
 class _Dropped(torch.nn.Module):
@@ -194,9 +180,8 @@ def test_a_custom_head_resumes_with_the_losses_of_an_undisturbed_run(
     torch.manual_seed(1)
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
-    here, there = (load_file(c.run.dir / "best.safetensors") for c in (tiny, undisturbed))
-    assert all(torch.equal(here[name], there[name]) for name in here)
-    assert here["layers.0.running_mean"].any()
+    assert same_weights(tiny, undisturbed)
+    assert load_file(tiny.run.dir / "best.safetensors")["layers.0.running_mean"].any()
 
 
 @pytest.mark.parametrize(

@@ -23,26 +23,8 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir.run_folder import RunError, save_weights, weights_epoch
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.tiny import events, losses, with_run, written
-
-
-class Killed(BaseException):
-    """Stands for a kill: the loop cannot clean up or save."""
-
-
-def dies_at(monkeypatch: pytest.MonkeyPatch, config: Config, step: int) -> None:
-    """Train until `step`, as a process that is killed there."""
-    real = RunGroup.learn
-
-    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if self.heads.step == step:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunGroup, "learn", dies)
-        with pytest.raises(Killed):
-            fit(config, "x")
+from tests.train.kills import killed_after
+from tests.train.tiny import events, losses, same_weights, with_run, written
 
 
 def weights_of(config: Config) -> dict[str, Tensor]:
@@ -133,22 +115,14 @@ def test_a_failed_run_of_a_stack_does_not_affect_the_others(
 
 def test_a_stack_remembers_its_failed_run_after_an_interruption(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    real_losses, real_learn = StackedHeads._losses, RunGroup.learn
+    real = StackedHeads._losses
 
     def diverges(self: StackedHeads, batch: Batch) -> Tensor:
-        found = real_losses(self, batch)
+        found = real(self, batch)
         return found * torch.tensor([[1.0], [float("inf")]]) if self.step == 3 else found
 
-    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
-        real_learn(self, batch, last)
-        if self.heads.step == 9:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(StackedHeads, "_losses", diverges)
-    monkeypatch.setattr(RunGroup, "learn", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(tiny, ratios=[0.25, 0.5])
-    monkeypatch.setattr(RunGroup, "learn", real_learn)
+    killed_after(monkeypatch, 9, lambda: run_sweep(tiny, ratios=[0.25, 0.5]))
     with pytest.raises(RunError, match=r"1 of 2 runs has no results in .* is (inf|nan) in epoch 1, step 4 of 24"):
         run_sweep(tiny, ratios=[0.25, 0.5])
 
@@ -173,20 +147,20 @@ def test_weights_newer_than_the_saved_state_are_rolled_back(
     fit(undisturbed, "x")
     best = json.loads((undisturbed.run.dir / "card.json").read_text())["best_epoch"]
     assert weights_epoch(undisturbed.run.dir) == best
-    dies_at(monkeypatch, tiny, 9)
+    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
     first = weights_of(tiny)
     assert weights_epoch(tiny.run.dir) == 1
     # As if epoch 2 had been the best before the kill. On a GPU it may not be, the second time.
     save_weights(tiny.run.dir, {name: torch.zeros_like(tensor) for name, tensor in first.items()}, epoch=2)
     capsys.readouterr()
-    dies_at(monkeypatch, tiny, 10)
+    killed_after(monkeypatch, 10, lambda: fit(tiny, "x"))
     message = "holds the weights of epoch 2, but the best epoch of the state to resume from is 1: going back to the"
     assert f"{tiny.run.dir}/best.safetensors {message} weights of epoch 1" in capsys.readouterr().out
     assert same(weights_of(tiny), first)
     (tiny.run.dir / "best.safetensors").unlink()
     fit(tiny, "x")
     assert "best.safetensors holds no weights of a known epoch" in capsys.readouterr().out
-    assert same(weights_of(tiny), weights_of(undisturbed))
+    assert same_weights(tiny, undisturbed)
     save_weights(tiny.run.dir, first, epoch=best + 7)
     with pytest.raises(RunError, match=rf"holds the weights of epoch {best + 7}, expected those of epoch {best}, the"):
         evaluate(tiny)
@@ -200,7 +174,7 @@ def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(
 ) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     metrics = fit(undisturbed, "x")
-    dies_at(monkeypatch, tiny, 9)
+    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
     state = torch.load(tiny.run.dir / "last.pt", weights_only=True)
     for run in state["members"]:
         del run["weights"], run["failed"]
@@ -208,7 +182,7 @@ def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(
     save_file(weights_of(tiny), tiny.run.dir / "best.safetensors")
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
-    assert same(weights_of(tiny), weights_of(undisturbed))
+    assert same_weights(tiny, undisturbed)
     save_file(weights_of(tiny), tiny.run.dir / "best.safetensors")
     assert evaluate(tiny) == metrics
 
@@ -257,7 +231,7 @@ def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
 ) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    dies_at(monkeypatch, tiny, 9)
+    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
     files = {item.name for item in tiny.run.dir.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny.run.dir / file).stat().st_size - 1, limits[1]))
@@ -273,7 +247,7 @@ def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
     assert {item.name for item in tiny.run.dir.iterdir()} == files
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
-    assert same(weights_of(tiny), weights_of(undisturbed))
+    assert same_weights(tiny, undisturbed)
 
 
 def test_a_custom_data_set_without_questions_is_refused_by_name(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from egopatch.configs.schema import Config, DataConfig, HeadConfig, RunConfig, StoreConfig, TrainConfig
@@ -101,6 +102,12 @@ def events(run: Path, kind: str | None = None) -> list[dict]:
 def losses(run: Path) -> list[float]:
     """The loss trace of a run's log."""
     return [event["loss"] for event in events(run, "step")]
+
+
+def same_weights(one: Config, other: Config) -> bool:
+    """Whether the best weights of two runs are equal bit for bit."""
+    here, there = (load_file(config.run.dir / "best.safetensors") for config in (one, other))
+    return here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
 
 def _write_questions(root: Path, split: str, names: list[str], planted: dict, rng: random.Random) -> None:
