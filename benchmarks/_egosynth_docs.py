@@ -22,8 +22,6 @@ EXPLAINED_CAPTION = (
     " scores against the known places of the objects asked about. Percent, mean over seeds. Attention is not an"
     " explanation: only the curves say what the answers depend on."
 )
-# Text of a set's part until there are results.
-NOT_MEASURED = "Not measured yet."
 
 
 def interval(number: Mapping[str, float]) -> str:
@@ -86,11 +84,6 @@ def listed(names: Sequence[str]) -> str:
 def markers(name: str) -> tuple[str, str]:
     """The first and the last line of a set's part of docs/egosynth.md."""
     return f"<!-- results of the {name} set, by its script in benchmarks/ -->", f"<!-- end of the {name} set -->"
-
-
-def write_docs(name: str, found: Mapping[str, Any], path: Path = DOCS) -> None:
-    """Replace the tables and findings of a set in the docs; raises as `write_part`."""
-    write_part(name, markdown(found), path)
 
 
 def write_part(name: str, content: str, path: Path = DOCS) -> None:

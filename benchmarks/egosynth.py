@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._egosynth_bench import Bench, grid_file, rounded, slug
 from benchmarks._egosynth_cost import cost_of
-from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_docs
+from benchmarks._egosynth_docs import NUMBERS, REFERENCE, SPLITS, markdown, write_part
 from benchmarks._egosynth_systems import (
     ABLATION,
     CONTRAST,
@@ -214,7 +214,7 @@ def main(args: Sequence[str] | None = None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
         if options.result is not None and out == RESULTS / options.result:
             draw(bench, PICTURES / f"{out.stem}_ratios.png", found["table"])
-            write_docs(options.set, found)
+            write_part(options.set, markdown(found))
 
 
 if __name__ == "__main__":

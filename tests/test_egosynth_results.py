@@ -74,11 +74,11 @@ def test_patch_ranking_scores_are_written_as_a_table() -> None:
     assert "Attention is not an explanation" in text
 
 
-def test_write_docs_replaces_only_the_section_of_its_set(tmp_path: Path) -> None:
+def test_write_part_replaces_only_the_section_of_its_set(tmp_path: Path) -> None:
     path = tmp_path / "egosynth.md"
     first, last = bench.markers("hard")
     path.write_text(f"before\n\n{first}\nearlier results\n{last}\n\nafter\n")
-    bench.write_docs("hard", found(), path)
+    bench.write_part("hard", bench.markdown(found()), path)
     text = path.read_text()
     assert text.startswith(f"before\n\n{first}\n")
     assert text.endswith(f"{last}\n\nafter\n")
@@ -88,7 +88,7 @@ def test_write_docs_replaces_only_the_section_of_its_set(tmp_path: Path) -> None
     assert "| 1.5% |  |  |  |" in text
     assert "earlier results" not in text
     with pytest.raises(ValueError, match=r"has no part of the demo set; expected the lines '<!-- results of the demo"):
-        bench.write_docs("demo", found(), path)
+        bench.write_part("demo", bench.markdown(found()), path)
 
 
 def test_benchmark_runs_only_systems_that_have_a_config() -> None:
@@ -101,7 +101,7 @@ def test_docs_match_the_results(name: str) -> None:
     first, last = bench.markers(name)
     written = bench.DOCS.read_text().split(first)[1].split(last)[0].strip()
     file = RESULTS / ("egosynth.json" if name == "demo" else f"egosynth_{name}.json")
-    assert written == (bench.markdown(json.loads(file.read_text())) if file.exists() else bench.NOT_MEASURED)
+    assert written == (bench.markdown(json.loads(file.read_text())) if file.exists() else "Not measured yet.")
 
 
 def test_docs_match_the_multiple_choice_results() -> None:
