@@ -282,15 +282,6 @@ def test_variants_keep_the_questions_and_replace_only_their_texts(tiny: Config) 
     assert next(features.stream(experiment.tables["val"], [np.arange(3)])).variants is None
 
 
-def test_ram_residency_reads_each_clip_once(tiny: Config) -> None:
-    features = open_experiment(tiny).features
-    before = features.bytes_read
-    table = open_experiment(tiny).train_table
-    for _ in features.stream(table, plan_batches(table, 32, 0)):
-        pass
-    assert features.bytes_read == before
-
-
 def test_gpu_residency_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train\.residency is 'gpu' but the device is cpu"):
         choose_residency("gpu", 10, torch.device("cpu"))
