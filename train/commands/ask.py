@@ -14,36 +14,7 @@ from egopatch.configs.schema import ConfigError
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the answers with their probabilities and notes on how far to trust them; write a picture."""
-    parser.usage = '"QUESTION" --video FILE [--run DIR] | --config FILE [--clip ID] [options]'
-    parser.epilog = "Clips are ranked by the probability of their first answer."
-    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
-    parser.add_argument(
-        "--clip-seconds", type=PositiveFloat, default=10.0, metavar="SECONDS",
-        help="length of the clips that --video is cut into",
-    )  # fmt: skip
-    parser.add_argument(
-        "--clip", type=str | None, default=None, metavar="ID",
-        help="id of a clip in the config's store (default: all clips, ranked)",
-    )  # fmt: skip
-    parser.add_argument("--top", type=PositiveInt, default=3, help="number of clips to show")
-    parser.add_argument("--answers", type=PositiveInt, default=5, help="number of answers to show for each clip")
-    parser.add_argument(
-        "--picture", type=Path | None, default=None, metavar="FILE",
-        help="file for a picture of the best clip (.jpg or .png), which shows its frames, their times and the kept"
-        " patches in outline (default with --video: beside the features)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cache", type=Path | None, default=None, metavar="DIR",
-        help="folder that keeps the features of videos (default: egopatch/videos in the user's cache folder)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.read_first = {
-        "--video": ("FILE", "a video file, or a folder of videos; each is encoded only once"),
-        "--run": (
-            "DIR",
-            "folder of a trained head (default: the one best on val in the table of --config, or of `egopatch demo`)",
-        ),
-    }
+    _add_options(parser)
     run, args = take_option(args, "--run")
     video, args = take_option(args, "--video")
     for option in parser.read_first:
@@ -93,3 +64,36 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     else:
         print("\n".join([*result.lines(), *([] if picture is None else [f"picture: {picture}"])]))
     return 0
+
+
+def _add_options(parser: ConfigParser) -> None:
+    parser.usage = '"QUESTION" --video FILE [--run DIR] | --config FILE [--clip ID] [options]'
+    parser.epilog = "Clips are ranked by the probability of their first answer."
+    parser.add_argument("question", metavar="QUESTION", help="the question, in quotes")
+    parser.add_argument(
+        "--clip-seconds", type=PositiveFloat, default=10.0, metavar="SECONDS",
+        help="length of the clips that --video is cut into",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clip", type=str | None, default=None, metavar="ID",
+        help="id of a clip in the config's store (default: all clips, ranked)",
+    )  # fmt: skip
+    parser.add_argument("--top", type=PositiveInt, default=3, help="number of clips to show")
+    parser.add_argument("--answers", type=PositiveInt, default=5, help="number of answers to show for each clip")
+    parser.add_argument(
+        "--picture", type=Path | None, default=None, metavar="FILE",
+        help="file for a picture of the best clip (.jpg or .png), which shows its frames, their times and the kept"
+        " patches in outline (default with --video: beside the features)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path | None, default=None, metavar="DIR",
+        help="folder that keeps the features of videos (default: egopatch/videos in the user's cache folder)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.read_first = {
+        "--video": ("FILE", "a video file, or a folder of videos; each is encoded only once"),
+        "--run": (
+            "DIR",
+            "folder of a trained head (default: the one best on val in the table of --config, or of `egopatch demo`)",
+        ),
+    }

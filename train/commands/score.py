@@ -42,6 +42,38 @@ class QuestionFile:
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Score the answers and print the metrics."""
+    _add_options(parser)
+    options = parser.parse_args(list(args))
+    file = read_question_file(options.questions, options.part)
+    split = options.split or file.split
+    answers = read_predictions(options.predictions, file.questions)
+    metrics = score(file.questions, answers, split)
+    texts = text_metrics(file.questions, answers) if options.text else {}
+    if file.vocabulary is None and any(question.encoded is None for question in file.questions):
+        released = None
+        if options.questions.suffix.lower() in OWN:
+            missing, todo = f"{options.questions} has no questions of part train", "add some"
+        else:
+            missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
+            todo = "put one of them there"
+        if options.compare == "released":
+            raise ConfigError(f"--compare is 'released', but {missing}; {todo}, or omit --compare")
+        print(f"train score: no scores under the released matching rule: {missing}", file=sys.stderr)
+    else:
+        released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
+    if options.json:
+        chosen = released if options.compare == "released" and released is not None else metrics
+        print(json.dumps(chosen.as_json() | ({"text": texts} if texts else {}), indent=2))
+        # On standard error, because the layout of the JSON is fixed.
+        print(f"train score: {wrong_form_line(metrics)}", file=sys.stderr)
+        if released is not None:
+            print(f"train score: {difference(metrics, released)}", file=sys.stderr)
+    else:
+        print("\n".join([*lines(metrics, released), *(f"{name} {value:.2f}" for name, value in texts.items())]))
+    return 0
+
+
+def _add_options(parser: ConfigParser) -> None:
     parser.usage = "--questions FILE --predictions FILE [options]"
     parser.add_argument(
         "--questions",
@@ -82,34 +114,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         help="also report BLEU-4, METEOR and ROUGE-L (pip install 'egopatch[text-metrics]')",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(list(args))
-    file = read_question_file(options.questions, options.part)
-    split = options.split or file.split
-    answers = read_predictions(options.predictions, file.questions)
-    metrics = score(file.questions, answers, split)
-    texts = text_metrics(file.questions, answers) if options.text else {}
-    if file.vocabulary is None and any(question.encoded is None for question in file.questions):
-        released = None
-        if options.questions.suffix.lower() in OWN:
-            missing, todo = f"{options.questions} has no questions of part train", "add some"
-        else:
-            missing = f"{options.questions.parent} has neither answer_set.txt nor training questions"
-            todo = "put one of them there"
-        if options.compare == "released":
-            raise ConfigError(f"--compare is 'released', but {missing}; {todo}, or omit --compare")
-        print(f"train score: no scores under the released matching rule: {missing}", file=sys.stderr)
-    else:
-        released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
-    if options.json:
-        chosen = released if options.compare == "released" and released is not None else metrics
-        print(json.dumps(chosen.as_json() | ({"text": texts} if texts else {}), indent=2))
-        # On standard error, because the layout of the JSON is fixed.
-        print(f"train score: {wrong_form_line(metrics)}", file=sys.stderr)
-        if released is not None:
-            print(f"train score: {difference(metrics, released)}", file=sys.stderr)
-    else:
-        print("\n".join([*lines(metrics, released), *(f"{name} {value:.2f}" for name, value in texts.items())]))
-    return 0
 
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:
