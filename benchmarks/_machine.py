@@ -1,6 +1,7 @@
 """Context of every benchmark result, the machine and the versions, and the path where the result belongs."""
 
 import argparse
+import json
 import os
 import platform
 import time
@@ -65,6 +66,14 @@ def result_path(options: argparse.Namespace) -> Path | None:
     if options.out is not None or options.quick or options.result is None:
         return options.out
     return RESULTS / options.result
+
+
+def write_result(options: argparse.Namespace, result: object) -> Path | None:
+    """Write a result as JSON where it belongs; returns its path, None if it is only printed."""
+    path = result_path(options)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def _version(package: str) -> str | None:

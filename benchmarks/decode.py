@@ -9,7 +9,6 @@ to RGB. The pixels must be equal. A figure is the median of all rounds, in CPU t
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.video import container, frames  # noqa: E402
@@ -138,8 +137,7 @@ def main() -> int:
         "rounds": options.rounds,
         "machine": stamp("av", "decord2"),
     }
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options, result)
     return 0
 
 

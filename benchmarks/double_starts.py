@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.train.__main__ import main as train  # noqa: E402
 from egopatch.train.fitting.fit import fit  # noqa: E402
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": {"lone": round(alone_s, 2), "round_mean": round(sum(seconds) / max(1, len(seconds)), 2)},
         "machine": stamp(),
     }
-    if out := result_path(args):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args, result)
     print(f"{result['passed']} of {args.rounds} rounds passed")
     return 1 if failed else 0
 

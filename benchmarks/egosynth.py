@@ -39,7 +39,7 @@ from benchmarks._egosynth_systems import (
     SYSTEMS,
     WHOLE,
 )
-from benchmarks._machine import RESULTS, add_result_arguments, result_path, stamp
+from benchmarks._machine import RESULTS, add_result_arguments, stamp, write_result
 from egopatch.train.report import plots
 from egopatch.train.report.sources import read_sweep
 from egopatch.train.sweeps.sweep import run_sweep
@@ -210,11 +210,10 @@ def main(args: Sequence[str] | None = None) -> None:
         **found,
     }
     print(markdown(found))
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        if options.result is not None and out == RESULTS / options.result:
-            draw(bench, PICTURES / f"{out.stem}_ratios.png", found["table"])
-            write_part(options.set, markdown(found))
+    out = write_result(options, result)
+    if out is not None and options.result is not None and out == RESULTS / options.result:
+        draw(bench, PICTURES / f"{out.stem}_ratios.png", found["table"])
+        write_part(options.set, markdown(found))
 
 
 if __name__ == "__main__":

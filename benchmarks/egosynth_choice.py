@@ -8,7 +8,6 @@ docs/egosynth.md.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks._egosynth_bench import Bench, command, rounded, slug
 from benchmarks._egosynth_docs import REFERENCE, compared, table, write_part
 from benchmarks._egosynth_systems import ABLATION
-from benchmarks._machine import RESULTS, add_result_arguments, result_path, stamp
+from benchmarks._machine import RESULTS, add_result_arguments, stamp, write_result
 
 CONFIG = Path("configs") / "egosynth_choice.yaml"
 RESULT = "egosynth_choice.json"
@@ -88,10 +87,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "systems": rows,
     }
     print(markdown(rows))
-    if out := result_path(options):
-        out.write_text(json.dumps(found, indent=1) + "\n")
-        if out == RESULTS / RESULT:
-            write_part("choice", markdown(rows))
+    if write_result(options, found) == RESULTS / RESULT:
+        write_part("choice", markdown(rows))
 
 
 def measure(bench: ChoiceBench, systems: Mapping[str, tuple[list[str], dict[str, Any]]]) -> list[dict[str, Any]]:

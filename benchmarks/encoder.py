@@ -12,7 +12,6 @@ bfloat16 depends on the CPU too and is reported from the same run.
 
 import argparse
 import ctypes
-import json
 import os
 import resource
 import subprocess
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, bfloat16_instructions, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, bfloat16_instructions, stamp, write_result  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import load_video_encoder  # noqa: E402
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
@@ -289,8 +288,7 @@ def main() -> int:
             }
     result |= {"claims": claims(result), "work": asdict(work), "gflop": work.flops() / 1e9, "machine": stamp()}
     print(report(result))
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options, result)
     return 0
 
 

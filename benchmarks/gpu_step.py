@@ -11,7 +11,6 @@ counted by the profiler. `--quick` and machines without a GPU take tiny sizes on
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._machine import add_result_arguments, result_path, stamp
+from benchmarks._machine import add_result_arguments, stamp, write_result
 from benchmarks.sweep_cost import RATIOS, SEEDS, write_config, write_data
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config
@@ -132,8 +131,7 @@ def main() -> int:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "result")}
     result = {"settings": settings, "steps": results, "machine": stamp("triton")}
-    if out := result_path(args):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args, result)
     return 0
 
 

@@ -18,7 +18,6 @@ Exit code 1 if, at ratio 0.25, ours is less than 10x faster than `per question` 
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -35,7 +34,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._machine import add_result_arguments, result_path, stamp
+from benchmarks._machine import add_result_arguments, stamp, write_result
 from egopatch.train.ops.select_attend import select_attend
 
 FRAMES, PATCHES, WIDTH, HEADS, ANSWERS = 16, 196, 768, 4, 200
@@ -223,8 +222,7 @@ def main() -> int:
         "variants": rows,
         "machine": stamp(),
     }
-    if out := result_path(args):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args, result)
     against = rows["per question"]
     met = against["times_ours"] >= 10 and against["memory_times_ours"] >= 4
     if args.ratio == 0.25 and not met and not args.quick:

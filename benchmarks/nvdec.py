@@ -9,7 +9,6 @@ standard leaves the rounding open. Under 90 seconds; without a GPU it says so an
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from benchmarks.decode import KINDS, Kind, write_video  # noqa: E402
 from egopatch.configs.schema import ConfigError, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
@@ -130,8 +129,7 @@ def main() -> int:
             )
             print(f"{name}: {pixels[name]}; {speeds}", flush=True)
     result = {"pixels": pixels, "rates": rates, "machine": stamp("av", "PyNvVideoCodec")}
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options, result)
     return int(any(value.startswith("differ") for name, value in pixels.items() if name != "mpeg4"))
 
 

@@ -9,7 +9,6 @@ is counted from the first decoded clip to the last commit: what it takes to star
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from benchmarks.decode import Kind, write_video  # noqa: E402
 from benchmarks.encoder import GRID, PATCH, Work, checkpoint  # noqa: E402
 from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreConfig, VideoConfig  # noqa: E402
@@ -130,8 +129,7 @@ def main() -> int:
     for name, value in result["claims"].items():  # type: ignore[attr-defined]
         print(f"{name}: {value:.3f}")
     print(result["said"])
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options, result)
     return 0
 
 

@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.features import Fingerprint, ShardOwned, Store, StoreError, StoreSpec, create_store, open_store  # noqa: E402
 from egopatch.features.storage.folder import LocalStorage  # noqa: E402
 from egopatch.features.tools.repair import repair  # noqa: E402
@@ -324,8 +324,7 @@ def main() -> int:
         "machine": stamp("zarr", "h5py"),
     }
     print(json.dumps(result, indent=1))
-    if out := result_path(args):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args, result)
     return 1 if failed else 0
 
 

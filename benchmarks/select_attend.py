@@ -17,7 +17,6 @@ written after each ratio, and a plot of time over ratio beside it.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -34,7 +33,7 @@ from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._machine import add_result_arguments, result_path, stamp
+from benchmarks._machine import add_result_arguments, stamp, write_result
 from egopatch.train.ops.select_attend import choose_implementation, reference, select_attend
 
 # clips, questions of each clip, frames, patches, channels
@@ -294,8 +293,7 @@ def main() -> int:
             parts = "  ".join(f"{part} {row[part]['milliseconds']:9.3f} ms" for part in timed)
             share = row["forward"]["share_of_copy"]
             print(f"ratio {ratio:4.2f}  {name:9} {parts}   forward reads tokens at {share:.1%} of copy", flush=True)
-        if out := result_path(args):
-            out.write_text(json.dumps(report(args, implementation, copy, results), indent=1) + "\n")
+        if out := write_result(args, report(args, implementation, copy, results)):
             plot(results, out.with_suffix(".png"))
     return 0
 

@@ -27,7 +27,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._machine import add_result_arguments, result_path, stamp
+from benchmarks._machine import add_result_arguments, stamp, write_result
 from egopatch.features import Fingerprint, StoreSpec, create_store
 
 RATIOS = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0)
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "limit": LIMIT,
         "by_batch": by_batch,
     }
-    if out := result_path(args):
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args, result)
     costs = {measured["batch"]: measured["times_one_run"]["seconds"] for measured in by_batch}
     print("; ".join(f"batch {batch}: the sweep costs {cost:.1f} runs" for batch, cost in costs.items()))
     if max(costs.values()) > LIMIT and not args.quick:
