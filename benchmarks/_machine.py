@@ -76,6 +76,12 @@ def write_result(options: argparse.Namespace, result: object) -> Path | None:
     return path
 
 
+def resident(field: str) -> int:
+    """Bytes of this process in `/proc/self/status`: VmRSS is the current value, VmHWM the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

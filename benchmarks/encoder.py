@@ -13,7 +13,6 @@ bfloat16 depends on the CPU too and is reported from the same run.
 import argparse
 import ctypes
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,7 +29,13 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, bfloat16_instructions, stamp, write_result  # noqa: E402
+from benchmarks._machine import (  # noqa: E402
+    add_result_arguments,
+    bfloat16_instructions,
+    resident,
+    stamp,
+    write_result,
+)
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.encoders import load_video_encoder  # noqa: E402
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
@@ -160,16 +165,9 @@ def _memory_of(variant: str, work: Work) -> int:
         run()  # loads code, packed weights and other lasting memory before the measurement
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _peak()
+        before = resident("VmHWM")
         run()
-        return _peak() - before
-
-
-def _peak() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resident("VmHWM") - before
 
 
 def measure(

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._machine import add_result_arguments, stamp, write_result
+from benchmarks._machine import add_result_arguments, resident, stamp, write_result
 from egopatch.train.ops.select_attend import select_attend
 
 FRAMES, PATCHES, WIDTH, HEADS, ANSWERS = 16, 196, 768, 4, 200
@@ -161,12 +161,6 @@ def print_peak(args: argparse.Namespace) -> None:
     before = resident("VmRSS")
     step(head, optimiser, inputs, args.memory_of)
     print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in `/proc/self/status`: VmRSS is the current value, VmHWM the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def main() -> int:
