@@ -139,7 +139,10 @@ def _connected(address: str) -> Iterator[Any]:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"engine.address is {address!r} but Ray cannot work there ({reason})") from error
+        raise ConfigError(
+            f"engine.address is {address!r} but Ray cannot work there ({reason}); correct what this names, "
+            "or use engine.name joblib"
+        ) from error
     finally:  # Ray replaces them
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -184,8 +184,7 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
     model = _vision_part(_load(checkpoint, options.dtype, eager))
     config = model.config
     kind = config.model_type
-    if kind in REFUSED:
-        raise CheckpointError(f"{checkpoint.path} is a {kind} model: {REFUSED[kind]}")
+    _require_fixed_grid(checkpoint, kind)
     family = FAMILIES.get(kind, Family())
     _require_grid(checkpoint, config)
     blocks = _blocks_of(config)
@@ -250,8 +249,7 @@ def _load(checkpoint: FolderCheckpoint, dtype: torch.dtype, eager: bool) -> PreT
     """The whole model of a folder; no code of the folder runs."""
     folder = checkpoint.path
     kind = checkpoint.settings["model_type"]
-    if kind in REFUSED:
-        raise CheckpointError(f"{folder} is a {kind} model: {REFUSED[kind]}")
+    _require_fixed_grid(checkpoint, kind)
     try:
         with _quiet():
             model, info = AutoModel.from_pretrained(
@@ -299,6 +297,14 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(part, PreTrainedModel):
             return part
     return model
+
+
+def _require_fixed_grid(checkpoint: Checkpoint, kind: str) -> None:
+    if kind in REFUSED:
+        raise CheckpointError(
+            f"{checkpoint.path} is a {kind} model: {REFUSED[kind]}; use another model, such as dinov2, clip, siglip or "
+            "videomae"
+        )
 
 
 def _require_grid(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:

@@ -20,7 +20,7 @@ import torch
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.engines.ray_engine import _fit, _gather
+from egopatch.extract.engines.ray_engine import _connected, _fit, _gather
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
@@ -292,6 +292,16 @@ def test_invalid_cluster_address_is_reported_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("extract run: error: engine.address is '")
     assert message in line
+
+
+def test_a_cluster_that_ray_refuses_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("Version mismatch:\n  the cluster runs Ray 2.1")
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    message = r"\(Version mismatch: the cluster runs Ray 2.1\); correct what this names, or use engine.name joblib"
+    with pytest.raises(ConfigError, match=message), _connected("local"):
+        pass
 
 
 @pytest.mark.slow
