@@ -349,9 +349,8 @@ def _unlock(options: argparse.Namespace) -> Outcome:
         catalog = _catalog(options.store)
         shards = max(map(catalog.shard_of, catalog.rows.values()), default=-1) + 1
         if not 0 <= options.shard < shards:
-            raise WrongOption(
-                f"--shard is {options.shard}, but {options.store} has {counted(shards, 'shard')}, counted from 0"
-            )
+            present = f"{counted(shards, 'shard')}, counted from 0" if shards else "no shards"
+            raise WrongOption(f"--shard is {options.shard}, but {options.store} has {present}")
     lines = [f"removed lease {line}" for line in removed]
     return 0, {"removed": removed}, "\n".join(lines or [f"{options.store} has no leases to remove"])
 

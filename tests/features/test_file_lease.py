@@ -168,6 +168,10 @@ def test_unlock_refuses_a_shard_that_does_not_exist(store: Store, capsys: pytest
     run = store.path.parent / "run"
     run.mkdir()
     assert main(["unlock", str(run), "--shard", "0"]) == 0
+    capsys.readouterr()
+    empty = create_store(store.path.parent / "empty", SPEC, FINGERPRINT, ())
+    assert main(["unlock", str(empty.path), "--shard", "9"]) == 2
+    assert capsys.readouterr().err == f"features unlock: error: --shard is 9, but {empty.path} has no shards\n"
 
 
 HELD_IN_NAMESPACE = """
