@@ -333,7 +333,7 @@ def test_status_without_annotations_reports_stale_clips_as_unchecked(
     shutil.rmtree(root / "data")
     capsys.readouterr()
     assert extract(["status", *options(root)]) == 0
-    assert "stale clips were not looked for" in capsys.readouterr().out
+    assert "stale clips: not checked: the annotations cannot be read" in capsys.readouterr().out
     assert extract(["status", *options(root, "--json")]) == 0
     assert json.loads(capsys.readouterr().out)["stale"] is None
 

@@ -38,7 +38,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         clip_id, reason = failure
         print(f"first in quarantine: {clip_id}: {reason}")
         print(after_quarantine(args))
-    lines = ["the annotations cannot be read, so stale clips were not looked for"] if check is None else check.lines()
+    lines = ["stale clips: not checked: the annotations cannot be read"] if check is None else check.lines()
     if line := machines_line(machines):
         lines.append(line)
     if line := bound_line(rates):
