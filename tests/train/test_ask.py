@@ -15,7 +15,7 @@ from PIL import Image
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
-from egopatch.features import Fingerprint, FingerprintMismatch, open_store
+from egopatch.features import Fingerprint, FingerprintMismatch, create_store, open_store
 from egopatch.train import predict
 from egopatch.train.__main__ import main
 from egopatch.train.asking import ask as asking
@@ -146,7 +146,7 @@ def test_ask_command_prints_answers_and_suggests_close_clip_ids(
     assert shown["grid"] == [3, 4]
     assert main([*ask[:3], "--clip", question.clip_id[:-1], question.text]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"--clip is {question.clip_id[:-1]!r}, which is not in store" in line
+    assert f"clip {question.clip_id[:-1]!r} is not in store" in line
     assert "; did you mean 'clip|" in line
 
 
@@ -168,14 +168,28 @@ def test_ask_without_a_clip_ranks_every_clip_of_the_store(trained: Config, capsy
 
 
 def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = tuple(open_store(trained.store.path).clip_ids)
-    empty = write_tiny(tmp_path / "empty", bad=names)
-    ask = ["ask", "--config", str(trained.run.dir / "config.yaml"), "--run", str(trained.run.dir), "what is this?"]
-    for clip in ([], ["--clip", names[0]]):
-        assert main([*ask, *clip, "--store.path", str(empty.store.path)]) == 1
+    full = open_store(trained.store.path)
+    names = tuple(full.clip_ids)
+    empty = create_store(tmp_path / "empty", full.spec, full.fingerprint, names).path
+    failed = write_tiny(tmp_path / "failed", bad=names).store.path
+    quarantined = f"clip {names[0]!r} is in quarantine: no video stream"
+    for store, clip, code, message in (
+        (empty, [], 1, "has no clips; run `egopatch extract run {}` to encode some"),
+        (empty, ["--clip", names[0]], 1, "has no clips; run `egopatch extract run {}` to encode some"),
+        (failed, [], 1, "no video stream; run `egopatch extract retry {}` to try them again"),
+        (failed, ["--clip", names[0]], 2, quarantined),
+    ):
+        experiment = ["--config", str(trained.run.dir / "config.yaml"), "--store.path", str(store)]
+        assert main(["ask", *experiment, "--run", str(trained.run.dir), "what is this?", *clip]) == code
         (line,) = capsys.readouterr().err.splitlines()
-        again = shlex.join(["--config", str(trained.run.dir / "config.yaml"), "--store.path", str(empty.store.path)])
-        assert line.endswith(f"store has no clips; run `egopatch extract run {again}` to encode some")
+        assert line.endswith(message.format(shlex.join(experiment)))
+
+
+def test_predict_names_its_own_arguments(trained: Config) -> None:
+    with pytest.raises(ConfigError, match="question is empty; expected a question, such as"):
+        ask(trained, open_store(trained.store.path).clip_ids[0], " ")
+    with pytest.raises(ConfigError, match=r"^clip 'clip\|P' is not in store .*; did you mean 'clip\|"):
+        ask(trained, "clip|P", "what is this?")
 
 
 def test_best_run_picks_the_best_val_head_with_real_weights(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys
         assert printed[-1].endswith(line)
     train_line = "note: 8 of 256 train questions are about quarantined clips; nothing is learned from them\n"
     assert [train_line in out for out in printed] == [True, False]
-    with pytest.raises(ConfigError, match=r"--clip is 'clip\|P47\|0\|48', which is in quarantine: "):
+    with pytest.raises(ConfigError, match=r"clip 'clip\|P47\|0\|48' is in quarantine: "):
         predict_clips(config, [test_clip], "what?")
     answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 64

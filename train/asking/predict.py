@@ -24,12 +24,10 @@ def predict(store: Store, clip_id: str, question: str, run: str | Path | None = 
 
     Raises:
         RunError: There is no trained head in `run`, or none below `runs`.
-        ConfigError: `question` is empty or `answers` below 1; the head reads no video, or chooses
-            among a question's own options; or the store has no such clip.
+        ConfigError: `question` is empty or `answers` below 1; the head reads no video, or chooses among a question's
+            own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
-    if not question.strip():
-        raise ConfigError(f"question is {question!r}; expected a question in words")
     if answers < 1:
         raise ConfigError(f"answers is {answers}; expected a number of at least 1")
     config = config_of_run(best_run([RUNS], features=store.fingerprint) if run is None else Path(run))

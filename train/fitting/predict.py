@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from egopatch.configs.command_line import UNNAMED
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint, FingerprintMismatch, PatchTokens, Store, StoreError, store_exists
@@ -66,10 +67,13 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
 
     Raises:
         RunError: There is no trained head in `run.dir`, or its files are damaged or from different trainings.
-        ConfigError: The head reads no video, or chooses among a question's own options; or the store has no such clip.
+        ConfigError: The question is empty; the head reads no video, or chooses among a question's own options; or the
+            store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
         StoreError: The store has no clips.
     """
+    if not question.strip():
+        raise ConfigError('question is empty; expected a question, such as "what is on the table?"')
     folder, device = config.run.dir, pick_device(config.train.device)
     card = Card.read(folder)
     require_video(folder, card)
@@ -77,9 +81,10 @@ def predict_clips(config: Config, clip_ids: Sequence[str], question: str, answer
     config = trained_config(config, card)
     store = open_features(config, "patches", card.fingerprint)
     known = set(store.clip_ids)
-    if not known:
-        raise StoreError(f"store {store.path} has no clips; run `egopatch extract run --config CONFIG` to encode some")
-    if absent := next((name for name in clip_ids if name not in known), None):
+    absent = next((name for name in clip_ids if name not in known), None)
+    if not known and absent not in store.quarantine:
+        raise StoreError(_no_clips(store))
+    if absent is not None:
         raise ConfigError(_no_clip(store, absent))
     with caller_state_kept(config.train.device):
         texts = _text_store(config, card)
@@ -176,13 +181,23 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.lower())
 
 
+def _no_clips(store: Store) -> str:
+    if not store.quarantine:
+        return f"store {store.path} has no clips; run `egopatch extract run {UNNAMED}` to encode some"
+    clip_id, failed = next(iter(store.quarantine.items()))
+    return (
+        f"store {store.path} has no clips except {len(store.quarantine)} in quarantine, such as {clip_id!r}: "
+        f"{failed.reason}; run `egopatch extract retry {UNNAMED}` to try them again"
+    )
+
+
 def _no_clip(store: Store, clip_id: str) -> str:
     if (failed := store.quarantine.get(clip_id)) is not None:
-        return f"--clip is {clip_id!r}, which is in quarantine: {failed.reason}"
+        return f"clip {clip_id!r} is in quarantine: {failed.reason}"
     close = difflib.get_close_matches(clip_id, store.clip_ids, n=1)
     hint = (
         f"did you mean {close[0]!r}?"
         if close
         else f"it has {counted(len(store.clip_ids), 'clip')}, such as {store.clip_ids[0]!r}"
     )
-    return f"--clip is {clip_id!r}, which is not in store {store.path}; {hint}"
+    return f"clip {clip_id!r} is not in store {store.path}; {hint}"
