@@ -110,6 +110,7 @@ def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]")
             "planned": result.planned,
             "texts": result.texts,
             "encoded": result.stats.committed,
+            "cut_short": result.stats.cut_short,
             "quarantine": result.quarantine,
             "clips_left": result.clips_left,
             "texts_left": result.texts_left,
@@ -162,8 +163,9 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")
     if stats.cut_short:
         later = counted(len(stats.cut_short), "clip ends later than its video", "clips end later than their videos")
+        clip_id, missing_s = next(iter(stats.cut_short.items()))
         print(
-            f"note: {later}, such as {stats.cut_short[0]}, and got frames up to the video's end; correct the"
+            f"note: {later}, such as {clip_id} by {missing_s:.1f} s, and got frames up to the video's end; correct the"
             " annotations, or fetch the whole video"
         )
     for line in stats.skipped:

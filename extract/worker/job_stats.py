@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class JobStats:
         skipped: One line for each shard that another process holds.
         stages: Seconds spent in each stage.
         untimed: Number of clips committed by workers that died, whose time is therefore not in `stages`.
-        cut_short: Id of each encoded clip that ends clearly later than its video, and by how many seconds.
+        cut_short: Id of each encoded clip that ends clearly later than its video -> by how many seconds.
     """
 
     committed: int = 0
@@ -78,7 +79,7 @@ class JobStats:
     skipped: tuple[str, ...] = ()
     stages: Stages = field(default_factory=Stages)
     untimed: int = 0
-    cut_short: tuple[str, ...] = ()
+    cut_short: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def timed(self) -> int:
@@ -92,7 +93,7 @@ class JobStats:
             self.skipped + other.skipped,
             self.stages + other.stages,
             self.untimed + other.untimed,
-            self.cut_short + other.cut_short,
+            {**self.cut_short, **other.cut_short},
         )
 
 

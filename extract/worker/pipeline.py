@@ -208,7 +208,7 @@ class _Filling:
         self._on_progress = on_progress
         self._underway: deque[_Shard] = deque()
         self._waiting: list[PreparedClip] = []
-        self._cut_short: list[str] = []
+        self._cut_short: dict[str, float] = {}
         self._behind: tuple[_Batch, Callable[[], EncodedBatch]] | None = None
 
     def wanted(self) -> Iterator[Clip]:
@@ -232,7 +232,7 @@ class _Filling:
             self._encoder.add(result)
             self._waiting.append(result)
             if result.missing_s > ROUNDING_S:
-                self._cut_short.append(f"{result.clip.clip_id} by {result.missing_s:.1f} s")
+                self._cut_short[result.clip.clip_id] = result.missing_s
         last = shard.decoded == shard.expected
         if last or len(self._waiting) == self._encoder.size:
             # Rows are taken one batch late, so that the encoder computes while the next batch is gathered.
@@ -255,7 +255,7 @@ class _Filling:
             committed=writer.committed,
             quarantined=writer.quarantined,
             skipped=tuple(writer.skipped),
-            cut_short=tuple(self._cut_short),
+            cut_short=self._cut_short,
             stages=Stages(
                 total_s=total_s,
                 start_s=results.first_s or 0.0,

@@ -86,8 +86,10 @@ def test_clips_that_end_later_than_their_videos_are_reported(
     (tmp_path / "clips.jsonl").write_text("".join(clips))
     job = ["run", "--config", str(packaged_config("own_videos_lite")), "--data.root", str(tmp_path)]
     job += ["--data.questions", "null", "--store.path", str(tmp_path / "store"), "--engine.decoders", "1"]
-    assert main([*job, "--video.frames", "2", "--video.size", "32", "--encoder.depth", "6"]) == 0
-    out = capsys.readouterr().out
+    assert main([*job, "--video.frames", "2", "--video.size", "32", "--encoder.depth", "6", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["stores"][0]["cut_short"] == {"beyond": pytest.approx(5.2, abs=0.05)}
+    out = printed.err
     assert "4/4 clips" in out
     note = "note: 1 clip ends later than its video, such as beyond by 5.2 s, and got frames up to the video's end; "
     assert f"\n{note}correct the annotations, or fetch the whole video\n" in out
