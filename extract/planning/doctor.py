@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
 from egopatch.extract.datasets.folder import missing_hint, names_in
@@ -19,9 +21,9 @@ from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import find_network, load_tokenizer
 from egopatch.extract.encoders.checkpoints.package import MINILM, MINILM_REMEDY
 from egopatch.extract.errors import CheckpointError
-from egopatch.extract.texts import cut_texts
+from egopatch.extract.texts import cut_texts, find_text_network
 from egopatch.extract.worker.device import arithmetic_advice, device_of
-from egopatch.extract.worker.job import resolve_job
+from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreError
 from egopatch.features.common.command_line import pick_varied
 from egopatch.features.common.units import counted
@@ -77,7 +79,8 @@ def examine(config: Config) -> Diagnosis:
         DatasetError: The folder `data.root` does not exist.
     """
     arithmetic = arithmetic_advice(config, device_of(config.encoder.device))
-    frames, faults = _checkpoint(config)
+    job, faults = _job(config)
+    frames = None if job is None else job.frames_line
     advice = tuple(line for line in (arithmetic, frames) if line is not None)
     networks = [_fault("checkpoint that cannot be used", faults)]
     try:
@@ -90,7 +93,7 @@ def examine(config: Config) -> Diagnosis:
     dataset = splits[config.data.split]
     is_file = functools.cache(Path.is_file)  # many clips share a video
     if dataset.texts:  # without questions, no text network is loaded
-        networks += _text_findings(config, dataset.texts)
+        networks += _text_findings(config, dataset.texts, job)
     findings = [*networks, *_clip_findings(config, dataset, is_file), *_across_splits(splits)]
     for split, other in splits.items():
         findings += _question_findings(f"{split}: " if len(splits) > 1 else "", other)
@@ -249,29 +252,39 @@ def _across_splits(splits: Mapping[str, Dataset]) -> Iterator[Finding]:
     yield _fault("question ids that belong to different questions in the two splits", other)
 
 
-def _checkpoint(config: Config) -> tuple[str | None, list[str]]:
-    """Advice about the checkpoint and `video.frames`, and the checkpoint's faults; neither if it does not exist."""
+def _job(config: Config) -> tuple[ExtractionJob | None, list[str]]:
+    """The job with its checkpoint, or the checkpoint's faults; neither if it does not exist."""
     if config.encoder.checkpoint is None or not Path(config.encoder.checkpoint).exists():
         return None, []
     try:
-        return resolve_job(config).frames_line, []
+        return resolve_job(config), []
     except (CheckpointError, ConfigError) as error:
         return None, [str(error)]
 
 
-def _text_findings(config: Config, texts: Sequence[str]) -> list[Finding]:
-    length = config.text.max_length
+def _text_findings(config: Config, texts: Sequence[str], job: ExtractionJob | None) -> list[Finding]:
+    length, network = config.text.max_length, find_network(config.encoder.arch)
+    own_weights = network.text_weights is not None
     try:
         tokenizer = load_tokenizer(config.text.model, length)
     except ConfigError as error:
-        own_weights = find_network(config.encoder.arch).text_weights is not None
         remedy = f"; {MINILM_REMEDY}" if own_weights and config.text.model != MINILM.name else ""
         return [_fault("tokenizer that cannot be loaded", [f"{error}{remedy}"])]
+    # Weights that `extract data` or the hub may still provide are not a fault.
+    packaged_or_local = config.text.model == MINILM.name or Path(config.text.model).exists()
+    video = None if job is None else job.checkpoint
+    refused = []
+    try:
+        if packaged_or_local if own_weights else video is not None:
+            _ = find_text_network(config, network, torch.device("cpu"), video).spec
+    except (CheckpointError, ConfigError, StoreError) as error:
+        refused.append(str(error))
     return [
+        _fault("text network that cannot be used", refused),
         _note(
             f"question texts of {length} tokens (text.max_length) or more; only the first {length} are read",
             cut_texts(tokenizer, texts),
-        )
+        ),
     ]
 
 

@@ -156,6 +156,16 @@ def test_truncated_texts_are_noted(tmp_path: Path, records: Records, capsys: pyt
     assert findings[cut] == ("note", ["What is number 4 of very many?"])
 
 
+def test_more_tokens_than_the_text_network_takes_are_a_fault(
+    tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--encoder.arch", "lite", "--text.max_length", "600")
+    code, _, findings = doctor(write(tmp_path, records), capsys, *more)
+    severity, (line,) = findings["text network that cannot be used"]
+    assert (code, severity) == (1, "fault")
+    assert line.startswith("text.max_length is 600, and the text network of ")
+
+
 def test_clip_used_only_by_the_other_split_is_noted(
     tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
