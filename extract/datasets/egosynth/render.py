@@ -52,8 +52,8 @@ def render(
     difficulty: Difficulty = "plain",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write the set under `root`; existing files of such a set are replaced.
+) -> int:
+    """Write the set under `root`, in place of such a set that is there.
 
     Args:
         root: Folder to write to, created if it is missing.
@@ -64,6 +64,9 @@ def render(
         difficulty: `plain` or `hard`; see `scene.SETTINGS`.
         workers: Number of processes that render and encode.
         progress: Called with the number of clips done and the total.
+
+    Returns:
+        Number of videos of the earlier set that this set does not have, and that were therefore removed.
 
     Raises:
         ValueError: An argument is out of range, or `root` holds another data set; the message names it.
@@ -82,7 +85,8 @@ def render(
     videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder
     videos.mkdir(parents=True, exist_ok=True)
     named = {_video_name(scene) for scene in scenes}
-    for old in [path for path in videos.glob("egosynth-*.mp4") if path.name not in named]:
+    removed = [path for path in videos.glob("egosynth-*.mp4") if path.name not in named]
+    for old in removed:
         old.unlink()
     bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
     jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
@@ -94,6 +98,7 @@ def render(
         done += written
         if progress is not None:
             progress(done, clips)
+    return len(removed)
 
 
 def interval_of(scene: Scene) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from egopatch.configs.schema import DataConfig
+from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.egosynth.frames import SKIN, frames
 from egopatch.extract.datasets.egosynth.questions import drafts
@@ -211,11 +212,19 @@ def test_relative_output_folder_follows_the_working_directory(tmp_path: Path, mo
 
 
 def test_smaller_set_in_the_same_folder_leaves_no_video_of_the_larger_one(tmp_path: Path) -> None:
-    render(tmp_path, clips=21, workers=1)
+    assert render(tmp_path, clips=21, workers=1) == 0
     (tmp_path / "qa_videos" / "mine.mp4").touch()
-    render(tmp_path, clips=20, workers=1)
+    assert render(tmp_path, clips=20, workers=1) == 1
     names = {path.name for path in (tmp_path / "qa_videos").iterdir()}
     assert names == {"mine.mp4", *(f"egosynth-0-{number:06d}|P1|0|24.mp4" for number in range(20))}
+
+
+def test_the_command_says_that_another_set_was_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    synth = ["synth", "--out", str(tmp_path), "--clips", "20"]
+    note = f"note: {tmp_path} held another EgoSynth set, which was replaced; removed 20 old videos\n"
+    for more, replaced in ((["--hard"], False), (["--hard"], False), ([], True)):
+        assert main([*synth, *more]) == 0
+        assert (note in capsys.readouterr().err) == replaced
 
 
 def test_hard_set_is_reproducible_and_loads_as_egotaskqa(tmp_path: Path) -> None:
