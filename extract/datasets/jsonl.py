@@ -123,7 +123,9 @@ def _unknown(clip_id: str, alike: Mapping[str, str], clips_file: Path) -> str:
     if near := alike.get(parsing.compared(clip_id)):
         # As ASCII, because the two may look the same.
         return f"clip_id {clip_id!a} is not a clip of {clips_file}, which has {near!a}; use one spelling in both files"
-    return f"clip_id {clip_id!r} is not a clip of {clips_file}; add it there"
+    # An id shows the form of all: `extract videos` takes the file's name with its ending, and `@10s` for a part of it.
+    has = f", which has ids such as {next(iter(alike.values()))!r}" if alike else ""
+    return f"clip_id {clip_id!r} is not a clip of {clips_file}{has}; correct it, or add the clip there"
 
 
 def _no_question(path: Path) -> str:

@@ -184,7 +184,11 @@ def test_malformed_clip_is_refused_with_its_reason(tmp_path: Path, line: str, re
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (('"a"', '"zz"'), "clip_id 'zz' is not a clip of ROOT/clips.jsonl; add it there"),
+        (
+            ('"a"', '"zz"'),
+            "clip_id 'zz' is not a clip of ROOT/clips.jsonl, which has ids such as 'b'; correct it, or add the clip "
+            "there",
+        ),
         (('"train"', '"trian"'), "'part' is 'trian'; expected train, val or test"),
         (('"part": "train"', '"form": "x"'), "'part' is missing; expected train, val or test"),
         (('"train"', '"train", "form": "x"'), "'form' is 'x'; expected open or binary"),
