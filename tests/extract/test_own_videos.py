@@ -14,6 +14,7 @@ from egopatch.extract.datasets import DatasetError
 from egopatch.extract.datasets.folder import cut, find_videos
 from egopatch.extract.planning.own_videos import prepare_own_videos
 from egopatch.features import open_store
+from egopatch.features.io import files
 from tests.extract.video.videos import write_video
 from tests.json_keys import documented_keys
 
@@ -244,6 +245,22 @@ def test_invalid_options_are_refused_in_one_line(tmp_path: Path, capsys: pytest.
         (line,) = capsys.readouterr().err.splitlines()
         assert expected in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
+
+
+def test_two_commands_at_once_may_write_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "a.mp4")
+    arguments = tmp_path, tmp_path / "s", load_config(packaged_config(ENCODERS["lite"])), None
+    sync_file = files.sync_file
+
+    def sync_after_another_command(path: Path) -> None:
+        monkeypatch.setattr(files, "sync_file", sync_file)
+        prepare_own_videos(*arguments)
+        sync_file(path)
+
+    monkeypatch.setattr(files, "sync_file", sync_after_another_command)
+    own = prepare_own_videos(*arguments)
+    assert own.clips_file.is_file()
+    assert own.config_file.is_file()
 
 
 def test_command_in_the_config_file_is_shell_quoted(tmp_path: Path) -> None:
