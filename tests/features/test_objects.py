@@ -115,8 +115,18 @@ def test_a_job_killed_at_every_request_resumes_without_loss(monkeypatch: pytest.
 
 CHILD = """
 import sys
+import time
+from egopatch.features import Store
 from tests.features.test_crash import job
-print("ready", flush=True)
+
+write_shard = Store.write_shard
+
+def write_and_wait(*args, **kwargs):
+    write_shard(*args, **kwargs)
+    print("the lease of a written shard is held", flush=True)
+    time.sleep(600)
+
+Store.write_shard = write_and_wait
 job(sys.argv[1], "zarr")
 """
 
@@ -124,14 +134,10 @@ job(sys.argv[1], "zarr")
 def test_a_sigkilled_and_resumed_store_equals_a_local_one(bucket: str, tmp_path: Path) -> None:
     """A real child process and a real SIGKILL; the lease of a dead process on this machine expires at once."""
     url = f"{bucket}/store"
-    child = subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    while not any("/patches/" in key for key in objects(url)):
-        assert child.poll() is None
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "the lease of a written shard is held\n"
+        child.send_signal(signal.SIGKILL)
     assert verify(url).ok
     job(url, "zarr")
     job(tmp_path / "local", "zarr")

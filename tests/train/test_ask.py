@@ -78,16 +78,6 @@ def test_the_best_run_on_the_stores_features_answers_by_default(
     assert predict(store, *asked) == expected
 
 
-@pytest.mark.parametrize(
-    ("question", "answers", "message"), [(" ", 5, "question is ' '; exp"), ("a?", -1, "answers is -1; ")]
-)
-def test_an_empty_question_and_too_few_answers_are_refused_in_python(
-    question: str, answers: int, message: str, tiny: Config
-) -> None:
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        ask(tiny, "clip|P0|0|1", question, answers)
-
-
 def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -188,6 +178,8 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
 def test_predict_names_its_own_arguments(trained: Config) -> None:
     with pytest.raises(ConfigError, match="question is empty; expected a question, such as"):
         ask(trained, open_store(trained.store.path).clip_ids[0], " ")
+    with pytest.raises(ConfigError, match=r"^answers is -1; expected a number of at least 1"):
+        ask(trained, "clip|P", "what is this?", -1)
     with pytest.raises(ConfigError, match=r"^clip 'clip\|P' is not in store .*; did you mean 'clip\|"):
         ask(trained, "clip|P", "what is this?")
 

@@ -312,8 +312,8 @@ def test_shards_that_become_free_are_done_at_the_end(
 
 
 def test_statistics_add_up() -> None:
-    one = JobStats(1, 2, ("a",), Stages(total_s=1.0, encode_s=0.5), 1, ("c",))
-    two = one + JobStats(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5), 2, ("d",))
-    assert two == JobStats(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0), 3, ("c", "d"))
+    one = JobStats(1, 2, ("a",), Stages(total_s=1.0, encode_s=0.5), 1, {"c": 0.5})
+    two = one + JobStats(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5), 2, {"d": 1.5})
+    assert two == JobStats(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0), 3, {"c": 0.5, "d": 1.5})
     assert two.timed == 1
     assert "of 4.0 s: encoding 75.0%" in str(two.stages)
