@@ -192,6 +192,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
             if not re.search(r"\.|^-\w|^--print", option) and option.removeprefix("--") not in _SECTIONS
         } | {option.removeprefix("--"): option for option in self.read_first}
         known = [*(option_names() if self.takes_config else ()), *own]
+        if name in known:
+            return "; options stand before --"
         if close := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
             return f"; did you mean {own.get(close[0], close[0])}?"
         return (

@@ -324,6 +324,7 @@ def test_a_command_without_config_names_its_own_options_in_errors(capsys: pytest
     parser.add_argument("file", metavar="VIDEO", type=Path)
     for wrong, expected in (
         (["a.mp4", "--smal"], "unrecognized arguments: --smal; did you mean --small?"),
+        (["--", "-a.mp4", "--small"], "unrecognized arguments: --small; options stand before --"),
         (["a.mp4", "--zzz"], "the options are --help, --small, --most-clips, --clip-seconds"),
         (["a.mp4", "--clip-seconds", "ten"], "--clip-seconds is 'ten'; expected a number above 0 or null"),
         (["a.mp4", "--clip-seconds", "-1"], "--clip-seconds is -1; expected a number above 0 or null"),
