@@ -191,6 +191,15 @@ def test_small_gradients_do_not_underflow() -> None:
     check(make_case(2, 4, 2, 33, 32, 2, torch.float16, device=DEVICE), 9, size=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-44])
+def test_gradients_whose_inverse_is_infinite_stay_finite(size: float) -> None:
+    case = make_case(2, 4, 2, 33, 32, 2, torch.float16, device=DEVICE)
+    leaves = case.leaves()
+    out = run(case, leaves, 9)
+    for gradient in torch.autograd.grad(out.pooled, leaves, torch.randn_like(out.pooled) * size):
+        assert gradient.abs().max() < 1e-30
+
+
 def test_small_scales_do_not_underflow() -> None:
     case = make_case(2, 4, 2, 33, 32, 2, torch.int8, scaled=True, device=DEVICE)
     small = Case(case.tokens, case.clip_index, case.queries * 1e4, case.selector * 1e4, case.bias, case.scale * 1e-4)

@@ -50,13 +50,13 @@ def logits_kernel(
     weights, tops, grad_bias, frames, each, first_tile,
     N: tl.constexpr, PITCH: tl.constexpr, D: tl.constexpr, H: tl.constexpr, HAS_SCALE: tl.constexpr,
     FLOAT8: tl.constexpr, ARITHMETIC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    QB: tl.constexpr, HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr,
+    QB: tl.constexpr, HG: tl.constexpr, STAGES: tl.constexpr, PADDED: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits of a frame, for up to QB questions of a clip and HG heads.
 
     Writes them as factors of the tokens to weights [tiles, T, groups, R, PADDED], each block of a column divided by its
-    largest value, which goes to tops [tiles, T, groups, blocks, R]; and their sum over the columns to grad_bias
-    [G, groups, T, N].
+    largest value, or by SMALLEST if that is larger, which goes to tops [tiles, T, groups, blocks, R]; and their sum
+    over the columns to grad_bias [G, groups, T, N].
     """
     groups: tl.constexpr = (H + HG - 1) // HG
     R: tl.constexpr = HG * QB
@@ -110,9 +110,8 @@ def logits_kernel(
             tl.store(grad_bias + partial + n, tl.sum(grad, axis=1), mask=n < N)
             if HAS_SCALE:
                 grad *= parts.by_patch(scale, scale_row, n, N, 0.0)[:, None]
-            top = tl.max(tl.abs(grad), axis=0)
+            top = tl.maximum(tl.max(tl.abs(grad), axis=0), SMALLEST)
             tl.store(tops + (frame * blocks + block) * R + column, top)
-            top = tl.where(top == 0.0, 1.0, top)
             rounded = (grad * (1.0 / top)[None, :]).to(ARITHMETIC)
             pointers = weights + ((frame * R + column) * PADDED)[None, :] + n[:, None]
             tl.store(pointers, rounded, mask=(n < PADDED)[:, None])

@@ -41,6 +41,8 @@ PARTS = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 1}
 SCRATCH_BYTES = 64 * 2**20
 # Scores that a program turns into kept patches.
 KEPT_SCORES = 2048
+# Least size that gradients are divided by: the inverse of a number below 2^-128 is infinite, and zero times it is NaN.
+SMALLEST = 2.0**-100
 
 
 def forward(
@@ -140,8 +142,7 @@ def backward(
     partials = torch.empty(len(tiles), groups, frames, patches, dtype=torch.float32, device=device)
     grad_queries = torch.empty(questions, heads, width, dtype=torch.float32, device=device)
     # Infinite norm: the largest size of each row, which is divided out before the gradient is rounded.
-    grad_tops = torch.linalg.vector_norm(grad_pooled, math.inf, dim=-1, dtype=torch.float32)
-    grad_tops = grad_tops.masked_fill_(grad_tops == 0, 1)
+    grad_tops = torch.linalg.vector_norm(grad_pooled, math.inf, dim=-1, dtype=torch.float32).clamp_min_(SMALLEST)
     inputs = (
         describe_tokens(tokens, blocks.block, blocks.channels),
         TensorDescriptor.from_tensor(columns, [columns_of_group, blocks.channels]),
@@ -229,7 +230,7 @@ def forward_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blo
 
 def logits_constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
     """Compile-time arguments of `logits_kernel`."""
-    return _constants(tokens, queries, scale, blocks) | {"PADDED": padded_patches(tokens)}
+    return _constants(tokens, queries, scale, blocks) | {"PADDED": padded_patches(tokens), "SMALLEST": SMALLEST}
 
 
 def _constants(tokens: Tensor, queries: Tensor, scale: Tensor | None, blocks: Blocks) -> dict[str, object]:
