@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +152,15 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (case.tokens, case.clip_index, case.queries, case.selector, case.bias, 4)
     with pytest.raises(ValueError, match=r"Triton 3.5.1 is installed; expected 3.6 or newer"):
         select_attend(*arguments, implementation="triton")
+
+
+def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a T4 the forward kernel would need 128 KB of shared memory, of which it has 64."""
+    monkeypatch.setattr(plan, "TRITON", "3.9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    tokens: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    reason = "tokens is on a GPU of compute capability 7.5; expected 8.0 or newer"
+    assert plan.choose_implementation(tokens, torch.float32, "auto") == ("reference", reason)
 
 
 def test_the_reference_needs_no_triton() -> None:

@@ -21,6 +21,8 @@ Implementation = Literal["auto", "reference", "triton"]
 TRITON = version("triton") if find_spec("triton") is not None else None
 SPILLING_TRITON = TRITON is not None and machine.release(TRITON) >= machine.SPILLING_TRITON
 
+# Compute capability; the blocks of the kernels need more registers and shared memory than older GPUs have.
+OLDEST_GPU = (8, 0)
 MAX_PATCHES = 1024
 MAX_WIDTH = 1536
 # Up to this many patches a frame is one block, whose scores and logits stay in registers between the two reads.
@@ -124,6 +126,11 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
         return f"Triton {TRITON} is installed; expected 3.6 or newer, which torch 2.10 and newer install"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
+    # torch.compile cannot trace the look-up.
+    if tokens.is_cuda and not torch.compiler.is_compiling():
+        capability = torch.cuda.get_device_capability(tokens.device)
+        if capability < OLDEST_GPU:
+            return f"tokens is on a GPU of compute capability {capability[0]}.{capability[1]}; expected 8.0 or newer"
     if dtype == torch.float64:
         return "queries is torch.float64; expected at most float32"
     if tokens.shape[2] > MAX_PATCHES:
