@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 
 from benchmarks.gpu import CUDA_FILES
+from benchmarks.gpu_step import kernel_microseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +30,15 @@ def test_dry_run_completes_every_part(tmp_path: Path) -> None:
     records = [json.loads(file.read_text()) for file in tmp_path.glob("*.part.json")]
     assert {record["part"] for record in records} == parts
     assert {record["exit_code"] for record in records} <= {0, 5}
+
+
+def test_annotations_of_a_profile_do_not_count_as_kernels() -> None:
+    """The profiler gives the optimiser's step, whose kernels it also lists, a time on the GPU of its own."""
+    of_gpu = {"device_type": DeviceType.CUDA, "self_device_time_total": 3.0}
+    kernel = SimpleNamespace(**of_gpu, is_user_annotation=False)
+    step = SimpleNamespace(**of_gpu, is_user_annotation=True)
+    operator = SimpleNamespace(device_type=DeviceType.CPU, self_device_time_total=3.0, is_user_annotation=False)
+    assert kernel_microseconds([kernel, step, operator]) == 3.0
 
 
 def test_missing_gpu_is_reported_with_exit_code_2() -> None:
