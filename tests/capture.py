@@ -24,7 +24,10 @@ def failing_capture(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def graph(_: object, stream: str, capture_error_mode: str) -> Iterator[None]:
         """As `torch.cuda.graph`, whose end raises before it restores the stream if the capture is invalid."""
         current[:] = [stream]
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
 
     for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
         monkeypatch.setattr(torch.cuda, name, stand_in)

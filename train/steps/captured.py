@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from egopatch.features.common.os_errors import capture_failure
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.rundir.run_folder import RunError
 
@@ -75,10 +76,9 @@ def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
-        reason = str(error).splitlines()[0]
         raise RunError(
-            f"the training step cannot become a CUDA graph ({reason}); for a head from outside, set Head.captures to "
-            "false; for any other, use --train.residency ram"
+            f"the training step cannot become a CUDA graph ({capture_failure(error)}); for a head from outside, set "
+            "Head.captures to false; for any other, use --train.residency ram"
         ) from error
     return graph, inputs, result
 

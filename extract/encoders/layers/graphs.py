@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from egopatch.features.common.os_errors import capture_failure
 from egopatch.features.values.spec import PatchTokens
 
 Result = TypeVar("Result")
@@ -52,9 +53,9 @@ class ReplayedEncoder:
             replay = self._capture(self._encode)
             off = _difference(expected, replay())
         except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
-            reason = str(error).splitlines()[0]
             self._say(
-                f"note: no CUDA graph can be made of the encoder ({reason}), so its kernels are launched one by one"
+                f"note: no CUDA graph can be made of the encoder ({capture_failure(error)}), so its kernels are "
+                "launched one by one"
             )
             return None
         if off and not _difference(expected, self._encode()):

@@ -150,10 +150,18 @@ def test_kernels_on_the_encoders_gpu_are_captured(monkeypatch: pytest.MonkeyPatc
 
 def test_failed_capture_restores_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later batches would be computed on the capture's stream, beside the copies that wait for the other one."""
-    current = failing_capture(monkeypatch)
-    with pytest.raises(RuntimeError, match="not permitted"):
-        capture_cuda(lambda: fails(Encoder()), torch.device("cuda"))
+    current, encoder, lines = failing_capture(monkeypatch), Encoder(), list[str]()
+
+    def waits() -> PatchTokens:
+        tokens = encoder()
+        if encoder.calls == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return tokens
+
+    capturing = partial(capture_cuda, device=torch.device("cuda"))
+    assert outputs(ReplayedEncoder(waits, capturing, lines.append), encoder, 4) == [1, 2, 3, 4]  # type: ignore[arg-type]
     assert current == ["the caller's"]
+    assert "(operation not permitted when stream is capturing)" in lines[0], "not the error of the capture's end"
 
 
 @pytest.mark.cuda
