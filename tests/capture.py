@@ -6,6 +6,8 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from egopatch.extract.encoders.layers import graphs
+
 
 def failing_capture(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let torch's streams be names; returns the current one, "the caller's" at first, in a list that is kept up."""
@@ -32,5 +34,5 @@ def failing_capture(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, stand_in in (("stream", on_stream), ("graph", graph), ("device", lambda _: nullcontext())):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: "the capture's")
+    monkeypatch.setattr(graphs, "_capture_stream", lambda _: "the capture's")
     return current

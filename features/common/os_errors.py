@@ -21,15 +21,6 @@ def gpu_shortage(error: BaseException) -> str:
     return ". ".join(str(error).split(". ")[:3])
 
 
-def capture_failure(error: RuntimeError) -> str:
-    """First line of what made a CUDA capture fail, from the error that ended it.
-
-    The end of an invalid capture raises an error of its own, which names no cause: that is the error before it.
-    """
-    first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-    return str(first).partition("\n")[0]
-
-
 def with_remedy(error: BaseException) -> str:
     """The text of an error, with a remedy if the system refused a path or more space."""
     if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.encoders.layers import graphs
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import NO_CLASS, QuestionTable, plan_batches
@@ -249,8 +250,9 @@ def test_a_cuda_graph_is_captured_on_the_device_of_its_batch(monkeypatch: pytest
         entered.append(("stream", stream))
         yield
 
-    for name, stand_in in {"device": device, "graph": graph, "Stream": lambda of: of, "CUDAGraph": object}.items():
+    for name, stand_in in {"device": device, "graph": graph, "CUDAGraph": object}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda of: of)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(captured, "with_own_tensors", lambda batch: batch)
     second = torch.device("cuda", 1)

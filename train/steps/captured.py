@@ -7,12 +7,13 @@ them from one place.
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from egopatch.features.common.os_errors import capture_failure
+from egopatch.extract.encoders.layers.graphs import capture_cuda, capture_failure
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.rundir.run_folder import RunError
 
@@ -31,7 +32,7 @@ class CapturedStep:
 
     def __init__(self) -> None:
         self._batches = 0
-        self._captured: tuple[torch.cuda.CUDAGraph, Batch, Tensor] | None = None
+        self._captured: tuple[Callable[[], Tensor], Batch] | None = None
 
     def run(self, step: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """Run `step` on the next batch; returns its result.
@@ -48,31 +49,22 @@ class CapturedStep:
             return step(batch)
         if self._captured is None:
             self._captured = _capture(step, batch)
-        graph, inputs, result = self._captured
+        replay, inputs = self._captured
         assert inputs.stored is batch.stored
         for own, new in zip(changing_tensors(inputs), changing_tensors(batch), strict=True):
             own.copy_(new)
-        graph.replay()
-        return result.clone()
+        return replay().clone()
 
     def release(self) -> None:
         """Free the graph's memory: that of a whole step, in addition to the memory of all other work."""
         self._captured = None
 
 
-def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
-    inputs, graph, device = with_own_tensors(batch), torch.cuda.CUDAGraph(), batch.answers.device
+def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[Callable[[], Tensor], Batch]:
+    """The function that replays the step, and the batch that it reads."""
+    inputs = with_own_tensors(batch)
     try:
-        # torch's own stream belongs to the current GPU; if the batch is on another one, nothing is launched on it.
-        # A failed capture leaves its stream the current one, also for later runs: hence the second line.
-        # Other threads may use the GPU meanwhile.
-        stream = torch.cuda.Stream(device)
-        with (
-            torch.cuda.device(device),
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            result = step(inputs)
+        return capture_cuda(partial(step, inputs), batch.answers.device), inputs
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
@@ -80,7 +72,6 @@ def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[torch.cuda.
             f"the training step cannot become a CUDA graph ({capture_failure(error)}); for a head from outside, set "
             "Head.captures to false; for any other, use --train.residency ram"
         ) from error
-    return graph, inputs, result
 
 
 def with_own_tensors(batch: Batch) -> Batch:

@@ -1,15 +1,15 @@
-"""A CUDA graph of the encoder: one call launches all of a batch's kernels.
+"""CUDA graphs, and one of the encoder: one call launches all of a batch's kernels.
 
 Launching them one by one takes some milliseconds of Python, which this process also needs to receive decoded clips and
 to write rows; a graph takes none.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from egopatch.features.common.os_errors import capture_failure
 from egopatch.features.values.spec import PatchTokens
 
 Result = TypeVar("Result")
@@ -78,16 +78,14 @@ def _difference(expected: PatchTokens, found: PatchTokens) -> str:
 
 
 def capture_cuda(run: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
-    """Capture what `run` launches on `device`.
+    """Capture what `run` launches on `device`; the function that is returned launches it again and returns its result.
 
     Raises:
         RuntimeError: `run` does something that a graph cannot hold, such as waiting for the device.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    # torch's own stream belongs to the GPU that was current at the first capture of this process. Kernels on another
-    # GPU would run instead of being captured, so that a replay would do nothing and return these results again.
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
     # A failed capture leaves its stream current, where nobody waits for later work: hence `torch.cuda.stream`.
-    # Other threads may pin memory meanwhile, which affects only them.
+    # Other threads may use the GPU meanwhile, such as one that pins memory.
     with (
         torch.cuda.device(device),
         torch.cuda.stream(stream),
@@ -100,3 +98,22 @@ def capture_cuda(run: Callable[[], Result], device: torch.device) -> Callable[[]
         return result
 
     return replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures on a device, because cuBLAS keeps a workspace for each stream until the process ends.
+
+    torch's own belongs to the GPU that was current at the first capture of this process. Kernels on another GPU would
+    run instead of being captured, so that a replay would do nothing and return the same results again.
+    """
+    return torch.cuda.Stream(device)
+
+
+def capture_failure(error: RuntimeError) -> str:
+    """First line of what made a CUDA capture fail, from the error that ended it.
+
+    The end of an invalid capture raises an error of its own, which names no cause: that is the error before it.
+    """
+    first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    return str(first).partition("\n")[0]

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from egopatch.extract.encoders.layers import graphs
 from egopatch.extract.encoders.layers.graphs import ReplayedEncoder, capture_cuda
 from egopatch.features import PatchTokens
 from tests.capture import failing_capture
@@ -111,7 +112,7 @@ class Gpus:
         self.captured_on: int | None = None
         self.kept: list[Callable[[], object]] = []
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: torch.device(device).index)
+        monkeypatch.setattr(graphs, "_capture_stream", lambda device: device.index)
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
@@ -146,6 +147,18 @@ def test_kernels_on_the_encoders_gpu_are_captured(monkeypatch: pytest.MonkeyPatc
 
     capturing = partial(capture_cuda, device=torch.device("cuda", gpu))
     assert outputs(ReplayedEncoder(launched, capturing, list[str]().append), encoder, 5) == [1, 2, 3, 4, 5]  # type: ignore[arg-type]
+
+
+def test_captures_on_a_gpu_share_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS would keep the workspace of each stream, so that every run of a sweep would leave memory behind."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream of", device))
+    graphs._capture_stream.cache_clear()
+    try:
+        first, again, other = (graphs._capture_stream(torch.device("cuda", gpu)) for gpu in (0, 0, 1))
+    finally:
+        graphs._capture_stream.cache_clear()
+    assert first is again
+    assert first != other
 
 
 def test_failed_capture_restores_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
