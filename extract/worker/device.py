@@ -53,20 +53,27 @@ def full_float32() -> Iterator[None]:
     """Inside the block, a GPU keeps all bits of float32.
 
     By default torch rounds it to the 11 bits of TF32 in convolutions, and also in matrix products if the environment
-    says so (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`).
+    (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`) or a notebook says so.
     """
+    newer = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    chosen = [option.fp32_precision for option in newer]
     try:
         before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's newer options (`fp32_precision`) were set, which these cannot read
-        yield
-        return
+    except RuntimeError:  # torch's newer options were set in a way that these cannot express
+        before = None
     try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
+        if before is not None:
+            torch.backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+        for option in newer:
+            option.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        if before is not None:
+            torch.backends.cudnn.allow_tf32 = before[0]
+            torch.set_float32_matmul_precision(before[1])
+        for option, precision in zip(newer, chosen, strict=True):
+            option.fp32_precision = precision
 
 
 @contextmanager

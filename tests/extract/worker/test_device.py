@@ -1,12 +1,14 @@
 """Unavailable devices are refused by name before anything is loaded."""
 
 import platform
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.device import describe_machine, device_of, device_of_worker
+from egopatch.extract.worker.device import describe_machine, device_of, device_of_worker, full_float32
 
 
 def test_cuda_is_refused_and_auto_uses_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +41,28 @@ def test_machine_description_names_the_device_and_torch_version(monkeypatch: pyt
     cpu = describe_machine(torch.device("cpu"))
     assert cpu.startswith(f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()} with bfloat16, torch ")
     assert describe_machine(torch.device("cuda:1")) == f"GPU of cuda:1, torch {torch.__version__}"
+
+
+@pytest.fixture
+def newer_options() -> Iterator[tuple[Any, ...]]:
+    """The options by which torch 2.9 and later choose TF32: for everything, convolutions and matrix products."""
+    options = torch.backends, torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before, legacy = [option.fp32_precision for option in options], torch.get_float32_matmul_precision()
+    yield options
+    torch.set_float32_matmul_precision(legacy)
+    for option, precision in zip(options, before, strict=True):
+        option.fp32_precision = precision
+
+
+@pytest.mark.parametrize("legacy", ["highest", "high"])
+@pytest.mark.parametrize("chosen", [("tf32", "tf32", "tf32"), ("none", "ieee", "tf32"), ("none", "tf32", "none")])
+def test_full_float32_overrides_the_newer_options_and_restores_them(
+    newer_options: tuple[Any, ...], legacy: str, chosen: tuple[str, ...]
+) -> None:
+    torch.set_float32_matmul_precision(legacy)
+    for option, precision in zip(newer_options, chosen, strict=True):
+        option.fp32_precision = precision
+    before = [option.fp32_precision for option in newer_options]
+    with full_float32():
+        assert [option.fp32_precision for option in newer_options[1:]] == ["ieee", "ieee"]
+    assert [option.fp32_precision for option in newer_options] == before
