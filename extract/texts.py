@@ -20,7 +20,7 @@ from egopatch.extract.encoders import (
     open_text_checkpoint,
 )
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
-from egopatch.extract.worker.device import describe_machine, device_of
+from egopatch.extract.worker.device import describe_machine, device_of, full_float32
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store, open_store, store_exists
 from egopatch.features.common.progress import ProgressDisplay
@@ -149,6 +149,6 @@ def _encode_text_batch(
 ) -> dict[str, dict[str, torch.Tensor]]:
     # Always the same shape; `extract.worker.batch_encoder` gives the reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
-    with torch.inference_mode():
+    with torch.inference_mode(), full_float32():
         states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -14,7 +14,7 @@ import torch
 
 from egopatch.configs.packaged import packaged_config
 from egopatch.extract.__main__ import main
-from egopatch.extract.encoders import find_network, input_transform, open_checkpoint
+from egopatch.extract.encoders import TextEncoder, find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.run import extract_features
 from egopatch.extract.texts import encode_questions
@@ -144,6 +144,24 @@ def test_encode_questions_matches_the_stored_rows(bare: Path) -> None:
     stored = store.read_text([text])
     assert torch.equal(rows[text]["states"], stored.states[0])
     assert torch.equal(rows[text]["attention_mask"], stored.attention_mask[0])
+
+
+def test_questions_are_encoded_without_tf32(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As clips are: a container of NVIDIA's may want it in all products."""
+    seen, config, forward = list[str](), config_of(bare), TextEncoder.forward
+
+    def noted(self: TextEncoder, *inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(TextEncoder, "forward", noted)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        encode_questions(config, ["who is there?"])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["high", "highest"]  # the first only tries, on a CPU, how long a text may be
 
 
 def test_gpu_out_of_memory_is_reported_in_one_line(
