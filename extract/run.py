@@ -91,7 +91,7 @@ def extract_together(
         ConfigError: The configs cannot share a decode, or several workers would share one GPU's decoder.
         TooManyErrors: More clips failed than `engine.max_errors`; committed shards stay.
         WorkersKilled: Workers were killed after every restart; committed shards stay.
-        JobFailed: A GPU has too little memory for `encoder.batch` clips.
+        JobFailed: A GPU has too little memory for `encoder.batch` clips, or for the network of the questions.
     """
     limit_threads()
     require_one_decode(configs)

@@ -1,7 +1,8 @@
 """Question texts: their frozen network, and the rows that it computes for a store's text substore."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,10 +20,12 @@ from egopatch.extract.encoders import (
     open_checkpoint,
     open_text_checkpoint,
 )
+from egopatch.extract.errors import JobFailed
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
 from egopatch.extract.worker.device import describe_machine, device_of, full_float32
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store, open_store, store_exists
+from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
@@ -36,7 +39,7 @@ class TextNetwork:
     """The frozen text network, with its checkpoint.
 
     Tokenizer and encoder are loaded at their first use, because that takes seconds and most runs find every text
-    stored. Using them raises CheckpointError and ConfigError, as `extract_features` does.
+    stored. Using them raises CheckpointError, ConfigError and JobFailed, as `extract_features` does.
     """
 
     config: Config
@@ -54,7 +57,8 @@ class TextNetwork:
         """The encoder, on the device."""
         encoder = load_text_encoder(self.network, self.checkpoint, text_depth(self.config)).eval()
         self._try_longest_text(encoder)
-        return encoder.to(self.device)
+        with _shortage_explained():
+            return encoder.to(self.device)
 
     def _try_longest_text(self, encoder: TextEncoder) -> None:
         """Refuse a `text.max_length` that the network has no positions for, while a CPU can still say so."""
@@ -106,7 +110,7 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     """The fingerprint of the text substore, and the rows that a run would store there for `texts`, at most 64.
 
     Raises:
-        CheckpointError, ConfigError: As for `extract_features`.
+        CheckpointError, ConfigError, JobFailed: As for `extract_features`.
     """
     network = find_network(config.encoder.arch)
     video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
@@ -144,11 +148,24 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
         writer.wait()
 
 
+@contextmanager
+def _shortage_explained() -> Iterator[None]:
+    """As `extract.worker.device.shortage_explained`, for texts, whose batches have one size."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (shortage := gpu_shortage(error)) is None:
+            raise
+        raise JobFailed(
+            f"{shortage}, while questions were encoded; free some of its memory, or choose another --encoder.device"
+        ) from error
+
+
 def _encode_text_batch(
     encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, torch.Tensor]]:
     # Always the same shape; `extract.worker.batch_encoder` gives the reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
-    with torch.inference_mode(), full_float32():
+    with _shortage_explained(), torch.inference_mode(), full_float32():
         states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -81,10 +81,12 @@ def shortage_explained(encoder: EncoderConfig) -> Iterator[None]:
     """Turn a GPU's lack of memory into a JobFailed that names the batch size to try."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if (shortage := gpu_shortage(error)) is None:
+            raise
         smaller = f"--encoder.batch {encoder.batch // 2}" if encoder.batch > 1 else "a smaller --encoder.depth"
         raise JobFailed(
-            f"{gpu_shortage(error)}, with encoder.batch {encoder.batch}; try {smaller}, or free some of its memory"
+            f"{shortage}, with encoder.batch {encoder.batch}; try {smaller}, or free some of its memory"
         ) from error
 
 

@@ -12,13 +12,14 @@ _OTHERS = {
 }
 
 
-def gpu_shortage(error: BaseException) -> str:
-    """The part of torch's error about a GPU's lack of memory that says how much was requested, and how much there is.
+def gpu_shortage(error: BaseException) -> str | None:
+    """The part of torch's error about a GPU's lack of memory that says what is known; None if it is another error.
 
-    Its whole text is "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ... is
-    free. ..."
+    An OutOfMemoryError says "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ...
+    is free. ..."; an error of another type, "CUDA error: out of memory", if a GPU is so full that CUDA cannot start.
     """
-    return ". ".join(str(error).split(". ")[:3])
+    first = str(error).partition("\n")[0]
+    return ". ".join(first.split(". ")[:3]) if "out of memory" in first else None
 
 
 def with_remedy(error: BaseException) -> str:

@@ -179,3 +179,34 @@ def test_gpu_out_of_memory_is_reported_in_one_line(
         (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
         assert line.startswith("extract run: failed: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
         assert f"is free, with encoder.batch {batch}; try {tried}, or free" in line
+
+
+FULL = "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...\n"  # when CUDA cannot even start there
+
+
+def test_full_gpu_is_reported_in_one_line(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.AcceleratorError(FULL)
+
+    monkeypatch.setattr("egopatch.extract.run.encode_with_engine", full)
+    assert main(["run", *options(bare)]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
+    assert line.startswith("extract run: failed: CUDA error: out of memory, with encoder.batch 4; try")
+
+
+@pytest.mark.parametrize("step", ["to", "forward"])
+def test_gpu_too_full_for_the_questions_is_reported_in_one_line(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.AcceleratorError(FULL)
+
+    if step == "to":
+        monkeypatch.setattr(TextEncoder, "to", full)
+    else:
+        monkeypatch.setattr("egopatch.extract.texts.full_float32", full)
+    assert main(["run", *options(bare)]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
+    assert line.startswith("extract run: failed: CUDA error: out of memory, while questions were encoded; free")

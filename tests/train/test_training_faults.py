@@ -214,15 +214,15 @@ def test_gpu_out_of_memory_prints_one_line_with_advice(
     assert error.startswith("train sweep: failed: CUDA out of memory. Tried to allocate 2.00 GiB")
     assert error.endswith("a changed setting needs another --name\n")
 
-    def too_many(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError(said)
+    def full(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...")
 
     monkeypatch.undo()
     assert main(["fit", "--config", config_file, "--train.epochs", "1"]) == 0
-    monkeypatch.setattr("egopatch.train.fitting.experiment.Features", too_many)
+    monkeypatch.setattr("egopatch.train.fitting.experiment.Features", full)
     for command in (["sweep", "--ratios", "0.5", "--name", "another"], ["explain", "--train.epochs", "1"]):
         assert main([*command, "--config", config_file]) == 1
-        assert f"train {command[0]}: failed: CUDA out of memory. Tried" in capsys.readouterr().err
+        assert f"train {command[0]}: failed: CUDA error: out of memory, with train.batch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from egopatch.configs.schema import TrainConfig
 from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.features.io.files import write_errors_explained
@@ -23,11 +21,13 @@ def shortage_explained(train: TrainConfig, folder: Path, option: str = "--run.di
     try:
         with write_errors_explained(f"writing to {folder}", kept="the last saved state is intact"):
             yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if (shortage := gpu_shortage(error)) is None:
+            raise
         smaller = (
             "" if train.batch == 1 else f"--train.batch {train.batch // 2} --train.accumulate {train.accumulate * 2}, "
         )
         raise RunError(
-            f"{gpu_shortage(error)}, with train.batch {train.batch}; try {smaller}--train.residency ram (features in"
+            f"{shortage}, with train.batch {train.batch}; try {smaller}--train.residency ram (features in"
             f" the machine's memory) or a smaller --head.width; a changed setting needs another {option}"
         ) from error
