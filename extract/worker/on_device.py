@@ -100,7 +100,7 @@ class DeviceEncoder(BatchEncoder):
         self._in, self._out = (torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in "io")
         self._transform = DeviceTransform(transform, encoder.size, self._device)
         self._pinned_slots = _PinnedSlots() if self._on_cuda else None
-        pin, unpin = (self._pin, _unpin) if self._on_cuda else (_nothing, _nothing)
+        pin, unpin = (partial(_pin_there, self._device), _unpin) if self._on_cuda else (_nothing, _nothing)
         self._results = ResultMemory(batches, batch * self._row_bytes(), pin, unpin)
         self.slots = self._results.slots
         self._frames: Tensor | None = None
@@ -122,11 +122,6 @@ class DeviceEncoder(BatchEncoder):
         self._results.close()
         if self._pinned_slots:
             self._pinned_slots.release()
-
-    def _pin(self, memory: NDArray[np.uint8]) -> None:
-        """Pin `memory`; called in another thread, which starts on the first GPU."""
-        self._streams.set_device(self._device)
-        _pin(memory)
 
     def _row_bytes(self) -> int:
         """Bytes of what is copied for one clip: each array with its saliency, and whether all is finite."""
@@ -345,6 +340,12 @@ def _pin(memory: NDArray[np.uint8]) -> None:
     """
     result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
     _require(result, f"pin {memory.nbytes} bytes of memory")
+
+
+def _pin_there(device: torch.device, memory: NDArray[np.uint8]) -> None:
+    """Pin `memory` in another thread, which starts on the first GPU."""
+    torch.cuda.set_device(device)
+    _pin(memory)
 
 
 def _unpin(memory: NDArray[np.uint8]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import gc
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,19 @@ def test_cuda_graph_gives_the_same_bits_as_the_eager_encoder(
     for name, row in eager.items():
         for key, tensor in row.items():
             assert torch.equal(replayed[name][key], tensor), (name, key)
+
+
+def test_ended_encoder_is_freed_at_once(encoder: VideoEncoder, device: torch.device) -> None:
+    """A reference cycle would keep its input and its graph on the device until a collection."""
+    gc.disable()
+    try:
+        with DeviceEncoder(encoder.to(device), 1, "float32", EGOVLP_TRANSFORM, 8) as batches:
+            run(batches, [Slots(encoder.size).clip("a", [(60, 80)] * 2)])
+        ended = weakref.ref(batches)
+        del batches
+        assert ended() is None
+    finally:
+        gc.enable()
 
 
 def test_clip_with_the_wrong_number_of_frames_is_refused(encoder: VideoEncoder, device: torch.device) -> None:
