@@ -129,7 +129,8 @@ def _encode_together(stores: "Sequence[_OpenedStore]", clips: Mapping[str, Clip]
     config = stores[0].job.config
     targets = [Target(opened.job, opened.store, opened.works) for opened in incomplete]
     display = ProgressDisplay("encode", sum(_count(opened.works) for opened in incomplete), "clips")
-    with shortage_explained(config.encoder), display:
+    largest = max((opened.job.config.encoder for opened in incomplete), key=lambda encoder: encoder.batch)
+    with shortage_explained(largest), display:
         filled = fill_stores(targets, clips, decoder_count(config, 1), display.advance)
     for opened, stats in zip(incomplete, filled, strict=True):
         opened.stats = stats

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from egopatch.configs.command_line import load_config
@@ -71,6 +72,18 @@ def test_one_decode_fills_stores_of_different_depth_and_format(bare: Path, decod
     for name in ("store", "shallow"):
         assert verify(bare / name).ok
         assert len(open_store(bare / name).clip_ids) == CLIPS
+
+
+def test_gpu_out_of_memory_names_the_largest_batch(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_big(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("egopatch.extract.run.fill_stores", too_big)
+    large = config_file(bare, "large", encoder={"batch": 16})
+    assert main(["run", "--config", config_file(bare, "store"), large]) == 1
+    assert "with encoder.batch 16; try --encoder.batch 8" in capsys.readouterr().err
 
 
 @pytest.mark.slow
