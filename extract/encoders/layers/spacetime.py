@@ -4,6 +4,7 @@ Shape legend: B clips, T frames, N patches a frame, S = 1 + T*N tokens (CLS firs
 H heads of 64. Parameter names are those of the published checkpoints below `video_model.`.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -140,7 +141,25 @@ def _fits_kernel(x: Tensor, frames: int, axis: Axis) -> bool:
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not HAS_TRITON:
         return False
     longest = (x.shape[1] - 1) // frames if axis == "space" else frames
-    return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS
+    return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS and _triton_starts()
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    """Whether Triton can start; at its first use on a machine it builds a part of itself, with a C compiler."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # of many types, such as a RuntimeError, and the compiler's own
+        reason = " ".join(str(error).split())[:160]
+        print(
+            f"note: Triton cannot start here ({reason}), so attention uses PyTorch's slower kernels; it needs a C "
+            "compiler, such as gcc, and Python's headers",
+            flush=True,
+        )
+        return False
+    return True
 
 
 def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:
