@@ -74,7 +74,7 @@ def check_machine(folder: Path) -> tuple[Check, ...]:
     return (
         Check("python", "ok", f"{platform.python_version()}, {sys.executable}"),
         check_torch(gpu),
-        check_triton(_version("triton"), bool(gpu.names)),
+        check_triton(_version("triton"), bool(gpu.names), _has_compiler()),
         *_decoders(bool(gpu.names)),
         _cores(),
         _memory(),
@@ -103,7 +103,12 @@ def check_torch(gpu: Gpu) -> Check:
     return Check("torch", "warning", f"{found}, driver for CUDA {gpu.driver_cuda}, but torch sees no GPU", hidden)
 
 
-def check_triton(found: str | None, has_gpu: bool) -> Check:
+def _has_compiler() -> bool:
+    """Whether Triton finds a C compiler."""
+    return "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
+
+
+def check_triton(found: str | None, has_gpu: bool, has_compiler: bool) -> Check:
     """Compare Triton's version with those that the kernels were tried with."""
     tried = f"{OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} to {NEWEST_TRITON[0]}.{NEWEST_TRITON[1]}"
     if found is None:
@@ -121,6 +126,9 @@ def check_triton(found: str | None, has_gpu: bool) -> Check:
             f"{found} is older than the tested versions, {tried}, so heads use the slower reference",
             mend,
         )
+    if has_gpu and not has_compiler:
+        lacks = f"{found}, but no C compiler, with which it builds a part of itself at its first use on a GPU"
+        return Check("triton", "warning", lacks, "install gcc and Python's headers (apt-get install gcc python3-dev)")
     sizes = "block sizes measured on an H100" if this < SPILLING_TRITON else "smaller block sizes, which do not spill"
     if this > NEWEST_TRITON:
         mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRITON[0]}.{NEWEST_TRITON[1] + 1}'"

@@ -43,9 +43,20 @@ def test_torch_check_compares_the_cuda_build_with_the_driver(gpu: Gpu, state: st
 def test_triton_check_compares_the_version_with_tested_ones(
     version: str | None, has_gpu: bool, state: str, expected: str
 ) -> None:
-    check = check_triton(version, has_gpu)
+    check = check_triton(version, has_gpu, has_compiler=True)
     assert check.state == state
     assert expected in str(check)
+
+
+def test_missing_c_compiler_is_a_warning_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    found = machine._has_compiler()
+    assert check_triton("3.9.0", False, found).state == "ok"
+    check = check_triton("3.9.0", True, found)
+    assert (check.state, "install gcc" in str(check)) == ("warning", True)
+    monkeypatch.setenv("CC", "my-compiler")
+    assert check_triton("3.9.0", True, machine._has_compiler()).state == "ok"
 
 
 def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
