@@ -4,9 +4,11 @@ Schedulers and containers give a process a part of the machine, in three ways: a
 cores' time (a quota of its control group, or of a group around it), and `CUDA_VISIBLE_DEVICES`, which torch respects.
 """
 
+import functools
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -62,6 +64,21 @@ def find_device(name: str) -> "torch.device":
     if device.type == "cuda" and device.index is not None and device.index >= gpus:
         raise ValueError(f"torch sees CUDA devices 0 to {gpus - 1} here: use one of them or auto")
     return device
+
+
+@functools.cache
+def triton_fault() -> str | None:
+    """Why Triton's kernels cannot run on this machine's GPUs, and what they need; None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; expected 3.6 or newer (pip install triton)"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()  # at its first use on a machine, Triton builds a part of itself
+    except Exception as error:  # of many types, such as a RuntimeError, and the compiler's own
+        reason = " ".join(str(error).split())[:160]
+        return f"Triton cannot start ({reason}); expected a C compiler, such as gcc, and Python's headers"
+    return None
 
 
 def limit_threads(processes: int = 1) -> None:

@@ -1,12 +1,13 @@
 """What a process may use of its machine, with faked control groups and devices."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from egopatch.features.common.machine import find_device, limit_threads, usable_cores
+from egopatch.features.common.machine import find_device, limit_threads, triton_fault, usable_cores
 
 EIGHT = set(range(8))
 
@@ -104,3 +105,19 @@ def test_find_device_resolves_names_and_refuses_unknown_ones(monkeypatch: pytest
     for name, reason in (("cuda:2", "CUDA devices 0 to 1"), ("gpu", "expected auto, cpu, cuda")):
         with pytest.raises(ValueError, match=reason):
             find_device(name)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_without_a_c_compiler_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds a part of itself at its first use; images for running, not developing, have no compiler."""
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    fault = triton_fault.__wrapped__()  # without the cache
+    assert fault is not None
+    assert fault.startswith("Triton cannot start (Failed to find C compiler. Please")
+    assert fault.endswith("expected a C compiler, such as gcc, and Python's headers")

@@ -8,6 +8,7 @@ from torch import nn
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import PatchTokens
+from egopatch.features.common.machine import triton_fault
 from egopatch.train.data.features import Features
 from egopatch.train.data.question_table import NO_OPTION, QuestionTable, plan_batches
 from egopatch.train.fitting.experiment import Experiment
@@ -15,7 +16,6 @@ from egopatch.train.heads import HEADS, PSA, Choice, Majority, Sizes, build_head
 from egopatch.train.heads.common.question import QuestionReader
 from egopatch.train.heads.psa.coarse import kernel_width
 from egopatch.train.heads.psa.selection import implementation_in_use
-from egopatch.train.ops.philox import HAS_TRITON
 from egopatch.train.steps.stacked_heads import StackedHeads
 
 # Number of clips that the input whitening is measured on.
@@ -47,8 +47,8 @@ def why_not_captured(config: Config, experiment: Experiment) -> str | None:
         return f"features are not on the GPU (train.residency: {features.residency})"
     if not can_capture(config.head.name):
         return f"Head.captures is false for the head {config.head.name}"
-    if not HAS_TRITON:
-        return "Triton is not installed, so dropout runs its reference"
+    if fault := triton_fault():
+        return f"dropout runs its reference ({fault})"
     for width in selected_widths(config, experiment.sizes):
         frame = torch.empty(1, 1, experiment.sizes.patches, width, device=experiment.device)
         implementation, why = implementation_in_use(frame, config.head.implementation, 1)

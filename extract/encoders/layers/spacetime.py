@@ -7,7 +7,6 @@ H heads of 64. Parameter names are those of the published checkpoints below `vid
 import functools
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.linear import Linear
+from egopatch.features.common.machine import triton_fault
 
 HEAD_WIDTH = 64
 # Tokens that a block processes at a time on a CPU, so that intermediate results fit in the cache.
@@ -25,7 +25,6 @@ ROWS = 1600
 LOGITS = 2**20
 # The kernel for GPUs keeps the logits of a group and CLS, at most 256 tokens, in registers.
 MOST_TOKENS = 256
-HAS_TRITON = find_spec("triton") is not None
 
 Axis = Literal["time", "space"]
 
@@ -138,7 +137,7 @@ class Attention(nn.Module):
 
 def _fits_kernel(x: Tensor, frames: int, axis: Axis) -> bool:
     """Whether the kernel for GPUs computes this."""
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not HAS_TRITON:
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     longest = (x.shape[1] - 1) // frames if axis == "space" else frames
     return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS and _triton_starts()
@@ -146,20 +145,10 @@ def _fits_kernel(x: Tensor, frames: int, axis: Axis) -> bool:
 
 @functools.cache
 def _triton_starts() -> bool:
-    """Whether Triton can start; at its first use on a machine it builds a part of itself, with a C compiler."""
-    from triton.runtime import driver
-
-    try:
-        driver.active.get_current_device()
-    except Exception as error:  # of many types, such as a RuntimeError, and the compiler's own
-        reason = " ".join(str(error).split())[:160]
-        print(
-            f"note: Triton cannot start here ({reason}), so attention uses PyTorch's slower kernels; it needs a C "
-            "compiler, such as gcc, and Python's headers",
-            flush=True,
-        )
-        return False
-    return True
+    """Whether Triton's kernels can run here; prints a note if they cannot."""
+    if fault := triton_fault():
+        print(f"note: attention uses PyTorch's slower kernels: {fault}", flush=True)
+    return not fault
 
 
 def by_group(x: Tensor, frames: int, axis: Axis) -> Tensor:

@@ -154,12 +154,21 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         select_attend(*arguments, implementation="triton")
 
 
-def test_an_old_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a T4 the forward kernel would need 128 KB of shared memory, of which it has 64."""
+@pytest.mark.parametrize(
+    ("capability", "fault", "reason"),
+    [
+        # A T4, whose 64 KB of shared memory are half of what the forward kernel needs.
+        ((7, 5), None, "tokens is on a GPU of compute capability 7.5; expected 8.0 or newer"),
+        ((8, 0), "no compiler", "no compiler"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels_runs_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fault: str | None, reason: str
+) -> None:
     monkeypatch.setattr(plan, "TRITON", "3.9.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(plan.machine, "triton_fault", lambda: fault)
     tokens: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    reason = "tokens is on a GPU of compute capability 7.5; expected 8.0 or newer"
     assert plan.choose_implementation(tokens, torch.float32, "auto") == ("reference", reason)
 
 

@@ -3,17 +3,13 @@
 Shape legend: M stacked heads, R rows of a tensor. The dimension M is left out for a single head.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from egopatch.features.common.machine import triton_fault
 from egopatch.train.ops.philox import reference
 from egopatch.train.ops.philox.library import dropout_kernel, uniform_kernel
 from egopatch.train.ops.philox.reference import Draw
-
-# Looked up once, because that takes a while.
-HAS_TRITON = find_spec("triton") is not None
 
 
 def uniform(shape: tuple[int, ...], draw: Draw, device: torch.device) -> Tensor:
@@ -36,7 +32,8 @@ def dropout(x: Tensor, draw: Draw, p: float) -> Tensor:
 
 
 def _by_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and HAS_TRITON
+    # torch.compile cannot trace the look-up.
+    return device.type == "cuda" and (torch.compiler.is_compiling() or triton_fault() is None)
 
 
 def _arguments(draw: Draw, device: torch.device) -> tuple[list[int], int, Tensor, Tensor | None]:

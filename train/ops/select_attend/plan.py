@@ -126,11 +126,13 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
         return f"Triton {TRITON} is installed; expected 3.6 or newer, which torch 2.10 and newer install"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
-    # torch.compile cannot trace the look-up.
+    # torch.compile cannot trace these look-ups.
     if tokens.is_cuda and not torch.compiler.is_compiling():
         capability = torch.cuda.get_device_capability(tokens.device)
         if capability < OLDEST_GPU:
             return f"tokens is on a GPU of compute capability {capability[0]}.{capability[1]}; expected 8.0 or newer"
+        if fault := machine.triton_fault():
+            return fault
     if dtype == torch.float64:
         return "queries is torch.float64; expected at most float32"
     if tokens.shape[2] > MAX_PATCHES:
