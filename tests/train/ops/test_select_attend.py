@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from egopatch.features.common import machine
 from egopatch.train.ops.select_attend import SelectAttendOutput, choose_implementation, reference, select_attend
 from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
 
@@ -258,9 +259,11 @@ def test_auto_takes_the_reference_on_a_cpu() -> None:
     ],
 )
 def test_auto_takes_triton_on_a_gpu_or_warns_with_the_reason(
-    patches: int, width: int, dtype: torch.dtype, chosen: str, why: str
+    monkeypatch: pytest.MonkeyPatch, patches: int, width: int, dtype: torch.dtype, chosen: str, why: str
 ) -> None:
-    """Uses fake tensors that only claim to be on a GPU."""
+    """Uses fake tensors that only claim to be on a GPU, an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(machine, "triton_fault", lambda: None)
     with FakeTensorMode():
         gpu = torch.device("cuda", 0)
         tokens = torch.empty(1, 1, patches, width, device=gpu)
