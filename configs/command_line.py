@@ -5,11 +5,9 @@ import dataclasses
 import difflib
 import itertools
 import re
-import shlex
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, get_args
@@ -22,11 +20,9 @@ from egopatch.configs.wrong_types import listed, reworded
 from egopatch.configs.yaml_faults import find_fault, find_fault_in_value
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
-# Stands for the experiment in messages of code that does not see the command line; see `name_experiment`.
-UNNAMED = "--config CONFIG"
 # Spellings of null in YAML.
 _NULLS = ("null", "Null", "NULL", "~")
-_OPTION_OF_HEAD = "--head.options."
+OPTION_OF_HEAD = "--head.options."
 # Numbers that YAML reads in base 60, so that 1:30 becomes 90.
 _WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
@@ -81,10 +77,10 @@ class ConfigParser(jsonargparse.ArgumentParser):
             if _WITH_COLON.fullmatch(value) and _takes_number(self._option_string_actions.get(last)):
                 self.error(f"{last} is {value!r}; expected a number without a colon")
             # Lists and mappings, and options of heads from outside, whose types are not known here, are read as YAML.
-            if own and name.startswith(_OPTION_OF_HEAD):
-                of_head[name.removeprefix(_OPTION_OF_HEAD)] = value
+            if own and name.startswith(OPTION_OF_HEAD):
+                of_head[name.removeprefix(OPTION_OF_HEAD)] = value
             in_section = own and name.startswith("--") and name[2:].partition(".")[0] in _SECTIONS
-            as_yaml = in_section and (value[:1] in ("{", "[") or name.startswith(_OPTION_OF_HEAD))
+            as_yaml = in_section and (value[:1] in ("{", "[") or name.startswith(OPTION_OF_HEAD))
             if as_yaml and (fault := find_fault_in_value(value)):
                 self.error(f"{name}: {fault}")
             if getattr(self._option_string_actions.get(last), "nargs", None) == "+" and re.search(r"[,\s]", value):
@@ -308,50 +304,6 @@ def take_option(args: Sequence[str], option: str) -> tuple[str | None, list[str]
                 raise ConfigError(f"{option} is empty; expected a value")  # which as a path would be this folder
             return value, [*args[:place], *args[after:]]
     return None, list(args)
-
-
-def overrides_in(args: Sequence[str]) -> list[str]:
-    """The options of an experiment in a command line, such as `--head.ratio 0.5`, with their values."""
-    found: list[str] = []
-    for place, arg in enumerate(args):
-        name, equals, _ = arg.partition("=")
-        if name.startswith(_OPTION_OF_HEAD) or (name.startswith("--") and name[2:] in option_names()):
-            found += [arg] if equals else args[place : place + 2]
-    return found
-
-
-def experiment_in(args: Sequence[str], *others: Sequence[str]) -> list[str]:
-    """The part of a command line that describes its experiment: `--config` and the options that override it.
-
-    Each of `others` is a line with another `--config`; all are joined, as in `extract run --config A B`.
-    """
-    configs: list[str] = []
-    for before, arg in itertools.pairwise(["", *args]):
-        if before == "--config" or arg.startswith("--config="):
-            configs += ["--config", arg.removeprefix("--config=")]
-    files = [experiment_in(line)[1] for line in others]
-    return [*configs[:2], *files, *configs[2:], *overrides_in(args)]
-
-
-def name_experiment(text: str, *lines: Sequence[str]) -> str:
-    """`text` with the experiment of a command line in place of `UNNAMED`, so that its commands can be run.
-
-    A command line without `--config` leaves the text as it is: its options may belong to the experiment of a run.
-    Several lines are joined as in `experiment_in`.
-    """
-    experiment = experiment_in(*lines)
-    return text.replace(UNNAMED, shlex.join(experiment)) if "--config" in experiment else text
-
-
-@contextmanager
-def experiment_named(*lines: Sequence[str]) -> Iterator[None]:
-    """Inside the block, errors name the experiment of a command line as `name_experiment` does."""
-    try:
-        yield
-    except Exception as error:
-        if error.args and isinstance(error.args[0], str):
-            error.args = (name_experiment(error.args[0], *lines), *error.args[1:])
-        raise
 
 
 def parse_config(parser: ConfigParser, args: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:

@@ -11,7 +11,8 @@ from types import ModuleType
 from egopatch.interrupt import interrupts_in_one_line
 
 with interrupts_in_one_line("train"):
-    from egopatch.configs.command_line import ConfigParser, experiment_named
+    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.experiment_line import experiment_named
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed

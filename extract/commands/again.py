@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import experiment_in
+from egopatch.configs.experiment_line import experiment_in
 
 
 def retry_command(args: Sequence[str]) -> str:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.configs.command_line import ConfigParser, name_experiment, parse_options
+from egopatch.configs.command_line import ConfigParser, parse_options
+from egopatch.configs.experiment_line import name_experiment
 from egopatch.configs.schema import DataConfig
 from egopatch.features.common.command_line import print_result
 

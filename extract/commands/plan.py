@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.experiment_line import name_experiment
 from egopatch.features.common.command_line import messages_apart, print_result
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from egopatch.configs.command_line import ConfigParser, experiment_named, name_experiment, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.experiment_line import experiment_named, name_experiment
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice

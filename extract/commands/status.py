@@ -4,7 +4,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from egopatch.configs.command_line import ConfigParser, name_experiment, parse_config
+from egopatch.configs.command_line import ConfigParser, parse_config
+from egopatch.configs.experiment_line import name_experiment
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.datasets import Clip, DatasetError, load_clips

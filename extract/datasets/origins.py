@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from egopatch.configs.command_line import UNNAMED
+from egopatch.configs.experiment_line import UNNAMED
 from egopatch.extract.datasets.records import Clip
 from egopatch.features.common.units import counted
 from egopatch.features.state.origin import Origin

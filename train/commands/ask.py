@@ -8,7 +8,8 @@ from pathlib import Path
 import platformdirs
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from egopatch.configs.command_line import ConfigParser, overrides_in, parse_options, take_option
+from egopatch.configs.command_line import ConfigParser, parse_options, take_option
+from egopatch.configs.experiment_line import overrides_in
 from egopatch.configs.schema import ConfigError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from egopatch.configs.command_line import UNNAMED
+from egopatch.configs.experiment_line import UNNAMED
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint, FingerprintMismatch, PatchTokens, Store, StoreError, store_exists
