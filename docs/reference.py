@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
-from unittest import mock
 
 import docstring_parser
 
@@ -24,11 +23,16 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import Config
 from egopatch.extract import __main__ as extract
 from egopatch.features import __main__ as features
+from egopatch.features.commands.shared import CommandParser
 from egopatch.train import __main__ as train
 
 PACKAGE = Path(egopatch.__file__).parent
 COMMON = {"-h", "--help", "--help-all", "--print_config"}
-STAGES: dict[str, ModuleType] = {"extract": extract, "train": train}
+STAGES: dict[str, tuple[ModuleType, type[argparse.ArgumentParser]]] = {
+    "extract": (extract, ConfigParser),
+    "features": (features, CommandParser),
+    "train": (train, ConfigParser),
+}
 
 
 class Undocumented(ValueError):
@@ -127,28 +131,20 @@ def _help_of(name: str) -> str:
 
 def command_parsers() -> dict[str, dict[str, argparse.ArgumentParser]]:
     """Stage to command to the parser of its options."""
-    found: dict[str, dict[str, argparse.ArgumentParser]] = {
-        name: {command: _parser_of(stage, command) for command in stage.COMMANDS} for name, stage in STAGES.items()
+    return {
+        name: {
+            command: _filled(stage, command, make(prog=command, description=stage.COMMANDS[command]))
+            for command in stage.COMMANDS
+        }
+        for name, (stage, make) in STAGES.items()
     }
-    found["features"] = features.command_parsers()
-    return {stage: found[stage] for stage in ("extract", "features", "train")}
 
 
-def _parser_of(stage: ModuleType, name: str) -> argparse.ArgumentParser:
-    """The parser of a command, which has all its options when it prints its help."""
-    made: list[ConfigParser] = []
-
-    def make(*args: Any, **kwargs: Any) -> ConfigParser:
-        made.append(ConfigParser(*args, **kwargs))
-        return made[-1]
-
-    with (
-        mock.patch.object(stage, "ConfigParser", make),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.suppress(SystemExit),
-    ):
-        stage.main([name, "--help"])
-    return made[0]
+def _filled(stage: ModuleType, name: str, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser of a command with all its options, which it has when it prints its help."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        stage.load_command(name).main(parser, ["--help"])
+    return parser
 
 
 def _command(title: str, parser: argparse.ArgumentParser) -> Iterator[str]:

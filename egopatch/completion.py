@@ -10,6 +10,7 @@ from importlib import import_module
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import Config
+from egopatch.features.commands.shared import CommandParser
 
 SHELLS = ("bash", "zsh")
 
@@ -66,14 +67,11 @@ def script() -> str:
 def _commands_of(stage: str) -> Iterator[tuple[str, list[str]]]:
     """Each command of a stage and its options."""
     module = import_module(f"egopatch.{stage}.__main__")
-    if stage == "features":
-        yield from ((name, sorted(parser._option_string_actions)) for name, parser in module.command_parsers().items())
-        return
     sections = {f"--{section.name}" for section in dataclasses.fields(Config)}
     for name in module.COMMANDS:
-        parser = ConfigParser(prog=name)
+        parser = CommandParser(prog=name) if stage == "features" else ConfigParser(prog=name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             module.load_command(name).main(parser, ["--help"])
         shown = {option for option, action in parser._option_string_actions.items() if action.help != SUPPRESS}
-        words = [*parser.read_first, *sorted(shown - sections)]
-        yield name, words
+        read_first = parser.read_first if isinstance(parser, ConfigParser) else ()
+        yield name, [*read_first, *sorted(shown - sections)]

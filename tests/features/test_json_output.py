@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from egopatch.features import create_store
-from egopatch.features.__main__ import COMMANDS, EXPORTS, main
+from egopatch.features.__main__ import COMMANDS, main
+from egopatch.features.commands.export import KINDS
 from egopatch.features.formats.interface import CODECS
 from egopatch.features.formats.registry import FORMATS
 from egopatch.features.storage.pick import storage_at
@@ -46,7 +47,7 @@ def test_every_command_prints_the_documented_keys(tmp_path: Path, capsys: pytest
 
 def test_cli_format_tables_match_the_registries() -> None:
     assert tuple(CODECS) == tuple(FORMATS)
-    assert tuple(WRITERS) == EXPORTS
+    assert tuple(WRITERS) == KINDS
 
 
 @pytest.mark.parametrize("command", ["info", "unlock"])
