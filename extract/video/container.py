@@ -445,9 +445,7 @@ def _require_content(path: Path) -> None:
         pointer = pointer_fault(path)
     except FileNotFoundError:
         hint = missing_hint(path, names_in(path.parent))
-        raise VideoError(
-            f"video {path} {hint or 'does not exist; put the file there or correct the annotation'}"
-        ) from None
+        raise VideoError(f"video {path} {hint or 'does not exist; put the file there or correct its path'}") from None
     except OSError as error:
         raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
     if empty:

@@ -83,6 +83,14 @@ def test_failure_is_reported_in_one_line(
     assert not (tmp_path / "out.npz").exists()
 
 
+def test_missing_video_is_reported_without_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command reads none."""
+    missing = tmp_path / "nope.mp4"
+    assert main(["frames", str(missing), "--out", str(tmp_path / "out.npz")]) == 1
+    fault = f"video {missing} does not exist; put the file there or correct its path"
+    assert capsys.readouterr().err == f"extract frames: failed: {fault}\n"
+
+
 @pytest.mark.parametrize(("out", "named"), [("w.npz", "w.npz"), ("png", "png/000_0.467s.png")])
 def test_full_disk_keeps_existing_files(
     video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, named: str

@@ -248,7 +248,7 @@ def noise(index: int, size: tuple[int, int]) -> np.ndarray:
 
 FASTSTART = {"movflags": "faststart"}
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (missing, "does not exist; put the file there or correct the annotation"),
+    "missing": (missing, "does not exist; put the file there or correct its path"),
     "other case": (other_case, "does not exist, but 'A.MP4' is there; use one spelling in both places"),
     "other form": (other_form, r"does not exist, but 'caf\\xe9.mp4' is there; use one spelling in both places"),
     "link to nothing": (annexed, r"is a link to \.git/annex/a, which does not exist; fetch that file"),
