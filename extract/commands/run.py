@@ -10,6 +10,7 @@ from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.configs.experiment_line import experiment_named, name_experiment
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.commands.again import after_quarantine
+from egopatch.extract.datasets.origins import others_line
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
 from egopatch.extract.worker.bounds import bound_line, ceilings
@@ -109,6 +110,7 @@ def as_records(configs: Sequence[Config], results: "Sequence[ExtractionResult]")
             "path": config.store.path,
             "clips": result.clips,
             "planned": result.planned,
+            "others": result.others,
             "texts": result.texts,
             "encoded": result.stats.committed,
             "cut_short": result.stats.cut_short,
@@ -155,7 +157,7 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         f" this run encoded {counted(stats.committed, 'clip')}{ending}"
     )
     if result.others:
-        print(f"the store also has {counted(result.others, 'clip')} that these annotations do not name")
+        print(others_line(result.others))
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
     if line := bound_line(ceilings(stats)):

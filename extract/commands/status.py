@@ -9,7 +9,7 @@ from egopatch.configs.experiment_line import name_experiment
 from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.datasets import Clip, DatasetError, load_clips
-from egopatch.extract.datasets.origins import compare_origins
+from egopatch.extract.datasets.origins import compare_origins, others_line
 from egopatch.extract.worker.bounds import bound_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
 from egopatch.features.common.units import format_bytes
@@ -25,16 +25,20 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     check = None if clips is None else compare_origins(clips, config.data.root, ledger.origins())
     named = None if clips is None else {clip.clip_id for clip in clips}
     counts, machines = count_clips(config.store.path, ledger, named), ledger.machines()
+    others = None if named is None else len(ledger.clips.keys() - named)
     jobs = [stats_of(job) for job in read_jobs(config.store.path) if job["committed"]]
     rates = ceilings(jobs[-1]) if jobs else {}
     if options.json:
         checked = {"stale": None, "unrecorded": None} if check is None else dataclasses.asdict(check)
-        print(json.dumps(dataclasses.asdict(counts) | checked | {"machines": machines, "ceilings": rates}, indent=1))
+        more = {"others": others, "machines": machines, "ceilings": rates}
+        print(json.dumps(dataclasses.asdict(counts) | checked | more, indent=1))
         return 0
     print(
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"
         f" {counts.quarantined} quarantined, {counts.missing} missing, {format_bytes(counts.bytes)}"
     )
+    if others:
+        print(others_line(others))
     if failure := first_in_quarantine(config.store.path, ledger, named):
         clip_id, reason = failure
         print(f"first in quarantine: {clip_id}: {reason}")

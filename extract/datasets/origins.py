@@ -56,6 +56,11 @@ def unrecorded_line(clips: int) -> str:
     )
 
 
+def others_line(clips: int) -> str:
+    """One line about `clips` clips of a store that the annotations do not name, such as those of an earlier set."""
+    return f"the store also has {counted(clips, 'clip')} that these annotations do not name"
+
+
 def origin_of(clip: Clip, root: Path, size: int) -> Origin:
     """The origin of a row of `clip`, whose video has `size` bytes; `root` is `data.root`."""
     start_s, end_s = (None if second is None else float(second) for second in (clip.start_s, clip.end_s))

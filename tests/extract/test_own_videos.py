@@ -153,10 +153,11 @@ def test_clips_of_removed_videos_are_no_longer_counted(tmp_path: Path, capsys: p
     assert (plan["clips"], plan["done"], plan["quarantined"], plan["todo"]) == (1, 1, 0, 0)
     assert main(["status", "--config", str(tmp_path / "mine.yaml"), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
-    assert [status[name] for name in ("planned", "committed", "quarantined", "missing")] == [1, 1, 0, 0]
+    assert [status[name] for name in ("planned", "committed", "quarantined", "missing", "others")] == [1, 1, 0, 0, 1]
     assert main(["status", "--config", str(tmp_path / "mine.yaml")]) == 0
     out = capsys.readouterr().out
     assert "1/1 clips committed, 0 quarantined, 0 missing" in out
+    assert "the store also has 1 clip that these annotations do not name" in out
     assert "retry" not in out
     assert len(open_store(tmp_path / "mine").clip_ids) == 2
 
