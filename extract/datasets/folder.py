@@ -1,13 +1,13 @@
 """Your own videos without annotations: the video files of a folder, cut into clips of about equal length."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from egopatch.extract.datasets import parsing
 from egopatch.extract.datasets.records import Clip, DatasetError
+from egopatch.features.io.walk import files_below, is_file_or_lost
 
 SUFFIXES = (
     ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv",
@@ -32,8 +32,8 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if folder.is_file():
         found = {folder.name: folder}
     elif folder.is_dir():
-        paths = [path for path in sorted(_files_below(folder)) if path.suffix.lower() in SUFFIXES and _is_file(path)]
-        found = {path.relative_to(folder).as_posix(): path for path in paths}
+        paths = [path for path in files_below(folder, hidden=False) if path.suffix.lower() in SUFFIXES]
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if is_file_or_lost(path)}
     else:
         raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos, or a video"])
     if not found:
@@ -41,26 +41,6 @@ def find_videos(folder: Path) -> dict[str, Path]:
     if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:
         raise DatasetError(problems)
     return found
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Everything below `folder` that is no folder and not hidden, as `find_videos` describes it."""
-    files, read, to_read = list[Path](), set[str](), [folder]
-    for top in to_read:  # which grows: links come after all folders that are reached without them
-        for parent, folders, names in os.walk(top):
-            if (real := os.path.realpath(parent)) in read:
-                folders.clear()
-                continue
-            read.add(real)
-            folders[:] = sorted(name for name in folders if name[0] != ".")  # os.walk enters those that are no links
-            to_read += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-            files += [Path(parent, name) for name in names if name[0] != "."]
-    return files
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file, or a dangling link such as git-annex leaves, whose video a user would miss."""
-    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def names_in(folder: Path) -> Mapping[str, str]:

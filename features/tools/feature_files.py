@@ -33,6 +33,7 @@ from torch import Tensor
 from egopatch.features.common.disk import free_bytes
 from egopatch.features.formats.hdf5_shards import open_unlocked
 from egopatch.features.io.lfs import pointer_fault
+from egopatch.features.io.walk import files_below, is_file_or_lost
 from egopatch.features.values.errors import StoreError
 
 Arrays = Mapping[str, Tensor]
@@ -165,7 +166,8 @@ def _find(path: Path) -> Iterator[Unread]:
     if (path / "data.mdb").exists():
         yield from _find_lmdb(path)
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in (*_SUFFIXES, ".tar") and file.is_file())
+    candidates = [file for file in files_below(path, hidden=True) if file.suffix in (*_SUFFIXES, ".tar")]
+    files = sorted(file for file in candidates if is_file_or_lost(file))
     if not files:
         raise StoreError(f"{path} holds no features; expected {_expected()}")
     for file in files:
@@ -180,6 +182,10 @@ def _expected() -> str:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.is_symlink() and not file.exists():
+        raise ValueError(
+            f"it is a link to {file.readlink()}, which does not exist; fetch that file, or remove the link"
+        )
     if not file.stat().st_size:
         raise ValueError("the file is empty")
     if fault := pointer_fault(file):

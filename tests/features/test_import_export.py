@@ -203,3 +203,11 @@ def test_import_and_export_commands_report_clips_and_output(tmp_path: Path, caps
 def test_a_folder_name_may_end_like_a_feature_file(tmp_path: Path) -> None:
     store = import_features(write(tmp_path / "in", names=("day.pt/1", "b")), tmp_path / "store")
     assert store.clip_ids == ("b", "day.pt/1")
+
+
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    """A data set may be spread over disks. A folder is read once, by the path without a link if there is one."""
+    files = write(tmp_path / "files", names=("day/1",))
+    (files / "disk2").symlink_to(write(tmp_path / "elsewhere", names=("2",)))
+    (files / "circle").symlink_to(files)
+    assert import_features(files, tmp_path / "store").clip_ids == ("day/1", "disk2/2")

@@ -234,6 +234,14 @@ def test_a_git_lfs_pointer_is_refused_with_the_pull_command(name: str, tmp_path:
         import_features(source, tmp_path / "store")
 
 
+def test_a_link_to_a_missing_file_is_named(tmp_path: Path) -> None:
+    """As git-annex leaves it; its clip would otherwise be missing from the store without a word."""
+    files = write(tmp_path / "files")
+    (files / "lost.npy").symlink_to(tmp_path / "annex" / "lost.npy")
+    with pytest.raises(StoreError, match=r"'lost': it is a link to .*/annex/lost\.npy, which does not exist; fetch"):
+        import_features(files, tmp_path / "store")
+
+
 def test_faults_beyond_the_first_ten_are_only_counted(tmp_path: Path) -> None:
     files = write(tmp_path / "files", names=tuple(f"c{n:02d}" for n in range(30)))
     for number in range(14):

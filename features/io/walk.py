@@ -1,0 +1,29 @@
+"""The files in a folder and in the folders below it, with those that links lead to."""
+
+import os
+from pathlib import Path
+
+
+def files_below(folder: Path, hidden: bool) -> list[Path]:
+    """Everything below `folder` that is no folder; with `hidden` also what has a name that begins with a dot.
+
+    Links to folders are followed, but a folder that several paths lead to is read by one of them: by the path without a
+    link, if there is one.
+    """
+    files, read, to_read = list[Path](), set[str](), [folder]
+    for top in to_read:  # which grows: links come after all folders that are reached without them
+        for parent, folders, names in os.walk(top):
+            if (real := os.path.realpath(parent)) in read:
+                folders.clear()
+                continue
+            read.add(real)
+            folders[:] = sorted(name for name in folders if hidden or name[0] != ".")
+            # os.walk enters those that are no links.
+            to_read += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            files += [Path(parent, name) for name in names if hidden or name[0] != "."]
+    return files
+
+
+def is_file_or_lost(path: Path) -> bool:
+    """Whether it is a file, or a dangling link such as git-annex leaves, whose file a user would miss."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
