@@ -20,7 +20,7 @@ from egopatch.extract.datasets.folder import missing_hint, names_in
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
 from egopatch.extract.encoders import find_network, load_tokenizer
 from egopatch.extract.encoders.checkpoints.package import MINILM, MINILM_REMEDY
-from egopatch.extract.errors import CheckpointError
+from egopatch.extract.errors import CheckpointError, JobFailed
 from egopatch.extract.texts import cut_texts, find_text_network
 from egopatch.extract.worker.device import arithmetic_advice, device_of
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
@@ -258,7 +258,7 @@ def _job(config: Config) -> tuple[ExtractionJob | None, list[str]]:
         return None, []
     try:
         return resolve_job(config), []
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, JobFailed) as error:
         return None, [str(error)]
 
 

@@ -122,6 +122,7 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
     Raises:
         CheckpointError: The file is not a checkpoint of `encoder.arch`, or was trained on another `video.size`.
         ConfigError: The network or the device does not exist, or `encoder.compile` finds no compiler.
+        JobFailed: `encoder.compile` finds the GPU without free memory.
     """
     # The cheap look-ups come first: a misspelled name is reported before any file is read.
     network = network or find_network(config.encoder.arch)

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from egopatch.features.common.os_errors import gpu_shortage
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,7 +70,11 @@ def find_device(name: str) -> "torch.device":
 
 @functools.cache
 def triton_fault() -> str | None:
-    """Why Triton's kernels cannot run on this machine's GPUs, and what they need; None if they can."""
+    """Why Triton's kernels cannot run on this machine's GPUs, and what they need; None if they can.
+
+    Raises:
+        RuntimeError: The GPU has no free memory.
+    """
     if find_spec("triton") is None:
         return "Triton is not installed; expected 3.6 or newer (pip install triton)"
     from triton.runtime import driver
@@ -76,6 +82,8 @@ def triton_fault() -> str | None:
     try:
         driver.active.get_current_device()  # at its first use on a machine, Triton builds a part of itself
     except Exception as error:  # of many types, such as a RuntimeError, and the compiler's own
+        if gpu_shortage(error):
+            raise
         reason = " ".join(str(error).split())[:160]
         return f"Triton cannot start ({reason}); expected a C compiler, such as gcc, and Python's headers"
     return None

@@ -121,3 +121,15 @@ def test_triton_without_a_c_compiler_is_a_fault(monkeypatch: pytest.MonkeyPatch)
     assert fault is not None
     assert fault.startswith("Triton cannot start (Failed to find C compiler. Please")
     assert fault.endswith("expected a C compiler, such as gcc, and Python's headers")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_on_a_full_gpu_does_not_lack_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        triton_fault.__wrapped__()

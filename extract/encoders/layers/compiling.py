@@ -9,6 +9,8 @@ from torch import nn
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.layers.linear import Linear
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
+from egopatch.extract.errors import JobFailed
+from egopatch.features.common.os_errors import gpu_shortage
 
 
 class Unpacked(Linear):
@@ -26,11 +28,17 @@ def compile_encoder(encoder: VideoEncoder, device: torch.device) -> VideoEncoder
 
     Raises:
         ConfigError: `torch.compile` does not work on this machine for `device`.
+        JobFailed: `device` is a GPU without free memory.
     """
     try:
         # A new length each time, because a cached program would load without a compiler.
         torch.compile(_try, dynamic=False)(torch.zeros(1000 + time.time_ns() % 100_003, device=device))
     except Exception as error:  # the compiler's layers raise many types, all with this meaning
+        if shortage := gpu_shortage(error):
+            raise JobFailed(
+                f"{shortage}, while torch.compile was tried on {device}; free some of its memory, or choose another "
+                "--encoder.device"
+            ) from error
         reason = " ".join(str(error).split()).partition(" Set TORCHDYNAMO")[0][:160]
         raise ConfigError(
             f"encoder.compile is true, but torch.compile cannot build code for {device.type} here ({reason}); install "

@@ -11,6 +11,8 @@ import torch
 
 from egopatch.configs.command_line import load_config
 from egopatch.extract.encoders import load_video_encoder
+from egopatch.extract.encoders.layers.compiling import compile_encoder
+from egopatch.extract.errors import JobFailed
 from egopatch.extract.fingerprints import configured
 from tests.extract.encoders.networks import relative, sequence, tiny
 
@@ -46,6 +48,21 @@ def test_missing_compiler_is_reported_in_one_line(tmp_path: Path) -> None:
     (line,) = done.stdout.strip().splitlines()
     assert line.startswith("encoder.compile is true, but torch.compile cannot build code for cpu here (")
     assert line.endswith("install a C++ compiler, or set encoder.compile to false")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of modules that the compiler imports
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # of a batch, and of CUDA's start
+def test_full_gpu_is_not_reported_as_a_missing_compiler(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1.00 MiB free. More.\nMore.")
+
+    encoder = load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2)
+    monkeypatch.setattr(torch, "zeros", full)
+    said = "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has 1.00 MiB free, while torch.compile was tried on "
+    with pytest.raises(JobFailed, match=f"^{said}cuda:0; free some of its memory, or choose another --encoder.device$"):
+        compile_encoder(encoder, torch.device("cuda:0"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of modules that the compiler imports
