@@ -15,7 +15,7 @@ from typing import Any, Self
 from pebble import ProcessFuture, ProcessPool
 
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import children_without_interrupts, signals_held
+from egopatch.features.common.signals import SCHEDULER_SIGNALS, children_without_interrupts, signals_held
 
 
 class _Child(SpawnProcess):
@@ -113,7 +113,7 @@ class SpawnedPool:
 
 def _start(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
     exit_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, *SCHEDULER_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     initializer(*initargs)
 

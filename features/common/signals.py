@@ -11,7 +11,8 @@ from typing import Any
 
 # sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
 REQUEUE = 75
-SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# The last one comes when the terminal of a job closes, or its connection to a server breaks.
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Requeue(BaseException):
@@ -27,12 +28,16 @@ def signal_handlers(
 ) -> Iterator[None]:
     """Within the block `handler` receives the signals `numbers`; afterwards the former handlers are back.
 
+    SIGHUP stays ignored where it is: the job was started by `nohup`.
+
     Raises:
         ValueError: This is not the main thread, which alone receives signals.
     """
     before: dict[signal.Signals, Any] = {}
     try:
         for number in numbers:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             before[number] = signal.signal(number, handler)
         yield
     finally:
@@ -42,7 +47,7 @@ def signal_handlers(
 
 @contextmanager
 def requeue_on_signals() -> Iterator[None]:
-    """Within the block SIGTERM and SIGUSR1 raise `Requeue`, once; the notices that follow are ignored."""
+    """Within the block SIGTERM, SIGUSR1 and SIGHUP raise `Requeue`, once; the notices that follow are ignored."""
 
     def requeue(number: int, _: FrameType | None) -> None:
         for each in SCHEDULER_SIGNALS:
@@ -55,7 +60,7 @@ def requeue_on_signals() -> Iterator[None]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGUSR1 back from their handlers until the end of the block.
+    """Hold SIGINT and `SCHEDULER_SIGNALS` back from their handlers until the end of the block.
 
     A handler may raise between any two steps of the main thread. Within `queue.Queue.put`, that can leave a waiter
     behind, which takes the next wake-up from the thread that waits in `get`; joining that thread then takes forever.
@@ -65,9 +70,8 @@ def signals_held() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    held = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
-        with signal_handlers(held, lambda received, _: arrived.append(received)):
+        with signal_handlers((signal.SIGINT, *SCHEDULER_SIGNALS), lambda received, _: arrived.append(received)):
             yield
     finally:
         for received in dict.fromkeys(arrived):
@@ -77,22 +81,22 @@ def signals_held() -> Iterator[None]:
 def start_trackers() -> None:
     """Start the resource trackers, which clean up after killed children, before any child needs one.
 
-    Otherwise they start with the first child: SIGUSR1 then kills them, and they warn about resources of killed children
-    although they free them. A process that is started while a signal is ignored ignores it too.
+    Otherwise they start with the first child: SIGUSR1 or SIGHUP then kills them, and they warn about resources of
+    killed children although they free them. A process that is started while a signal is ignored ignores it too.
     """
     # Imported here, because joblib takes long to import and most commands start no workers.
     from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
-    handles_signals = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN) if handles_signals else None
+    numbers = (signal.SIGUSR1, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     warnings = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     try:
         resource_tracker.ensure_running()
         loky_tracker.ensure_running()
     finally:
-        if handles_signals:
-            signal.signal(signal.SIGUSR1, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         del os.environ["PYTHONWARNINGS"]
         if warnings is not None:
             os.environ["PYTHONWARNINGS"] = warnings

@@ -28,7 +28,7 @@ from egopatch.extract.engines.job_slice import Slice
 from egopatch.extract.worker.batch_encoder import BatchEncoder
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store
-from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signals
+from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signals, signals_held
 from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
@@ -267,7 +267,7 @@ def test_ctrl_c_prints_one_line_and_leaves_no_processes(workers: str, single: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "2"), (signal.SIGUSR1, "1")])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "2"), (signal.SIGUSR1, "1"), (signal.SIGHUP, "2")])
 def test_job_stopped_by_a_scheduler_signal_requests_a_requeue(
     number: signal.Signals, workers: str, single: Path, bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,7 +293,7 @@ def test_job_stopped_by_a_scheduler_signal_requests_a_requeue(
 
 
 @pytest.mark.parametrize("command", ["run", "retry", "videos"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_during_imports_requests_a_requeue(
     command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,6 +313,15 @@ def test_signals_after_the_first_are_ignored() -> None:
             signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)  # what a scheduler sends when the time is up
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_job_under_nohup_survives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with requeue_on_signals(), signals_held():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

@@ -107,7 +107,10 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypat
     assert len(losses(tiny.run.dir)) == steps
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)],
+)
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_exit_code_asks_a_scheduler_for_another_start(
     tiny: Config,

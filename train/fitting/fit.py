@@ -50,7 +50,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         RunError: There is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
             GPU's memory is too small, or clips were encoded again after the run had been trained on them.
         StoreError, DatasetError: Features or annotations are missing or damaged.
-        Stopped: SIGINT, SIGTERM or SIGUSR1 interrupted training.
+        Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP interrupted training.
         RankLost: Another rank is gone.
     """
     folder = config.run.dir

@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | None = None) -> Iterator[threading.Event]:
-    """Yield an event that SIGINT, SIGTERM and SIGUSR1 set inside the block, so that no step is interrupted half-way.
+    """Yield an event that SIGINT and `SCHEDULER_SIGNALS` set inside the block, so that no step is interrupted half-way.
 
     A `Stopped` that leaves the block gets the exit code of the first signal. Outside of the main thread, which alone
     receives signals, the event is never set.

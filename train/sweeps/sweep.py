@@ -97,7 +97,7 @@ def run_sweep(
         RunError: The loss of a run is not finite, and the results of the others are written; or clips were encoded
             again, or answers or questions of *train* or *val* have changed, after finished runs had been trained on
             them.
-        Stopped: SIGINT, SIGTERM or SIGUSR1 interrupted training; the same command resumes it.
+        Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP interrupted training; the same command resumes it.
     """
     if name is None:
         name = re.sub(r"[^\w.-]", "_", f"{config.data.split}-{config.run.dir.name}", flags=re.ASCII)

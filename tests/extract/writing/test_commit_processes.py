@@ -161,7 +161,7 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_started_commit_finishes_despite_a_signal_to_all_processes(
     tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
