@@ -39,6 +39,8 @@ from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
 if TYPE_CHECKING:
+    import torch
+
     from egopatch.extract.feed.clips import PreparedClip
     from egopatch.extract.worker.job import ExtractionJob
 
@@ -49,15 +51,21 @@ BARE_SHARDS = 3
 
 
 class GpuUse:
-    """Samples of (seconds, GPU use in percent) while the block runs."""
+    """Samples of (seconds, use of `device` in percent) while the block runs; none if it is no GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: "torch.device") -> None:
+        self._device = device
         self.samples: list[tuple[float, int]] = []
 
     def __enter__(self) -> "GpuUse":
         query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", f"--loop-ms={SAMPLE_MS}"]
-        found = shutil.which(query[0])
-        self._child = subprocess.Popen(query, stdout=subprocess.PIPE, text=True) if found else None
+        self._child = None
+        if self._device.type == "cuda" and shutil.which(query[0]):
+            import torch
+
+            # nvidia-smi numbers the node's GPUs otherwise than torch, and without --id reports all of them.
+            query.append(f"--id=GPU-{torch.cuda.get_device_properties(self._device).uuid}")
+            self._child = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
         self._started = time.perf_counter()
         return self
 
@@ -186,7 +194,7 @@ def run_job(job: "ExtractionJob", paths: list[Path], root: Path, decoders: int, 
         store.write_shard = lambda *_, **__: None  # type: ignore[method-assign]
     cpu, main, started = time.process_time(), time.thread_time(), time.perf_counter()
     progress: list[tuple[float, int]] = []
-    with GpuUse() as use, ChildCpu() as children:
+    with GpuUse(job.device) as use, ChildCpu() as children:
         stats = encode_shards(
             job,
             store,

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks._machine import stamp
 from benchmarks.gpu import PARTS, summary
+from benchmarks.gpu_stage_one import GpuUse
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,3 +58,19 @@ def test_quick_benchmark_measures_without_changing_saved_results(name: str, tmp_
     assert {"cpu", "cores", "gpu", "memory_gb", "system", "date", "versions"} <= found["machine"].keys()
     assert {"python", "torch", "numpy"} <= found["machine"]["versions"].keys()
     assert {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")} == before
+
+
+def test_gpu_use_samples_only_the_gpu_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node of eight, seven idle ones would be seven samples of 0."""
+    smi, args = tmp_path / "nvidia-smi", tmp_path / "args"
+    smi.write_text(f'#!/bin/sh\necho "$@" > {args}.new && mv {args}.new {args}\necho 93\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {torch.device("cuda:3"): SimpleNamespace(uuid="a1")}.get)
+    with GpuUse(torch.device("cuda:3")):
+        while not args.exists():
+            time.sleep(0.01)
+    assert "--id=GPU-a1" in args.read_text().split()
+    with GpuUse(torch.device("cpu")) as use:
+        pass
+    assert not use.samples
