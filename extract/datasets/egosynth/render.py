@@ -28,7 +28,7 @@ from egopatch.extract.datasets.egosynth.splits import multiple_choice, split_dir
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
 from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
 from egopatch.features.common.signals import children_without_interrupts, start_trackers
-from egopatch.features.io.files import write_file
+from egopatch.features.io.files import locked, make_folder, write_file
 
 FPS = 12
 SECONDS = 2
@@ -37,6 +37,7 @@ QUESTIONS_PER_CLIP = 7.5
 MIN_CLIPS = 20
 TAGS_FILE = "all_reasoning_types.txt"
 EVENTS_FILE = "events.jsonl"
+LOCK = ".egosynth.lock"
 CHOICE_FOLDER = "choice"  # the multiple-choice set, in the layout `jsonl`
 
 Record = dict[str, Any]
@@ -53,7 +54,7 @@ def render(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the set under `root`, in place of such a set that is there.
+    """Write the set under `root`, in place of such a set that is there; another process that does so is waited for.
 
     Args:
         root: Folder to write to, created if it is missing.
@@ -80,6 +81,21 @@ def render(
         raise ValueError(
             f"out is {str(root)!r}, which holds another data set ({others[0]}); choose a folder for EgoSynth alone"
         )
+    make_folder(root)
+    with locked(root / LOCK):
+        return _render(root, clips, seed, size, questions, difficulty, workers, progress)
+
+
+def _render(
+    root: Path,
+    clips: int,
+    seed: int,
+    size: int,
+    questions: int,
+    difficulty: Difficulty,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
     scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     _write_annotations(root, scenes, questions, seed)
     videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder

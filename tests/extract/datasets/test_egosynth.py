@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import re
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ import pytest
 from egopatch.configs.schema import DataConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import load_dataset
+from egopatch.extract.datasets.egosynth import render as module
 from egopatch.extract.datasets.egosynth.frames import SKIN, frames
 from egopatch.extract.datasets.egosynth.questions import drafts
 from egopatch.extract.datasets.egosynth.render import FRAMES, interval_of, render
@@ -298,3 +300,20 @@ def test_another_data_set_is_not_overwritten(tmp_path: Path) -> None:
     ):
         render(tmp_path, clips=20)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [answers]
+
+
+def test_two_renderers_of_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one removes the other's videos, and both write the same temporary files."""
+    held: list[bool] = []
+
+    def write_annotations(root: Path, *_: object) -> None:
+        with (root / module.LOCK).open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(True)
+
+    monkeypatch.setattr(module, "_write_annotations", write_annotations)
+    monkeypatch.setattr(module.joblib, "Parallel", lambda **_: lambda jobs: ())
+    render(tmp_path / "set", clips=20, workers=1)
+    assert held == [True]
