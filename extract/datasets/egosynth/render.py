@@ -81,39 +81,26 @@ def render(
         raise ValueError(
             f"out is {str(root)!r}, which holds another data set ({others[0]}); choose a folder for EgoSynth alone"
         )
+    scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
     make_folder(root)
     with locked(root / LOCK):
-        return _render(root, clips, seed, size, questions, difficulty, workers, progress)
-
-
-def _render(
-    root: Path,
-    clips: int,
-    seed: int,
-    size: int,
-    questions: int,
-    difficulty: Difficulty,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    scenes = [draw_scene(seed, index, difficulty) for index in range(clips)]
-    _write_annotations(root, scenes, questions, seed)
-    videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder
-    videos.mkdir(parents=True, exist_ok=True)
-    named = {_video_name(scene) for scene in scenes}
-    removed = [path for path in videos.glob("egosynth-*.mp4") if path.name not in named]
-    for old in removed:
-        old.unlink()
-    bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
-    jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
-    done = 0
-    start_trackers()
-    with children_without_interrupts():
-        each_written = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
-    for written in each_written:
-        done += written
-        if progress is not None:
-            progress(done, clips)
+        _write_annotations(root, scenes, questions, seed)
+        videos = (root / VIDEO_FOLDER).absolute()  # joblib may reuse processes with another working folder
+        videos.mkdir(parents=True, exist_ok=True)
+        named = {_video_name(scene) for scene in scenes}
+        removed = [path for path in videos.glob("egosynth-*.mp4") if path.name not in named]
+        for old in removed:
+            old.unlink()
+        bounds = [*range(0, clips, max(1, min(25, clips // (4 * workers)))), clips]
+        jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
+        done = 0
+        start_trackers()
+        with children_without_interrupts():
+            each_written = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
+        for written in each_written:
+            done += written
+            if progress is not None:
+                progress(done, clips)
     return len(removed)
 
 
