@@ -17,12 +17,16 @@ import yaml
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig, refusal_of_null
 from egopatch.configs.wrong_types import listed, reworded
-from egopatch.configs.yaml_faults import find_fault, find_fault_in_value
+from egopatch.configs.yaml_faults import find_fault, find_fault_in_value, lines_of_options
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 # Spellings of null in YAML.
 _NULLS = ("null", "Null", "NULL", "~")
 OPTION_OF_HEAD = "--head.options."
+# An unknown name in a file, in the words of jsonargparse's versions: its section, if they name it, and the option.
+_UNKNOWN = re.compile(
+    r"Group '([^']+)' does not accept option '([^']+)'|Option '([^']+)' is not accepted|Key '([^']+)' is not expected"
+)
 # Numbers that YAML reads in base 60, so that 1:30 becomes 90.
 _WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
@@ -48,6 +52,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--train.epoch 3` would mean `--train.epochs 3`.
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self._given: set[str] = set()  # names of the options in the command line
+        self._places: dict[str, str] = {}  # option that only the file sets -> file and line
 
     @property
     def typed(self) -> str:
@@ -65,6 +71,7 @@ class ConfigParser(jsonargparse.ArgumentParser):
         fault.
         """
         own = set(option_names()) if self.takes_config else set()
+        self._given, self._places = {arg.partition("=")[0][2:] for arg in args if arg.startswith("--")}, {}
         last = ""  # the option that the values belong to; some, such as `--seeds`, have several
         of_head: dict[str, str] = {}  # `--head.options.NAME VALUE`, which jsonargparse leaves as text
         for before, arg in itertools.pairwise(["", *args]):
@@ -94,13 +101,18 @@ class ConfigParser(jsonargparse.ArgumentParser):
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config file as jsonargparse does, and report a fault with the file's name and the line."""
         try:
-            fault = find_fault(Path(path).read_text(encoding="utf-8"), _SECTIONS)
+            text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             self.error(
                 f"--config {path}: not UTF-8 text at byte {error.start}; expected the YAML file of an experiment"
             )
-        if fault:
+        if fault := find_fault(text, _SECTIONS):
             self.error(f"--config {path}: {fault}")
+        self._places = {
+            option: f"--config {path}: line {line}: "
+            for option, line in lines_of_options(text).items()
+            if self._given.isdisjoint((option, option.partition(".")[0]))
+        }
         return super().parse_path(path, *args, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
@@ -153,14 +165,18 @@ class ConfigParser(jsonargparse.ArgumentParser):
         raise SystemExit(2)
 
     def explain(self, message: str) -> str:
-        """An error in one line: which option, its value, what was expected, and the nearest valid option or file."""
+        """An error in one line: which option, where the file sets it, its value, what was expected, and the nearest
+        valid option or file.
+        """
         line = reworded(" ".join(message.split()))
+        line = _UNKNOWN.sub(lambda match: ".".join(filter(None, match.groups())) + " is not an option", line)
         if absent := line.partition(" arguments are required: ")[2]:
             names = ", ".join(self._name_of(dest) for dest in absent.split(", "))
             return f"missing {names}; `{self.typed} --help` describes it"
         # Name the command's own options as users type them, not as in Python.
         line = re.sub(r"^(\w+)(?= is )", lambda match: self._name_of(match[1]), line)
-        return _absent_file(line) or _value_of_section(line) or f"{line}{self._nearest(line)}"
+        place = self._places.get(line.partition(" ")[0], "")
+        return _absent_file(line) or _value_of_section(line) or f"{place}{line}{self._nearest(line)}"
 
     def _name_of(self, dest: str) -> str:
         """The name on the command line of the option or argument that is called `dest` in Python."""
@@ -176,12 +192,10 @@ class ConfigParser(jsonargparse.ArgumentParser):
         if re.search(r"unrecognized arguments: [^-]", message):
             taken = [_usage_of(action) for action in self._actions if not action.option_strings]
             return "".join(f"; expected one {value} at a time, in quotes if it has spaces" for value in taken[:1])
-        unknown = re.search(r"(?:unrecognized arguments: --|accept option '|Option '|[Kk]ey '?)([\w.\-]+)", message)
-        phrases = ("unrecognized", "does not accept", "not accepted", "not expected")
-        if not unknown or not any(phrase in message for phrase in phrases):
+        unknown = re.search(r"unrecognized arguments: --([\w.\-]+)|(\S+) is not an option$", message)
+        if not unknown:
             return ""
-        group = re.search(r"Group '(\w+)'", message)
-        name = f"{group.group(1)}.{unknown.group(1)}" if group else unknown.group(1)
+        name = unknown[1] or unknown[2]
         own = {
             option.removeprefix("--"): option
             for option in self._option_string_actions

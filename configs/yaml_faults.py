@@ -45,6 +45,18 @@ def find_fault(text: str, sections: Collection[str]) -> str | None:
     )
 
 
+def lines_of_options(text: str) -> dict[str, int]:
+    """The line, counted from 1, of each `section.option` and each key without options in an experiment's file."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode), "a file without a fault is a mapping"
+    lines = {}
+    for section, options in root.value:
+        inner = options.value if isinstance(options, yaml.MappingNode) else ()
+        lines[section.value] = section.start_mark.line + 1
+        lines |= {f"{section.value}.{key.value}": key.start_mark.line + 1 for key, _ in inner}
+    return lines
+
+
 def find_fault_in_value(text: str) -> str | None:
     """As `find_fault`, in the value of one option of a command line; a value that is not YAML is text, without one."""
     try:

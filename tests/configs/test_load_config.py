@@ -32,6 +32,25 @@ def test_mistakes_in_python_raise_the_same_line_and_print_nothing(
         assert capsys.readouterr().err == f"test: error: {refused.value}\n"
 
 
+def test_an_error_about_an_option_names_the_file_and_the_line_that_set_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    for text, overrides, expected in (
+        ("head: {ratoi: 0.5}", [], "line 1: head.ratoi is not an option; did you mean head.ratio?"),
+        ("haed:\n  ratio: 0.5", [], "line 2: haed.ratio is not an option; did you mean head.ratio?"),
+        ("head: {}\nbogus: 1", [], "line 2: bogus is not an option; the sections are data, video, "),
+        ("head:\n  width: 64\n  ratio: 3", [], "line 3: head.ratio is 3.0; expected a share in (0, 1]"),
+        ("head: {}\ntrain: {epochs: many}", [], "line 2: train.epochs is 'many'; expected a whole number"),
+        ("store: {path: 's3://key@bucket/x'}", [], "line 1: store.path holds a user, "),
+        # The command line sets the option.
+        ("head: {ratio: 3}", ["--head.ratio", 2], "head.ratio is 2.0; expected a share in (0, 1]"),
+        ("head: {width: 64}", ["--head.ratio", 2], "head.ratio is 2.0; expected a share in (0, 1]"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as refused:
+            load_config(file, overrides)
+        assert str(refused.value).startswith(expected if overrides else f"--config {file}: {expected}")
+
+
 def test_overrides_in_python_are_a_list_of_any_values(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("head: {}\n")

@@ -89,8 +89,8 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
             ["--head.scores", "question,prior"],
             "head.scores is 'question,prior'; expected a list in brackets: '[question,",
         ),
-        (["--config", "{vdeo: {frames: 4}}"], "Option 'vdeo.frames' is not accepted; did you mean video.frames?"),
-        (["--config", "{bogus: 1}"], "Option 'bogus' is not accepted; the sections are data, video,"),
+        (["--config", "{vdeo: {frames: 4}}"], "error: vdeo.frames is not an option; did you mean video.frames?"),
+        (["--config", "{bogus: 1}"], "error: bogus is not an option; the sections are data, video,"),
         (
             ["--config", "absent.yaml"],
             "absent.yaml', which does not exist; expected the YAML file of an experiment; examples are in configs/",
