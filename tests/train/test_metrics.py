@@ -108,6 +108,20 @@ def test_missing_ids_are_named_and_the_rest_counted(tmp_path: Path) -> None:
     assert lines[-1].endswith("and 10 more")
 
 
+def test_answers_to_other_questions_are_refused_in_one_line(tmp_path: Path) -> None:
+    questions, answers = made_up(30)
+    path = tmp_path / "p.jsonl"
+    names = [*[f"x{number}" for number in range(10)], *list(answers)[:9]]
+    path.write_text("".join(json.dumps({"question_id": name, "answer": "a"}) + "\n" for name in names))
+    with pytest.raises(PredictionError) as error:
+        read_predictions(path, questions)
+    assert str(error.value) == (
+        f"{path}: 10 of 19 answers belong to other questions, such as question_id 'x0', 'x1', 'x2', and 21 of 30 "
+        "questions have no answer, such as 'q9', 'q10', 'q11'; use answers and questions of the same data set, split "
+        "and part"
+    )
+
+
 def test_a_missing_predictions_file_gives_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match=r"p\.jsonl: no such file; expected"):
         read_predictions(tmp_path / "p.jsonl", [])
@@ -292,8 +306,7 @@ def test_custom_questions_are_scored_by_part_and_split(tmp_path: Path, capsys: p
     questions.write_text("".join([*lines, line(4, "cup", "val")]))
     assert main([*args, "--part", "val"]) == 1
     error = capsys.readouterr().err
-    assert "question_id '2' is not in the questions file" in error
-    assert "question_id '4' has no answer" in error
+    assert "2 of 2 answers belong to other questions, such as question_id '2', '3', and 1 of 1 question has" in error
 
 
 @pytest.mark.parametrize(

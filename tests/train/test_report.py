@@ -259,7 +259,11 @@ def test_missing_annotations_leave_a_report_without_examples(
     ("file", "content", "message"),
     [
         ("psa/selection.npz", b"PK\x03\x04 torn", "selection.npz is damaged"),
-        ("psa/predictions.jsonl", b'{"question_id": "q99", "answer": "a"}\n', "'q99' is not in the questions file"),
+        (
+            "psa/predictions.jsonl",
+            b'{"question_id": "q99", "answer": "a"}\n',
+            "1 of 1 answer belongs to other questions",
+        ),
         ("psa/log.jsonl", b"not json\n{}\n", "log.jsonl:1 is not a log event"),
         ("sweeps/ratio_direct/sweep.json", b"{}", "sweep.json is not a sweep"),
         ("egovlp/test.json", b"{", "egovlp: test.json is damaged"),

@@ -218,9 +218,11 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
 
     Raises:
         PredictionError: The file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
+            If most ids are unknown, one line counts them.
     """
     known = {question.question_id for question in questions}
     answers: dict[str, str] = {}
+    unknown: list[str] = []
     faults: list[str] = []
     try:
         lines_read = parsing.json_lines(path, 'the answers, one {"question_id", "answer"} per line')
@@ -230,11 +232,19 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
                     f"{position}: question_id {question_id!r} is answered twice; expected one line per question"
                 )
             elif question_id not in known:
+                unknown.append(question_id)
                 faults.append(f"{position}: question_id {question_id!r} is not in the questions file; remove the line")
             answers[question_id] = answer
     except ValueError as error:
         raise PredictionError(str(error)) from None
     absent = [q.question_id for q in questions if q.question_id not in answers]
+    if absent and 2 * len(unknown) > len(answers):
+        given, asked = counted(len(answers), "answer"), counted(len(questions), "question")
+        raise PredictionError(
+            f"{path}: {counted(len(unknown), f'of {given} belongs', f'of {given} belong')} to other questions, such as "
+            f"question_id {_some(unknown)}, and {counted(len(absent), f'of {asked} has', f'of {asked} have')} no "
+            f"answer, such as {_some(absent)}; use answers and questions of the same data set, split and part"
+        )
     faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
     if faults:
         rest = len(faults) - SHOWN_FAULTS
@@ -242,6 +252,10 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
             "\n".join([*pick_varied(faults, SHOWN_FAULTS), *([f"{path}: and {rest} more"] if rest > 0 else [])])
         )
     return answers
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(map(repr, ids[:3]))
 
 
 def _prediction(record: object) -> tuple[str, str]:
