@@ -12,7 +12,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.heads import Head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.sweeps import sweep
-from egopatch.train.sweeps.axes import read_axes
+from egopatch.train.sweeps.axes import read_axes, typed_values
 from egopatch.train.sweeps.sweep import run_sweep
 from tests.train.tiny import with_run
 
@@ -42,6 +42,13 @@ def test_a_list_as_a_key_is_refused_in_one_line(tmp_path: Path) -> None:
     grid.write_text("? [a]\n: [1]\n")
     with pytest.raises(ConfigError, match=r"--grid .*grid\.yaml: cannot be read \(.*unhashable key"):
         read_axes(None, None, grid)
+
+
+def test_a_text_in_quotes_stays_a_text(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("head.options.x: ['on', 'null', '1', '010', 'a: b', on, null, 1, 1e-3, [1e-3, 'on']]")
+    kept = ["on", "null", "1", "010", "a: b", True, None, 1, 0.001, ["1e-3", "on"]]
+    assert [repr(value) for value in typed_values(read_axes(None, None, grid)).values()] == list(map(repr, kept))
 
 
 def test_an_option_given_both_as_a_flag_and_in_the_grid_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ SHARED = (
 )  # fmt: skip
 # Prefix of the names of a registered head's own options; the head checks their names and values.
 HEAD_OPTIONS = "head.options."
+# Numbers that `read_yaml` leaves as text, as YAML 1.1 does, and a config file does not.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 LONGEST_NAME = 255  # characters of a folder's name, in most file systems
 
 Overrides = Mapping[str, Any]
@@ -174,12 +176,11 @@ class _ValueParser(ConfigParser):
 
 
 def _checked(option: str, value: Any) -> Any:
-    """The value, converted to the type of the schema."""
+    """The value, converted to the type of the schema; texts of a registered head's options stay as they are."""
+    if option.startswith(HEAD_OPTIONS):
+        return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
     parser = _ValueParser(prog="sweep")
     add_config_arguments(parser)
     text = value if isinstance(value, str) else _key(value)
     # Whether it fits other options, such as `head.heads` and the width, is checked with the complete config.
-    parsed = parser.parse_args([f"--{option}={text}"])
-    if option.startswith(HEAD_OPTIONS):
-        return (parsed["head.options"] or {})[option.removeprefix(HEAD_OPTIONS)]
-    return parsed[option]
+    return parser.parse_args([f"--{option}={text}"])[option]
