@@ -197,12 +197,14 @@ def test_a_sweep_without_variation_or_with_bad_values_is_refused(
         run_sweep(tiny, ratios=[0.5], name="../x")
 
 
-def test_a_sweep_name_replaces_special_characters_of_the_run_name(tiny: Config) -> None:
-    config = replace(tiny, run=replace(tiny.run, dir=tiny.run.dir.with_name("psa 1 für's")))
-    folder = tiny.run.dir.parent / "sweeps" / f"{tiny.data.split}-psa_1_f_r_s" / "ratio-0.25"
-    run_folder.claim(folder, replace(config, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5)))
-    with pytest.raises(ConfigError, match=r"psa_1_f_r_s/ratio-0\.25 holds a run with different settings"):
-        run_sweep(config, ratios=[0.25])
+def test_sweeps_of_runs_with_different_names_share_no_folder(tiny: Config) -> None:
+    for name in ("psa für's", "psa fur's", "psa_für's"):
+        config = replace(tiny, run=replace(tiny.run, dir=tiny.run.dir.with_name(name)))
+        folder = tiny.run.dir.parent / "sweeps" / f"{tiny.data.split}-{name}" / "ratio-0.25"
+        other = replace(config, head=replace(tiny.head, ratio=0.25), train=replace(tiny.train, lr=0.5))
+        run_folder.claim(folder, other)
+        with pytest.raises(ConfigError, match=rf"-{name}/ratio-0\.25 holds a run with different settings"):
+            run_sweep(config, ratios=[0.25])
 
 
 def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:

@@ -85,7 +85,7 @@ def run_sweep(
         seeds: Values of `train.seed`.
         grid: YAML file of further options, `section.field: [values]`.
         name: Name of the sweep's folder, below `sweeps` in the table's folder; the default is split and name of
-            `run.dir`, with _ for characters that a name cannot have, so each split has its own folder.
+            `run.dir`, so each split has its own folder.
         command: Command line, for the model cards.
 
     Returns:
@@ -100,8 +100,8 @@ def run_sweep(
         Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP interrupted training; the same command resumes it.
     """
     if name is None:
-        name = re.sub(r"[^\w.-]", "_", f"{config.data.split}-{config.run.dir.name}", flags=re.ASCII)
-    if not NAME.fullmatch(name):
+        name = f"{config.data.split}-{config.run.dir.name}"  # of a folder, so it can name another one
+    elif not NAME.fullmatch(name):
         raise ConfigError(f"--name is {name!r}; expected letters, digits, dots, dashes and underscores")
     out = table_folder(config) / SWEEPS / name
     axes = read_axes(ratios, seeds, grid)
