@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from egopatch.features.common.units import counted
+from egopatch.features.values.errors import require_type
 
 Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
@@ -33,9 +34,11 @@ def to_pixels(
         keep would have most of the weight.
 
     Raises:
+        TypeError: `values` is not a tensor.
         ValueError: The grid or the frame is empty, the number of values differs from the grid's, `positions` does not
             give each value an index in the grid, or the box is empty or not inside the frame.
     """
+    require_type("values", values, Tensor, "a tensor: torch.from_numpy(array)")
     rows, cols = grid
     if min(rows, cols, height, width) < 1:
         raise ValueError(f"grid is {grid} and the frame has {height} x {width} pixels; expected sides of at least 1")

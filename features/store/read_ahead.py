@@ -7,13 +7,15 @@ for tokens in read_ahead(store, [["a", "b"], ["c"]]):
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from egopatch.features.values.errors import require_type
 from egopatch.features.values.spec import PatchTokens
 
 
+@runtime_checkable
 class ClipSource(Protocol):
     """A source of clips: a `Store`, or anything that reads like one."""
 
@@ -46,9 +48,11 @@ def read_ahead(
             work.
 
     Raises:
+        TypeError: `store` is no source of clips, such as the path of a store.
         ValueError: `depth` is below 1.
         StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """
+    require_type("store", store, ClipSource, "an open store: open_store(path)")
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1 batch")
     return _read_ahead(store, iter(batches), depth, threads, torch.device(device))

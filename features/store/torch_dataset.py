@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from egopatch.features.store.store import Store, open_store
+from egopatch.features.values.errors import require_type
 from egopatch.features.values.spec import TOKEN_ARRAYS, PatchTokens
 from egopatch.features.values.tensors import torch_dtype
 
@@ -44,8 +45,10 @@ def torch_dataset(
     Raises:
         AbsentClip: Some of `clip_ids` were never committed; the message names them.
         StoreError: `store` holds texts.
+        TypeError: `store` is not an open store.
         ValueError: `dtype` is not a floating-point dtype of torch.
     """
+    require_type("store", store, Store, "an open store: open_store(path)")
     store.read((), dtype)
     if clip_ids is None:
         clip_ids = store.clip_ids

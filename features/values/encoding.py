@@ -18,12 +18,17 @@ def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> No
     """Refuse a clip with a missing or an unknown array; `scale` may be missing, since `encode_row` can compute it.
 
     Raises:
-        StoreError: The arrays do not match the spec; the message names the clip and the arrays.
+        StoreError: The arrays do not match the spec, or one is no tensor of torch; the message names the clip and the
+            arrays.
     """
     expected = {array.name for array in spec.arrays}
     if tensors.keys() != expected and tensors.keys() != expected - {"scale"}:
         found = ", ".join(sorted(tensors)) or "nothing"
         raise StoreError(f"clip {clip!r} comes with {found}; expected {', '.join(sorted(expected))}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise StoreError(f"clip {clip!r}: {name} is of type {kind}; expected a tensor: torch.as_tensor({name})")
 
 
 def encode_row(clip: str, tensors: Mapping[str, Tensor], array: ArraySpec, spec: StoreSpec) -> np.ndarray:

@@ -69,3 +69,18 @@ class AbsentClip(StoreError, KeyError):
 def write_conflict(name: object) -> WriteConflict:
     """The error that another writer changed `name` first."""
     return WriteConflict(f"another process has written {name} in the meantime; run the same command again")
+
+
+def require_type(argument: str, value: object, kind: type, expected: str) -> None:
+    """Refuse an argument of a function that notebooks call, such as a path in place of what it names.
+
+    Args:
+        argument: Its name.
+        kind: The type that it must have.
+        expected: The type in words, and how to make one.
+
+    Raises:
+        TypeError: It has another type.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument} is {value!r:.60}; expected {expected}")

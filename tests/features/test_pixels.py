@@ -30,6 +30,11 @@ def test_patches_map_back_to_the_pixels_they_cover(transform: Transform, height:
             assert abs(float(spread[1][place]) - place[1]) < 1.5
 
 
+def test_an_array_of_numpy_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^values is array\(.*; expected a tensor: torch\.from_numpy\(array\)$"):
+        to_pixels(np.zeros(4), (2, 2), 20, 40)  # type: ignore[arg-type]
+
+
 def test_pixels_outside_the_crop_are_nan() -> None:
     saliency = torch.rand(3, 16)
     spread = to_pixels(saliency, (4, 4), 20, 40, box=(0, 10, 20, 20))

@@ -127,6 +127,11 @@ def test_leaving_the_loop_early_stops_the_reader_threads(store: Store) -> None:
     assert readers() == []
 
 
+def test_the_path_of_a_store_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^store is 'runs/store'; expected an open store: open_store\(path\)$"):
+        read_ahead("runs/store", [IDS])  # type: ignore[arg-type]
+
+
 def test_a_depth_of_zero_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="depth is 0; expected at least 1 batch"):
         read_ahead(store, BATCHES, depth=0)

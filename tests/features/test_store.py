@@ -212,6 +212,8 @@ def test_wrong_rows_are_refused(make: Make) -> None:
         store.write_shard(0, {IDS[0]: {**clip(0), "cls": torch.zeros(9)}}, sources)
     with pytest.raises(StoreError, match="comes with cls; expected cls, patches, saliency, timestamps"):
         store.write_shard(0, {IDS[0]: {"cls": torch.zeros(8)}}, sources)
+    with pytest.raises(StoreError, match=r"cls is of type ndarray; expected a tensor: torch\.as_tensor\(cls\)$"):
+        store.write_shard(0, {IDS[0]: {**clip(0), "cls": np.zeros(8, "float32")}}, sources)
     fill(store)
     with pytest.raises(StoreError, match="is already committed"):
         store.write_shard(0, {IDS[0]: clip(0)}, sources)
@@ -268,6 +270,13 @@ def test_ids_of_a_new_store_come_from_any_iterable_but_not_from_one_text(tmp_pat
     with pytest.raises(TypeError, match=r"^ids is 'abc'; expected a list of ids, such as \['abc'\]$"):
         create_store(tmp_path / "other", SPEC, FINGERPRINT, "abc")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_new_store_needs_a_spec_and_a_fingerprint(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^fingerprint is {'depth': 2}; expected a Fingerprint: Fingerprint\("):
+        create_store(tmp_path / "store", SPEC, {"depth": 2}, IDS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^spec is {'frames': 4}; expected a StoreSpec, such as StoreSpec\.for_pat"):
+        create_store(tmp_path / "store", {"frames": 4}, FINGERPRINT, IDS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("location", [None, 3, {"path": "x"}])

@@ -57,6 +57,8 @@ def test_a_dataset_takes_a_subset_of_clips_in_the_given_order(store: Store) -> N
         torch_dataset(store, ["nothing"])
     assert torch_dataset(store, iter(IDS[:3])).clip_ids == IDS[:3]  # not empty after the check has read them
     assert torch_dataset(store, np.array(IDS[:3])).clip_ids == IDS[:3]
+    with pytest.raises(TypeError, match=r"^store is 'runs/store'; expected an open store: open_store\(path\)$"):
+        torch_dataset("runs/store")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected a list of ids"):
         torch_dataset(store, "abc")
 

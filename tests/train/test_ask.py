@@ -175,6 +175,14 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
         assert line.endswith(message.format(shlex.join(experiment)))
 
 
+def test_paths_in_place_of_a_store_or_an_experiment_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^store is 'runs/store'; expected an open store: open_store\(path\)$"):
+        predict("runs/store", "clip", "what?")  # type: ignore[arg-type]
+    for call in (kept_picture.clip_frames, fit):
+        with pytest.raises(TypeError, match=r"^config is 'x\.yaml'; expected an experiment: load_config\(path\)$"):
+            call("x.yaml", "clip")  # type: ignore[operator]
+
+
 def test_predict_names_its_own_arguments(trained: Config) -> None:
     with pytest.raises(ConfigError, match="question is empty; expected a question, such as"):
         ask(trained, open_store(trained.store.path).clip_ids[0], " ")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from egopatch.configs.schema import ConfigError
 from egopatch.features import Store
+from egopatch.features.values.errors import require_type
 from egopatch.train.asking.choose import best_run, config_of_run
 from egopatch.train.fitting.predict import Prediction, predict_clips
 
@@ -23,11 +24,13 @@ def predict(store: Store, clip_id: str, question: str, run: str | Path | None = 
         answers: Number of answers to return.
 
     Raises:
+        TypeError: `store` is not an open store.
         RunError: There is no trained head in `run`, or none below `runs`.
         ConfigError: `question` is empty or `answers` below 1; the head reads no video, or chooses among a question's
             own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
+    require_type("store", store, Store, "an open store: open_store(path)")
     if answers < 1:
         raise ConfigError(f"answers is {answers}; expected a number of at least 1")
     config = config_of_run(best_run([RUNS], features=store.fingerprint) if run is None else Path(run))

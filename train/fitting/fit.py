@@ -12,6 +12,7 @@ from pathlib import Path
 from egopatch.configs.schema import Config
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.common.units import counted
+from egopatch.features.values.errors import require_type
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_table
@@ -46,6 +47,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         waits until it is finished, and evaluates it; if that process ends early, this one resumes the training.
 
     Raises:
+        TypeError: `config` is no experiment, such as the path of its file.
         ConfigError: The run's folder holds a run with other settings, or cannot be written.
         RunError: There is nothing to train or validate on, a file in the folder is damaged, the loss is not finite, the
             GPU's memory is too small, or clips were encoded again after the run had been trained on them.
@@ -53,6 +55,7 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP interrupted training.
         RankLost: Another rank is gone.
     """
+    require_type("config", config, Config, "an experiment: load_config(path)")
     folder = config.run.dir
     check_head(config.head)
     with (

@@ -13,6 +13,7 @@ from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import load_clips
 from egopatch.extract.encoders import input_transform
 from egopatch.features.common.pictures import DIMMED, sheet
+from egopatch.features.values.errors import require_type
 from egopatch.train.fitting.predict import Prediction
 from egopatch.train.report.examples import prepare_picture
 from egopatch.train.rundir.run_folder import write_whole
@@ -50,9 +51,11 @@ def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
         config: Config of the store, whose data set says where the clip's video is.
 
     Raises:
+        TypeError: `config` is no experiment, such as the path of its file.
         ConfigError: The data set has no such clip, or its video cannot be shown.
         DatasetError: The annotations cannot be read.
     """
+    require_type("config", config, Config, "an experiment: load_config(path)")
     # Imported here, because decoding takes long to load and only pictures need it.
     from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
