@@ -193,7 +193,7 @@ def test_a_sweep_without_any_published_answer_says_so(
     config = with_run(withhold(choice, monkeypatch, "test", 1), "psa", train_epochs=1)
     path = run_sweep(config, ratios=[0.5], seeds=[0])
     assert (
-        "  none of the 40 test questions has a published answer, so there are no accuracies and no plot: the answers "
+        "  none of 40 test questions has a published answer, so there are no accuracies and no plot: the answers "
         "are in the runs' folders, also as submission.json\n"
     ) in capsys.readouterr().out
     found = json.loads(path.read_text())

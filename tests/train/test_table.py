@@ -367,10 +367,11 @@ def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path, "psa")
     write_table(NO_ANNOTATIONS, tmp_path)
     assert "quarantined" not in (tmp_path / "table.md").read_text()
-    test = json.loads((run / "test.json").read_text()) | {"unseen": 7}
-    (run / "test.json").write_text(json.dumps(test))
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "Up to 7 test questions are about quarantined clips" in (tmp_path / "table.md").read_text()
+    test = json.loads((run / "test.json").read_text())
+    for count, line in ((7, "Up to 7 test questions are about"), (1, "Up to 1 test question is about")):
+        (run / "test.json").write_text(json.dumps(test | {"unseen": count}))
+        write_table(NO_ANNOTATIONS, tmp_path)
+        assert f"{line} quarantined clips" in (tmp_path / "table.md").read_text()
 
 
 def test_a_closed_output_pipe_is_not_an_error(tmp_path: Path) -> None:

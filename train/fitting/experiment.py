@@ -244,9 +244,9 @@ def _text_rows(questions: Sequence[Question]) -> dict[str, int]:
 def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
     if card.answers != dataset.answers:
         raise RunError(
-            f"the head in {config.run.dir} was trained on {len(card.answers)} answers but {config.data.root} has "
-            f"{len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); expected the same "
-            "vocabulary: check data.root"
+            f"the head in {config.run.dir} was trained on {counted(len(card.answers), 'answer')} but "
+            f"{config.data.root} has {len(dataset.answers)} ({_first_difference(card.answers, dataset.answers)}); "
+            "expected the same vocabulary: check data.root"
         )
 
 
@@ -264,15 +264,15 @@ def _require_questions(
         raise RunError(f"{root} has {found} questions; expected some of each: check data.root, data.split")
     if not len(encoded_test):
         raise RunError(
-            f"all {counts['test']} test questions of {root} are about quarantined clips, so none can be answered; "
-            "repair the videos (`egopatch extract status --config CONFIG` names a reason), then run "
+            f"{root} has {counted(counts['test'], 'test question')}, all about quarantined clips, so none can be "
+            "answered; repair the videos (`egopatch extract status --config CONFIG` names a reason), then run "
             "`egopatch extract retry --config CONFIG`"
         )
     if not is_trained and not any(question.counts for question in tables["val"].questions):
         raise RunError(
-            f"{root} has {counts['val']} val questions, but none has a published answer, so they cannot choose an "
-            "epoch; use a part with published answers as val, or evaluate a head that was trained on another data set: "
-            "egopatch train evaluate --config CONFIG --from RUN"
+            f"{root} has {counted(counts['val'], 'val question')}, but none has a published answer, so they cannot "
+            "choose an epoch; use a part with published answers as val, or evaluate a head that was trained on another "
+            "data set: egopatch train evaluate --config CONFIG --from RUN"
         )
 
 

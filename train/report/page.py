@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip
-from egopatch.features.common.units import format_bytes
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.explanation.record import Explanation, ExplanationError, read_explanation
 from egopatch.train.report import analysis as report_analysis
@@ -167,7 +167,8 @@ def write_report(config: Config, folder: Path) -> Path:
     for problem in problems[:_MOST_PROBLEMS]:
         print(f"report: {problem}", file=sys.stderr)
     if len(problems) > _MOST_PROBLEMS:
-        print(f"report: {len(problems) - _MOST_PROBLEMS} more problems are listed in {path}", file=sys.stderr)
+        rest = counted(len(problems) - _MOST_PROBLEMS, "more problem is", "more problems are")
+        print(f"report: {rest} listed in {path}", file=sys.stderr)
     return path
 
 

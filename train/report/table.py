@@ -243,7 +243,8 @@ def origin(results: Results) -> list[str]:
     mean = "one seed per row" if seeds == [1] else f"mean over {_span(seeds)} seeds per row"
     alone = "; for a row of one seed, they leave out the spread between seeds" if 1 in seeds else ""
     count = max(run.quarantined for row in results.rows for run in row.runs)
-    quarantined = f"Up to {count:,} test questions are about quarantined clips; they got the majority answer."
+    about = "test question is" if count == 1 else "test questions are"
+    quarantined = f"Up to {count:,} {about} about quarantined clips, for which the majority answer stands in."
     return [
         f"{mean[0].upper()}{mean[1:]}; checkpoint and log are from the seed that is best on val. "
         "Nothing is chosen on test.",

@@ -64,8 +64,8 @@ def write_results(facts: Mapping[str, Any], runs: Sequence[PlannedRun], config: 
         _draw(out, config.data.title)
     if not questions:
         print(
-            f"  none of the {len(asked)} test questions has a published answer, so there are no accuracies and no "
-            f"plot: the answers are in the runs' folders, also as {SUBMISSION}",
+            f"  none of {counted(len(asked), 'test question')} has a published answer, so there are no accuracies and "
+            f"no plot: the answers are in the runs' folders, also as {SUBMISSION}",
             flush=True,
         )
     for line in describe(result):
