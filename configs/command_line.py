@@ -23,10 +23,6 @@ _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 # Spellings of null in YAML.
 _NULLS = ("null", "Null", "NULL", "~")
 OPTION_OF_HEAD = "--head.options."
-# An unknown name in a file, in the words of jsonargparse's versions: its section, if they name it, and the option.
-_UNKNOWN = re.compile(
-    r"Group '([^']+)' does not accept option '([^']+)'|Option '([^']+)' is not accepted|Key '([^']+)' is not expected"
-)
 # Numbers that YAML reads in base 60, so that 1:30 becomes 90.
 _WITH_COLON = re.compile(r"[-+]?[\d_]+(:\d+)+(\.\d*)?")
 
@@ -169,7 +165,6 @@ class ConfigParser(jsonargparse.ArgumentParser):
         valid option or file.
         """
         line = reworded(" ".join(message.split()))
-        line = _UNKNOWN.sub(lambda match: ".".join(filter(None, match.groups())) + " is not an option", line)
         if absent := line.partition(" arguments are required: ")[2]:
             names = ", ".join(self._name_of(dest) for dest in absent.split(", "))
             return f"missing {names}; `{self.typed} --help` describes it"

@@ -1,4 +1,4 @@
-"""Rewords jsonargparse's errors about wrong types, which speak of parser keys, unions and Python classes."""
+"""Rewords jsonargparse's errors about unknown names and wrong types, which speak of parser keys and classes."""
 
 import re
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+# An unknown name, in the words of jsonargparse's versions: its section, if they name it, and the option.
+_UNKNOWN = re.compile(
+    r"Group '([^']+)' does not accept option '([^']+)'|Option '([^']+)' is not accepted|Key '([^']+)' is not expected"
+)
 _ERROR = re.compile(r"Parser key \"(?P<name>[\w.]+)\"(?: element \d+)?: (?P<types>.+)")
 # In this order: the errors of a union hold those of its types.
 _VALUES = (
@@ -34,7 +38,8 @@ _KINDS = {"list": "a list", "dict": "a mapping", "int": "a number", "float": "a 
 
 
 def reworded(message: str) -> str:
-    """`message` with its part about a wrong type in plain words; unchanged if no such part is understood."""
+    """`message` with its part about an unknown name or a wrong type in plain words; unchanged without such a part."""
+    message = _UNKNOWN.sub(lambda match: ".".join(filter(None, match.groups())) + " is not an option", message)
     error = _ERROR.search(message)
     if not error:
         return message

@@ -166,7 +166,7 @@ class Options:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"hiden": 3}, "hiden.*its options: hidden, kind"),
+        ({"hiden": 3}, "head.options.hiden is not an option; its options: hidden, kind$"),
         ({"hidden": "many"}, "head.options.hidden is 'many'; expected a whole number; its options: hidden, kind$"),
         ({"hidden": 0}, "hidden is 0; expected at least 1"),
     ],

@@ -167,7 +167,7 @@ def test_checkpoints_that_do_not_fit_the_head_are_refused(tmp_path: Path) -> Non
 def test_inputs_of_another_network_are_refused(tmp_path: Path) -> None:
     checkpoint = tiny(tmp_path)
     tokens, states, mask = _inputs(checkpoint, "egovlpv2")
-    with pytest.raises(ValueError, match="text_states has 64 channels; this head's network has 128"):
+    with pytest.raises(ValueError, match="text_states has 64 channels; expected 128, the width of"):
         load_head("egovlpv2", checkpoint)(tokens, states[..., :64], mask)
     with pytest.raises(ValueError, match="tokens have no coarse saliency"):
         load_head("mfas", checkpoint)(tokens, states, mask)

@@ -174,7 +174,7 @@ def test_a_network_width_unlike_the_stores_prints_one_line(
     other = tmp_path / "other.tar"
     torch.save({"model_state_dict": {f"module.{n}": t for n, t in network.tensors.items()}, "epoch": 3}, other)
     assert main(["fit", "--config", written(with_run(mfas, "wide")), "--encoder.checkpoint", str(other)]) == 1
-    assert "failed: patches has 64 channels; this head's network has 128\n" in capsys.readouterr().err
+    assert "head's network: use a store that was encoded with its checkpoint\n" in capsys.readouterr().err
 
 
 def test_a_file_is_not_evaluated_where_training_was_interrupted(mfas: Config) -> None:

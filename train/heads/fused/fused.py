@@ -71,7 +71,10 @@ class FusedHead(nn.Module):
         """
         for name, got in (("patches", tokens.patches.shape[-1]), ("text_states", text_states.shape[-1])):
             if got != self.width:
-                raise ValueError(f"{name} has {got} channels; this head's network has {self.width}")
+                raise ValueError(
+                    f"{name} has {got} channels; expected {self.width}, the width of this head's network: use a store "
+                    "that was encoded with its checkpoint"
+                )
         dtype = self.norm.weight.dtype
         x = torch.cat([tokens.cls[:, None].to(dtype), tokens.patches.flatten(1, 2).to(dtype)], dim=1)
         mask = attention_mask.bool()[:, None, None]
