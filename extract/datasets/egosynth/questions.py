@@ -11,6 +11,7 @@ that the person touches first").
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ CHANGES = {
 }
 # Each of the person's touches with the touch that follows it.
 FOLLOWS: tuple[tuple[Slot, Slot], ...] = (("first", "second"), ("second", "next"))
+BEFORE = {following: touch for touch, following in FOLLOWS}
 HOI_PROGRAM = "query([hoi], iterate_until("
 
 # Words of the questions -> words of their paraphrases.
@@ -131,11 +133,10 @@ def counterfactual(text: str) -> str:
 def drafts(scene: Scene, count: int) -> list[Draft]:
     """`count` different questions about one clip, families drawn by their weight."""
     rng = rng_of(scene.seed, scene.index, 2)
-    weights = np.array([hard if scene.difficulty == "hard" else plain for _, plain, hard in FAMILIES])
+    weights = np.array([family.hard if scene.difficulty == "hard" else family.plain for family in FAMILIES])
     found: dict[str, Draft] = {}
     while len(found) < count:
-        family = FAMILIES[int(rng.choice(len(FAMILIES), p=weights / weights.sum()))][0]
-        draft = family(scene, rng)
+        draft = FAMILIES[int(rng.choice(len(FAMILIES), p=weights / weights.sum()))].draw(scene, rng)
         found.setdefault(draft.text, draft)
     return list(found.values())
 
@@ -144,47 +145,64 @@ def _any(rng: np.random.Generator, options: Sequence[Any]) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def _object(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    text = f"which object is it {CLAUSES[slot]}?"
-    name = scene.event(slot).name
-    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", f"query([obj], {slot})")
+# What a program queries or verifies -> the question's semantic type, and the answer by the touch that it asks about.
+ANSWERS: dict[str, tuple[str, Callable[[Scene, Event], str]]] = {
+    "[obj]": ("object", lambda scene, event: event.name),
+    "[hoi]": ("action", lambda scene, event: str(event.action)),
+    "[change]": ("change", lambda scene, event: CHANGES[str(event.action)]),
+    "[state]": ("state", lambda scene, event: _yes(scene.at_end(event.name).is_open)),
+    "[place]": ("state", lambda scene, event: place_of(scene.at_end(event.name))),
+}
 
 
-def _object_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    text = f"which is the object {CLAUSES[slot]}?"
-    program = f"query([obj], iterate_until({slot}))"
-    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
+@dataclass(frozen=True)
+class _AboutTouch:
+    """A family of questions about one touch. The program decides the answer, and whether the question is indirect.
+
+    Attributes:
+        plain, hard: Share of the family among all questions, in the plain and in the hard setting.
+        text, program: With these names in braces: the `slot` of the touch, the `clause` and the `arrival` that describe
+            it, and the `name` of its object; and `before`, `before_clause` and `before_name`, of the touch before it.
+        slots: Touches that may be asked about.
+        category: Category of the questions; None: it depends on the touch.
+        intent: Whether the questions are about intent too, whichever touch they ask about.
+    """
+
+    plain: float
+    hard: float
+    text: str
+    program: str
+    slots: Sequence[Slot] = SLOTS
+    category: str | None = None
+    intent: bool = False
+
+    def draw(self, scene: Scene, rng: np.random.Generator) -> Draft:
+        """One of the questions."""
+        slot: Slot = _any(rng, self.slots)
+        before, event = BEFORE.get(slot, slot), scene.event(slot)
+        text = self.text.format(
+            clause=CLAUSES[slot],
+            arrival=ARRIVALS[slot],
+            name=event.name,
+            before_clause=CLAUSES[before],
+            before_name=scene.event(before).name,
+        )
+        program = self.program.format(slot=slot, before=before)
+        structural, asked, _ = re.split(r"\(|, ", program, maxsplit=2)
+        semantic, answer_of = ANSWERS[asked]
+        types = tuple(dict.fromkeys((*TYPES[slot], "intent"))) if self.intent else TYPES[slot]
+        category = self.category or _when(slot)
+        reference = "indirect" if "iterate_until" in program else "direct"
+        return Draft(text, answer_of(scene, event), types, category, semantic, structural, reference, program)
 
 
-def _reason(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    text = f"{ARRIVALS[slot]}, for which object is it?"
-    program = f"query([obj], reason({slot}))"
-    name = scene.event(slot).name
-    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "direct", program)
+@dataclass(frozen=True)
+class _Drawn:
+    """A family of other questions: its shares as in `_AboutTouch`, and the function that draws one."""
 
-
-def _reason_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    text = f"{ARRIVALS[slot]} for the object {CLAUSES[slot]}, which is it?"
-    program = f"query([obj], reason(iterate_until({slot})))"
-    name = scene.event(slot).name
-    return Draft(text, name, _with_intent(slot), "explanatory", "object", "query", "indirect", program)
-
-
-def _untouched(scene: Scene, rng: np.random.Generator) -> Draft:
-    text = f"which object is it {CLAUSES['second']}, but not if they stopped after the first touch?"
-    name = scene.event("second").name
-    return Draft(text, name, ("world",), "counterfactual", "object", "query", "direct", "query([obj], without(second))")
-
-
-def _untouched_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    text = f"which is the object {CLAUSES['second']}, but not if they stopped after the first touch?"
-    program = "query([obj], without(iterate_until(second)))"
-    name = scene.event("second").name
-    return Draft(text, name, ("world",), "counterfactual", "object", "query", "indirect", program)
+    plain: float
+    hard: float
+    draw: Callable[[Scene, np.random.Generator], Draft]
 
 
 def _touch(scene: Scene, rng: np.random.Generator) -> Draft:
@@ -206,21 +224,6 @@ def _touch_without(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, _yes(yes), ("world",), "counterfactual", "action", "verify", "direct", program)
 
 
-def _after(scene: Scene, rng: np.random.Generator) -> Draft:
-    """The touch that follows the touch of a named object."""
-    before, slot = _any(rng, FOLLOWS)
-    text = f"which object does the person go to after the {scene.event(before).name}?"
-    name = scene.event(slot).name
-    return Draft(text, name, TYPES[slot], _when(slot), "object", "query", "direct", "query([obj], after(name))")
-
-
-def _after_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    before, slot = _any(rng, FOLLOWS)
-    text = f"which object does the person go to after the object {CLAUSES[before]}?"
-    program = f"query([obj], after(iterate_until({before})))"
-    return Draft(text, scene.event(slot).name, TYPES[slot], _when(slot), "object", "query", "indirect", program)
-
-
 def _open(scene: Scene, rng: np.random.Generator) -> Draft:
     yes = bool(rng.integers(2))
     fitting = [name for name in OBJECTS if scene.at_end(name).is_open == yes] or list(OBJECTS)
@@ -230,21 +233,6 @@ def _open(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, answer, ("world",), "descriptive", "state", "verify", "direct", "verify([state], name)")
 
 
-def _touch_open(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
-    text = f"is it an open object at the end {CLAUSES[slot]}?"
-    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "direct", f"verify([state], {slot})")
-
-
-def _open_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    answer = _yes(scene.at_end(scene.event(slot).name).is_open)
-    text = f"is the object {CLAUSES[slot]} open at the end?"
-    program = f"verify([state], iterate_until({slot}))"
-    return Draft(text, answer, TYPES[slot], _when(slot), "state", "verify", "indirect", program)
-
-
 def _place(scene: Scene, rng: np.random.Generator) -> Draft:
     name = _any(rng, list(OBJECTS))
     text = f"where is the {name} at the end?"
@@ -252,72 +240,8 @@ def _place(scene: Scene, rng: np.random.Generator) -> Draft:
     return Draft(text, place, ("world",), "descriptive", "state", "query", "direct", "query([place], name)")
 
 
-def _place_touch(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    place = place_of(scene.at_end(scene.event(slot).name))
-    text = f"where is it at the end {CLAUSES[slot]}?"
-    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "direct", f"query([place], {slot})")
-
-
-def _place_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    slot = _any(rng, SLOTS)
-    text = f"where is the object {CLAUSES[slot]} at the end?"
-    place = place_of(scene.at_end(scene.event(slot).name))
-    program = f"query([place], iterate_until({slot}))"
-    return Draft(text, place, TYPES[slot], _when(slot), "state", "query", "indirect", program)
-
-
-def _acted_on(scene: Scene, rng: np.random.Generator) -> Event:
-    return scene.event(_any(rng, ("first", "second")))
-
-
-def _action(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    text = f"what does the person do to the {event.name}?"
-    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "direct", "query([hoi], name)")
-
-
-def _action_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    text = f"what does the person do to the object {CLAUSES[event.slot]}?"
-    program = f"{HOI_PROGRAM}{event.slot}))"
-    return Draft(text, str(event.action), ("world",), "descriptive", "action", "query", "indirect", program)
-
-
-def _cause(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    text = f"because of which action does the {event.name} change?"
-    return Draft(text, str(event.action), ("world",), "explanatory", "action", "query", "direct", "query([hoi], cause)")
-
-
-def _change(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    text = f"how does the {event.name} change?"
-    answer = CHANGES[str(event.action)]
-    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", "query([change], name)")
-
-
-def _change_touch(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    answer = CHANGES[str(event.action)]
-    text = f"how does it change {CLAUSES[event.slot]}?"
-    return Draft(text, answer, ("world",), "descriptive", "change", "query", "direct", f"query([change], {event.slot})")
-
-
-def _change_indirect(scene: Scene, rng: np.random.Generator) -> Draft:
-    event = _acted_on(scene, rng)
-    text = f"how does the object {CLAUSES[event.slot]} change?"
-    program = f"query([change], iterate_until({event.slot}))"
-    answer = CHANGES[str(event.action)]
-    return Draft(text, answer, ("world",), "descriptive", "change", "query", "indirect", program)
-
-
 def _when(slot: Slot) -> str:
     return "predictive" if slot == "next" else "descriptive"
-
-
-def _with_intent(slot: Slot) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*TYPES[slot], "intent")))
 
 
 def _sentence(text: str) -> str:
@@ -328,29 +252,52 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-# Shares of the families of questions in the plain and in the hard setting; the hard one has more questions that need
-# several frames or the whole table.
-FAMILIES: tuple[tuple[Callable[[Scene, np.random.Generator], Draft], float, float], ...] = (
-    (_object, 0.20, 0.12),
-    (_object_indirect, 0.12, 0.12),
-    (_reason, 0.08, 0.06),
-    (_reason_indirect, 0.05, 0.05),
-    (_untouched, 0.02, 0.02),
-    (_untouched_indirect, 0.03, 0.03),
-    (_touch, 0.03, 0.03),
-    (_touch_without, 0.01, 0.01),
-    (_after, 0.0, 0.08),
-    (_after_indirect, 0.0, 0.04),
-    (_open, 0.03, 0.03),
-    (_touch_open, 0.10, 0.06),
-    (_open_indirect, 0.06, 0.04),
-    (_place, 0.04, 0.05),
-    (_place_touch, 0.03, 0.04),
-    (_place_indirect, 0.03, 0.04),
-    (_action, 0.04, 0.04),
-    (_action_indirect, 0.05, 0.05),
-    (_cause, 0.02, 0.02),
-    (_change, 0.03, 0.04),
-    (_change_touch, 0.03, 0.04),
-    (_change_indirect, 0.03, 0.04),
+_reason = partial(_AboutTouch, category="explanatory", intent=True)
+_without = partial(_AboutTouch, slots=("second",), category="counterfactual")
+_after = partial(_AboutTouch, slots=tuple(BEFORE))
+_acted = partial(_AboutTouch, slots=("first", "second"))
+
+# The hard setting has more questions that need several frames or the whole table.
+FAMILIES: tuple[_AboutTouch | _Drawn, ...] = (
+    _AboutTouch(0.20, 0.12, "which object is it {clause}?", "query([obj], {slot})"),
+    _AboutTouch(0.12, 0.12, "which is the object {clause}?", "query([obj], iterate_until({slot}))"),
+    _reason(0.08, 0.06, "{arrival}, for which object is it?", "query([obj], reason({slot}))"),
+    _reason(
+        0.05, 0.05, "{arrival} for the object {clause}, which is it?", "query([obj], reason(iterate_until({slot})))"
+    ),
+    _without(
+        0.02,
+        0.02,
+        "which object is it {clause}, but not if they stopped after the first touch?",
+        "query([obj], without({slot}))",
+    ),
+    _without(
+        0.03,
+        0.03,
+        "which is the object {clause}, but not if they stopped after the first touch?",
+        "query([obj], without(iterate_until({slot})))",
+    ),
+    _Drawn(0.03, 0.03, _touch),
+    _Drawn(0.01, 0.01, _touch_without),
+    _after(0.0, 0.08, "which object does the person go to after the {before_name}?", "query([obj], after(name))"),
+    _after(
+        0.0,
+        0.04,
+        "which object does the person go to after the object {before_clause}?",
+        "query([obj], after(iterate_until({before})))",
+    ),
+    _Drawn(0.03, 0.03, _open),
+    _AboutTouch(0.10, 0.06, "is it an open object at the end {clause}?", "verify([state], {slot})"),
+    _AboutTouch(0.06, 0.04, "is the object {clause} open at the end?", "verify([state], iterate_until({slot}))"),
+    _Drawn(0.04, 0.05, _place),
+    _AboutTouch(0.03, 0.04, "where is it at the end {clause}?", "query([place], {slot})"),
+    _AboutTouch(0.03, 0.04, "where is the object {clause} at the end?", "query([place], iterate_until({slot}))"),
+    _acted(0.04, 0.04, "what does the person do to the {name}?", "query([hoi], name)"),
+    _acted(0.05, 0.05, "what does the person do to the object {clause}?", HOI_PROGRAM + "{slot}))"),
+    _acted(
+        0.02, 0.02, "because of which action does the {name} change?", "query([hoi], cause)", category="explanatory"
+    ),
+    _acted(0.03, 0.04, "how does the {name} change?", "query([change], name)"),
+    _acted(0.03, 0.04, "how does it change {clause}?", "query([change], {slot})"),
+    _acted(0.03, 0.04, "how does the object {clause} change?", "query([change], iterate_until({slot}))"),
 )
