@@ -1,8 +1,7 @@
 """Question texts: their frozen network, and the rows that it computes for a store's text substore."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,12 +19,10 @@ from egopatch.extract.encoders import (
     open_checkpoint,
     open_text_checkpoint,
 )
-from egopatch.extract.errors import JobFailed
 from egopatch.extract.fingerprints import text_depth, text_fingerprint
-from egopatch.extract.worker.device import describe_machine, device_of, full_float32
+from egopatch.extract.worker.device import describe_machine, device_of, full_float32, shortage_explained
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Fingerprint, ShardWork, Store, StoreSpec, create_store, open_store, store_exists
-from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.store.text_substore import TEXT_FOLDER
 from egopatch.features.values.location import parse_location
@@ -57,7 +54,7 @@ class TextNetwork:
         """The encoder, on the device."""
         encoder = load_text_encoder(self.network, self.checkpoint, text_depth(self.config)).eval()
         self._try_longest_text(encoder)
-        with _shortage_explained():
+        with shortage_explained(None):
             return encoder.to(self.device)
 
     def _try_longest_text(self, encoder: TextEncoder) -> None:
@@ -148,24 +145,11 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
         writer.wait()
 
 
-@contextmanager
-def _shortage_explained() -> Iterator[None]:
-    """As `extract.worker.device.shortage_explained`, for texts, whose batches have one size."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (shortage := gpu_shortage(error)) is None:
-            raise
-        raise JobFailed(
-            f"{shortage}, while questions were encoded; free some of its memory, or choose another --encoder.device"
-        ) from error
-
-
 def _encode_text_batch(
     encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, dict[str, torch.Tensor]]:
     # Always the same shape; `extract.worker.batch_encoder` gives the reason.
     ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
-    with _shortage_explained(), torch.inference_mode(), full_float32():
+    with shortage_explained(None), torch.inference_mode(), full_float32():
         states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -77,17 +77,22 @@ def full_float32() -> Iterator[None]:
 
 
 @contextmanager
-def shortage_explained(encoder: EncoderConfig) -> Iterator[None]:
-    """Turn a GPU's lack of memory into a JobFailed that names the batch size to try."""
+def shortage_explained(encoder: EncoderConfig | None) -> Iterator[None]:
+    """Turn a GPU's lack of memory into a JobFailed that names the batch size to try.
+
+    Args:
+        encoder: The encoder of clips; None while questions are encoded, whose batches have one size.
+    """
     try:
         yield
     except RuntimeError as error:
         if (shortage := gpu_shortage(error)) is None:
             raise
-        smaller = f"--encoder.batch {encoder.batch // 2}" if encoder.batch > 1 else "a smaller --encoder.depth"
-        raise JobFailed(
-            f"{shortage}, with encoder.batch {encoder.batch}; try {smaller}, or free some of its memory"
-        ) from error
+        advice = "while questions were encoded; free some of its memory, or choose another --encoder.device"
+        if encoder is not None:
+            smaller = f"--encoder.batch {encoder.batch // 2}" if encoder.batch > 1 else "a smaller --encoder.depth"
+            advice = f"with encoder.batch {encoder.batch}; try {smaller}, or free some of its memory"
+        raise JobFailed(f"{shortage}, {advice}") from error
 
 
 def arithmetic_advice(config: Config, device: torch.device) -> str | None:
