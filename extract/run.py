@@ -32,42 +32,41 @@ WAIT_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class ExtractionResult:
-    """State of the store after a job.
+    """State of the store after a job; a job of questions alone leaves the fields about clips at their defaults.
 
     Attributes:
         stats: Statistics of this job.
         clips: Number of clips of the data set that are committed in the store.
         planned: Number of clips of the data set.
-        others: Number of clips committed in the store that the data set does not have.
-        quarantine: Id -> reason, for the data set's clips in quarantine.
         texts: Number of question texts in the store.
         texts_planned: Number of question texts that have a row in the store.
+        texts_left: Number of texts of this job in shards that other processes hold.
+        others: Number of clips committed in the store that the data set does not have.
+        quarantine: Id -> reason, for the data set's clips in quarantine.
         reconstruction_error: Quantised array -> error of the worst clip, as `Store.reconstruction_error`.
         check: The stored clips of this job's shards, compared with the annotations. Clips that are still stale are
             held by another job, or were encoded by a job with other annotations.
         machines: As `Store.machines`.
-        clips_left, texts_left: Number of clips and texts of this job in shards that other processes hold.
+        clips_left: As `texts_left`, of clips.
     """
 
     stats: JobStats
     clips: int
     planned: int
-    others: int
-    quarantine: dict[str, str]
     texts: int
     texts_planned: int
-    reconstruction_error: dict[str, float]
-    check: OriginCheck
-    machines: dict[str, int]
-    clips_left: int
     texts_left: int
+    others: int = 0
+    quarantine: dict[str, str] = field(default_factory=dict)
+    reconstruction_error: dict[str, float] = field(default_factory=dict)
+    check: OriginCheck = field(default_factory=lambda: OriginCheck({}, 0))
+    machines: dict[str, int] = field(default_factory=dict)
+    clips_left: int = 0
 
 
-def extract_features(
-    config: Config, retry: bool = False, job_slice: Slice = ALL_SHARDS, refresh: bool = False, wait: bool = False
-) -> ExtractionResult:
+def extract_features(config: Config, wait: bool = False) -> ExtractionResult:
     """Encode everything that is missing from the store; arguments and errors as in `extract_together`."""
-    return extract_together([config], retry, job_slice, refresh, wait)[0]
+    return extract_together([config], wait=wait)[0]
 
 
 def extract_together(
@@ -327,13 +326,7 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
         stats=JobStats(),
         clips=len(store.clip_ids),
         planned=len(store.planned_ids),
-        others=0,
-        quarantine={},
         texts=len(texts.store.clip_ids),
         texts_planned=len(texts.store.planned_ids),
-        reconstruction_error={},
-        check=compare_origins((), config.data.root, {}),
-        machines={},
-        clips_left=0,
         texts_left=_count(still_missing(texts.works, texts.store)),
     )
