@@ -9,7 +9,6 @@ Source: Mangalam et al., "EgoSchema: A diagnostic benchmark for very long-form v
 """
 
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 from egopatch.extract.datasets import parsing
@@ -37,15 +36,14 @@ def load(root: Path, split: str) -> Dataset:
     answers: dict[str, object] = {}
     try:
         answers = parsing.read_json_object(root / ANSWERS, "EgoSchema's published answers", "indices by q_uid")
-    except ValueError as error:
-        problems.append(str(error))
+    except DatasetError as error:
+        problems += error.problems
     path = root / QUESTIONS
     try:
         records = parsing.read_json_records(path, "EgoSchema's questions")
-    except ValueError as error:
-        raise DatasetError([*problems, str(error)]) from None
-    parse, id_of = partial(_question, answers=answers), attrgetter("question_id")
-    questions = parsing.collect_unique(records, parse, problems, "q_uid", id_of)
+    except DatasetError as error:
+        raise DatasetError([*problems, *error.problems]) from None
+    questions = parsing.collect_unique(records, partial(_question, answers=answers), problems, "q_uid")
     found = {question.question_id: question for _, question in questions}
     if not problems and (unknown := answers.keys() - found.keys()):
         problems.append(f"{root / ANSWERS}: has an answer for {min(unknown)!r}, which is not a question of {path}")

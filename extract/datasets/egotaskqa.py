@@ -13,7 +13,6 @@ Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,10 +97,7 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
         DatasetError: The file is missing or truncated, or records are malformed or repeat a question_id.
     """
     problems: list[str] = []
-    try:
-        records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
-    except ValueError as error:
-        raise DatasetError([str(error)]) from None
+    records = parsing.read_json_records(path, "an EgoTaskQA annotation file, a JSON list of questions")
     if variants and not any(isinstance(record, dict) and "text_pos" in record for _, record in records):
         raise DatasetError(
             [
@@ -109,8 +105,7 @@ def read_questions(path: Path, variants: bool = False) -> tuple[Question, ...]:
                 f"{PARAPHRASED.format(part='train')}; if this is EgoSynth, render it again with this version"
             ]
         )
-    parse, id_of = partial(_question, variants=variants), attrgetter("question_id")
-    found = parsing.collect_unique(records, parse, problems, "question_id", id_of)
+    found = parsing.collect_unique(records, partial(_question, variants=variants), problems, "question_id")
     questions = tuple(question for _, question in found)
     if not records:
         problems.append(f"{path}: contains no question; expected a list of question records")
@@ -185,11 +180,7 @@ def _answers(folder: Path, train: Sequence[Question]) -> tuple[str, ...]:
     path = folder / ANSWER_SET
     if not path.is_file():
         return answer_vocabulary([question.spelling for question in train])
-    try:
-        text = parsing.read_text(path, "one answer per line")
-    except ValueError as error:
-        raise DatasetError([str(error)]) from None
-    lines = text.removesuffix("\n").split("\n")
+    lines = parsing.read_text(path, "one answer per line").removesuffix("\n").split("\n")
     first: dict[str, int] = {}
     problems = []
     for number, line in enumerate(lines, start=1):

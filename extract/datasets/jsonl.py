@@ -58,20 +58,16 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
             one line per fault.
     """
     problems: list[str] = []
-    clips: dict[str, Clip] = {}
     video = cache(root.__truediv__)  # many clips share a video
     if clips_file.suffix.lower() in TABLES:
         raise DatasetError(
             [f"data.clips is {clips_file}, which is a table; expected a file with one JSON object per line"]
         )
-    try:
-        lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
-        with garbage_collection_paused():
-            parse, id_of = partial(_clip, video=video), attrgetter("clip_id")
-            found = parsing.collect_unique(lines, parse, problems, "clip_id", id_of)
-            clips = {clip.clip_id: clip for _, clip in found}
-    except ValueError as error:
-        raise DatasetError([str(error)]) from None
+    lines = parsing.json_lines(clips_file, "the clips, one JSON object per line (data.clips)")
+    with garbage_collection_paused():
+        parse, id_of = partial(_clip, video=video), attrgetter("clip_id")
+        found = parsing.collect_unique(lines, parse, problems, "clip_id", id_of)
+        clips = {clip.clip_id: clip for _, clip in found}
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
     alike: dict[str, str] = {}
     try:
@@ -82,8 +78,8 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
                 alike = alike or {parsing.compared(clip_id): clip_id for clip_id in clips}
                 problems.append(f"{position}: {_unknown(question.clip_id, alike, clips_file)}")
             questions[part].append(question)
-    except ValueError as error:
-        problems.append(str(error))
+    except DatasetError as error:
+        problems += error.problems
     if not clips and not problems:
         problems.append(f"{clips_file}: contains no clip; expected one JSON object per line")
     if questions_file is not None and not any(questions.values()) and not problems:
@@ -110,8 +106,8 @@ def read_questions(path: Path) -> dict[Part, tuple[Question, ...]]:
     try:
         for _, part, question in _numbered(path, problems):
             questions[part].append(question)
-    except ValueError as error:
-        problems.append(str(error))
+    except DatasetError as error:
+        problems += error.problems
     if not any(questions.values()) and not problems:
         problems.append(_no_question(path))
     if problems:

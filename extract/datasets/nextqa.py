@@ -9,7 +9,6 @@ Source: Xiao et al., "NExT-QA: Next phase of question-answering to explaining te
 
 from collections.abc import Mapping
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,15 @@ def load(root: Path, split: str) -> Dataset:
     videos: Mapping[str, str] = {}
     try:
         videos = _videos(root / MAP)
-    except ValueError as error:
-        problems.append(str(error))
+    except DatasetError as error:
+        problems += error.problems
     for part in PARTS:
         try:
             rows = list(parsing.csv_rows(root / f"{part}.csv", f"NExT-QA's questions of {part}", COLUMNS))
-        except ValueError as error:
-            problems.append(str(error))
+        except DatasetError as error:
+            problems += error.problems
             continue
-        parse, id_of = partial(_question, videos=videos), attrgetter("question_id")
-        found = parsing.collect_unique(rows, parse, problems, "qid", id_of)
+        found = parsing.collect_unique(rows, partial(_question, videos=videos), problems, "qid")
         questions[part] = [question for _, question in found]
     if problems:
         raise DatasetError(problems)
@@ -71,7 +69,9 @@ def _videos(path: Path) -> Mapping[str, str]:
     """Name of each video -> its file below the video folder, without the suffix."""
     found = parsing.read_json_object(path, "NExT-QA's file of each video", "names of files")
     if wrong := [name for name, file in found.items() if not isinstance(file, str)]:
-        raise ValueError(f"{path}: {wrong[0]!r} is a JSON {parsing.kind(found[wrong[0]])}; expected the name of a file")
+        raise DatasetError(
+            f"{path}: {wrong[0]!r} is a JSON {parsing.kind(found[wrong[0]])}; expected the name of a file"
+        )
     return found
 
 

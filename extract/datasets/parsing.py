@@ -11,9 +11,11 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
+from egopatch.extract.datasets.records import DatasetError
 from egopatch.features.io.fields import garbage_collection_paused
 from egopatch.features.io.lfs import pointer_fault
 
@@ -34,45 +36,45 @@ def read_text(path: Path, purpose: str) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        ValueError: The file is missing, unreadable or not UTF-8; the message contains `purpose`.
+        DatasetError: The file is missing, unreadable or not UTF-8; the message contains `purpose`.
     """
     try:
         with _readable(path, purpose):
             return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}: save it as UTF-8") from None
+        raise DatasetError(f"{path}:byte {error.start}: not UTF-8 text; expected {purpose}: save it as UTF-8") from None
 
 
 @contextmanager
 def _readable(path: Path, purpose: str) -> Iterator[None]:
-    """Turn errors of opening a file into a ValueError that contains `purpose`."""
+    """Turn errors of opening a file into a DatasetError that contains `purpose`."""
     try:
         if fault := pointer_fault(path):
-            raise ValueError(f"{path}: {fault}")
+            raise DatasetError(f"{path}: {fault}")
         yield
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected {purpose}") from None
+        raise DatasetError(f"{path}: no such file; expected {purpose}") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected {purpose}") from None
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}); expected {purpose}") from None
 
 
 def _read_json(path: Path, purpose: str) -> Any:
     """The value in a JSON file, with a ValueError in place of each object that repeats a key.
 
     Raises:
-        ValueError: As `read_text`; or the file is not JSON (with line and column).
+        DatasetError: As `read_text`; or the file is not JSON (with line and column).
     """
     text = read_text(path, purpose)
     try:
         with garbage_collection_paused():
             return _loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise DatasetError(
             f"{path}:line {error.lineno} column {error.colno}: not valid JSON ({error.msg}); "
             "the file may be truncated, download it again"
         ) from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested lists
-        raise ValueError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
+        raise DatasetError(f"{path}: cannot be parsed as JSON ({error}); expected {purpose}") from None
 
 
 def read_json_records(path: Path, purpose: str) -> list[tuple[str, Any]]:
@@ -81,11 +83,11 @@ def read_json_records(path: Path, purpose: str) -> list[tuple[str, Any]]:
     A record with a repeated key is replaced by a ValueError, which `collect` reports.
 
     Raises:
-        ValueError: As `read_text`; the file is not JSON (with line and column), or not a list.
+        DatasetError: As `read_text`; the file is not JSON (with line and column), or not a list.
     """
     records = _read_json(path, purpose)
     if not isinstance(records, list):
-        raise ValueError(f"{path}: contains a JSON {kind(records)}; expected a list of question records")
+        raise DatasetError(f"{path}: contains a JSON {kind(records)}; expected a list of question records")
     return [(f"{path}:record {number}", record) for number, record in enumerate(records, start=1)]
 
 
@@ -98,13 +100,13 @@ def read_json_object(path: Path, purpose: str, expected: str) -> dict[str, Any]:
         expected: What the object maps, for an error, such as "indices by q_uid".
 
     Raises:
-        ValueError: As `read_text`; or the file is not JSON, not an object, or repeats a key.
+        DatasetError: As `read_text`; or the file is not JSON, not an object, or repeats a key.
     """
     found = _read_json(path, purpose)
     if isinstance(found, ValueError):
-        raise ValueError(f"{path}: {found}")
+        raise DatasetError(f"{path}: {found}")
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: contains a JSON {kind(found)}; expected an object of {expected}")
+        raise DatasetError(f"{path}: contains a JSON {kind(found)}; expected an object of {expected}")
     return found
 
 
@@ -114,7 +116,7 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
     A row with more cells than the header is a ValueError. Commas, semicolons or tabs may separate cells.
 
     Raises:
-        ValueError: As `read_text`; or the header, line 1, lacks one of `columns` or repeats a column; or a quotation
+        DatasetError: As `read_text`; or the header, line 1, lacks one of `columns` or repeats a column; or a quotation
             mark is not closed, or is not doubled inside a quoted cell.
     """
     text = read_text(path, purpose)
@@ -124,12 +126,12 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
         names = next(reader, [])
         if missing := [column for column in columns if column not in names]:
             found = repr(names)[1:-1][:MAX_SHOWN] or "nothing"
-            raise ValueError(
+            raise DatasetError(
                 f"{path}:1: lacks the columns {', '.join(missing)}; expected {', '.join(columns)}; found {found}"
             )
         named = [column for column in names if column]
         if twice := [column for column in dict.fromkeys(named) if named.count(column) > 1]:
-            raise ValueError(f"{path}:1: column {twice[0]!r} is used twice; expected each column once in the header")
+            raise DatasetError(f"{path}:1: column {twice[0]!r} is used twice; expected each column once in the header")
         line = reader.line_num + 1
         for cells in reader:
             more = f"has more cells than the header, which has {len(names)}"
@@ -137,7 +139,7 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
                 yield f"{path}:{line}", ValueError(more) if len(cells) > len(names) else dict(zip(names, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(
+        raise DatasetError(
             f"{path}:{line}: not valid CSV ({error}); expected {purpose}, and quotation marks inside quoted cells "
             "doubled"
         ) from None
@@ -149,7 +151,7 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     The file is read line by line, because it may have millions of lines.
 
     Raises:
-        ValueError: The file is missing or unreadable; the message contains `purpose`.
+        DatasetError: The file is missing or unreadable; the message contains `purpose`.
     """
     name = str(path)
     with _readable(path, purpose), path.open("rb") as file:
@@ -200,16 +202,11 @@ def collect_unique(
     parse: Callable[[Any], T],
     problems: list[str],
     key: str,
-    id_of: Callable[[T], str],
+    id_of: Callable[[T], str] = attrgetter("question_id"),
 ) -> Iterator[tuple[str, T]]:
     """As `collect`; a record with the id of an earlier one is added to `problems` and skipped, too.
 
-    Args:
-        records: As for `collect`.
-        parse: As for `collect`.
-        problems: As for `collect`.
-        key: What the records call their id, for messages.
-        id_of: The id of what `parse` returns.
+    `key` is what the records call their id, for messages, and `id_of` gives the id of what `parse` returns.
     """
     seen: set[str] = set()
     for position, value in collect(records, parse, problems):

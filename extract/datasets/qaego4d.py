@@ -10,7 +10,6 @@ question-answering in long egocentric videos", CVPR 2024.
 import random
 import re
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,8 @@ def read_questions(path: Path, close: bool = False) -> tuple[Question, ...]:
         DatasetError: As `load`.
     """
     problems: list[str] = []
-    try:
-        records = parsing.read_json_records(path, "QAEgo4D's questions of one part")
-    except ValueError as error:
-        raise DatasetError([str(error)]) from None
-    parse, id_of = partial(_question, close=close), attrgetter("question_id")
-    found = parsing.collect_unique(records, parse, problems, "sample_id", id_of)
+    records = parsing.read_json_records(path, "QAEgo4D's questions of one part")
+    found = parsing.collect_unique(records, partial(_question, close=close), problems, "sample_id")
     questions = tuple(question for _, question in found)
     if problems:
         raise DatasetError(problems)
