@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from egopatch.features.common.units import counted
+from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import Committer, commit_shard
@@ -26,7 +26,7 @@ from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRe
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.reader import RowReader, empty_rows, first_rows
-from egopatch.features.store.summary import Summary, draw
+from egopatch.features.store.summary import as_html, as_text, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
@@ -34,6 +34,9 @@ from egopatch.features.values.errors import FingerprintMismatch, StoreError
 from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
+
+# Fields of a fingerprint that a reader knows the network by; hashes and versions follow in `features info`.
+_NETWORK = ("arch", "origin", "depth", "path", "variant", "frames", "size", "model", "package")
 
 
 @dataclass(frozen=True)
@@ -320,24 +323,29 @@ class Store:
             raise StoreError(f"store {self.path} does not record the grid of its patches; use to_pixels with a grid")
         return draw(self.read([clip_id]), self.spec.grid, frames)
 
-    def summary(self) -> Summary:
-        """The summary that printing the store shows."""
-        return Summary(
-            path=str(self.path),
-            format=self.format,
-            spec=self.spec,
-            fingerprint=self.fingerprint.fields,
-            stored=len(self.catalog.ledger.clips),
-            planned=len(self.catalog.rows),
-            nbytes=self.nbytes,
-            row_bytes=self.row_bytes,
-        )
+    def summary(self, path: str | None = None) -> str:
+        """Facts on the store, one a line, as printing it shows them; with `path` in place of its own, if given."""
+        return as_text(self._facts(path))
 
     def __repr__(self) -> str:
-        return self.summary().as_text()
+        return self.summary()
 
     def _repr_html_(self) -> str:
-        return self.summary().as_html()
+        return as_html(self._facts())
+
+    def _facts(self, path: str | None = None) -> list[tuple[str, str]]:
+        made_by, stored = self.fingerprint.fields, len(self.catalog.ledger.clips)
+        clips, first, rows = self.spec.kind == "patches", self.spec.arrays[0], min(stored, 8)
+        network = [f"{name} {made_by[name]}" for name in _NETWORK if made_by.get(name) is not None]
+        call = f"store.{'read' if clips else 'read_text'}(store.clip_ids[:{rows}])"
+        return [
+            ("store", str(self.path) if path is None else path),
+            ("clips" if clips else "texts", f"{stored} of {len(self.catalog.rows)} stored"),
+            ("size", f"{format_bytes(self.nbytes)}, {self.format}, {format_bytes(self.row_bytes)} a row"),
+            *((array.name, f"{array.dtype} {list(array.shape)}") for array in self.spec.arrays),
+            ("made by", ", ".join(network) or "an unknown program"),
+            ("next", f"{call}  # {first.name} {[rows, *first.shape]}" if rows else "run `extract run` to encode clips"),
+        ]
 
     # Writing
 

@@ -1,7 +1,6 @@
 """A store at a glance, for a prompt or a notebook: what it holds, what made it, how to read it, a clip's picture."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -9,52 +8,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from egopatch.features.common.pictures import dim, sheet
-from egopatch.features.common.units import format_bytes
 from egopatch.features.store.pixels import to_pixels
-from egopatch.features.values.spec import PatchTokens, StoreSpec, middle_indices
+from egopatch.features.values.spec import PatchTokens, middle_indices
 
 SIDE = 224  # pixels of a frame in a picture
-# Fields of a fingerprint that a reader knows the network by; hashes and versions follow in `features info`.
-_NETWORK = ("arch", "origin", "depth", "path", "variant", "frames", "size", "model", "package")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Facts on a store: `stored` of its `planned` rows are in files of `nbytes`; a row takes `row_bytes` of memory."""
+def as_text(facts: Sequence[tuple[str, str]]) -> str:
+    """Facts on a store, by name, one a line."""
+    width = 2 + max(len(name) for name, _ in facts)
+    return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
 
-    path: str
-    format: str
-    spec: StoreSpec
-    fingerprint: Mapping[str, object]
-    stored: int
-    planned: int
-    nbytes: int
-    row_bytes: int
 
-    def as_text(self) -> str:
-        """The facts, one a line."""
-        facts = self._facts()
-        width = 2 + max(len(name) for name, _ in facts)
-        return "\n".join(f"{name:<{width}}{value}" for name, value in facts)
-
-    def as_html(self) -> str:
-        """The facts as a table."""
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._facts())
-        return f"<table>{''.join(rows)}</table>"
-
-    def _facts(self) -> list[tuple[str, str]]:
-        clips, first = self.spec.kind == "patches", self.spec.arrays[0]
-        network = [f"{name} {self.fingerprint[name]}" for name in _NETWORK if self.fingerprint.get(name) is not None]
-        rows = min(self.stored, 8)
-        call = f"store.{'read' if clips else 'read_text'}(store.clip_ids[:{rows}])"
-        return [
-            ("store", self.path),
-            ("clips" if clips else "texts", f"{self.stored} of {self.planned} stored"),
-            ("size", f"{format_bytes(self.nbytes)}, {self.format}, {format_bytes(self.row_bytes)} a row"),
-            *((array.name, f"{array.dtype} {list(array.shape)}") for array in self.spec.arrays),
-            ("made by", ", ".join(network) or "an unknown program"),
-            ("next", f"{call}  # {first.name} {[rows, *first.shape]}" if rows else "run `extract run` to encode clips"),
-        ]
+def as_html(facts: Sequence[tuple[str, str]]) -> str:
+    """The facts as a table."""
+    rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+    return f"<table>{''.join(rows)}</table>"
 
 
 def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32] | None) -> Image.Image:

@@ -1,7 +1,7 @@
 """The `README.md` of a head and of a store, with the front matter that Hugging Face's hub reads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
         f"Patch features of {counted(clips, 'clip')}",
         [
             *_warnings(card),
-            f"```text\n{replace(store.summary(), path='features').as_text()}\n```",
+            f"```text\n{store.summary('features')}\n```",
             "The store holds names and hashes of the video files, the stretches that were encoded, and the text of "
             "every question. It holds no video.",
             "## Origin and terms\n\n" + _origins(found),
