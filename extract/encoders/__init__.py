@@ -9,15 +9,15 @@ text half for encoders that have none of their own.
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.encoders.networks.lite import build_text as build_sentence_text
 from egopatch.extract.encoders.networks.lite import text_weights as sentence_text_weights
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.encoders.networks.text import build_bert as build_sentence_text
+from egopatch.extract.encoders.networks.text import load_tokenizer
 from egopatch.extract.encoders.registry import (
     NETWORKS,
     find_network,
     input_transform,
     load_text_encoder,
-    load_tokenizer,
     load_video_encoder,
     open_checkpoint,
     open_text_checkpoint,

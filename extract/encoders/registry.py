@@ -16,7 +16,7 @@ from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
 from egopatch.extract.encoders.layers.returned import check_states, check_tokens
-from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
+from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import egovlp, egovlpv2, hf, imported, lite, mfas
 from egopatch.extract.encoders.networks.network import Network, SaliencyKind, Variant, VideoOptions, VideoPath
@@ -231,14 +231,6 @@ def load_text_encoder(arch: str | Network, checkpoint: Path | str | Checkpoint, 
     if network.name not in NETWORKS:
         check_states(network.name, encoder)
     return encoder
-
-
-def load_tokenizer(model: str, max_length: int = 30) -> Tokenizer:
-    """Load a tokenizer; see `extract.encoders.networks.text.load_tokenizer`."""
-    # transformers takes seconds to import, and the video half does not need it.
-    from egopatch.extract.encoders.networks import text
-
-    return text.load_tokenizer(model, max_length)
 
 
 def _network_of(arch: str | Network) -> Network:

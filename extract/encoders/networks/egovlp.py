@@ -6,9 +6,9 @@ from torch import nn
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.extract.encoders.layers.spacetime_encoder import SpaceTimeEncoder
-from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.encoders.networks.text import build_distilbert
 
 EPS = 1e-6
 
@@ -41,12 +41,4 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     return SpaceTimeEncoder(trunk, sizes, projection).to(options.dtype)
 
 
-def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
-    """The text network; see `extract.encoders.networks.text.build_distilbert`."""
-    # transformers takes seconds to import, and the video half does not need it.
-    from egopatch.extract.encoders.networks import text
-
-    return text.build_distilbert(checkpoint, depth)
-
-
-NETWORK = Network("egovlp", build_video, build_text)
+NETWORK = Network("egovlp", build_video, build_distilbert)

@@ -7,9 +7,9 @@ from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.layers.projection import projection_layers
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeTransformer, VideoSizes
 from egopatch.extract.encoders.layers.spacetime_encoder import SpaceTimeEncoder
-from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth, resize_time
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.encoders.networks.text import build_roberta
 
 BLOCK_EPS = 1e-5
 FUSED_NORM_EPS = 1e-6
@@ -48,12 +48,4 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
     return SpaceTimeEncoder(trunk, sizes, projection).to(options.dtype)
 
 
-def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
-    """The text network; see `extract.encoders.networks.text.build_roberta`."""
-    # transformers takes seconds to import, and the video half does not need it.
-    from egopatch.extract.encoders.networks import text
-
-    return text.build_roberta(checkpoint, depth)
-
-
-NETWORK = Network("egovlpv2", build_video, build_text)
+NETWORK = Network("egovlpv2", build_video, build_roberta)

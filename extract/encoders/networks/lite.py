@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, text_folder
-from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.encoders.networks.text import build_bert
 from egopatch.extract.video.transforms import Transform
 from egopatch.features.values.spec import PatchTokens
 
@@ -205,14 +205,6 @@ def _fold(checkpoint: Checkpoint, module: nn.Conv2d, conv: str, norm: str) -> No
         module.bias.copy_(shift - mean * gain)
 
 
-def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
-    """The sentence network; see `extract.encoders.networks.text.build_bert`."""
-    # transformers takes seconds to import, and the video half does not need it.
-    from egopatch.extract.encoders.networks import text
-
-    return text.build_bert(checkpoint, depth)
-
-
 def text_weights(model: str) -> Path:
     """The weights of the sentence network that `text.model` names.
 
@@ -232,4 +224,4 @@ def text_weights(model: str) -> Path:
 # The centre of the frame as in the network's own evaluation, and its normalisation, (p - 127) / 128.
 TRANSFORM = Transform("centre 0.875 bilinear 127/128", None, 0.875, (127 / 255,) * 3, (128 / 255,) * 3)
 
-NETWORK = Network("lite", build_video, build_text, TRANSFORM, LITE0, text_weights)
+NETWORK = Network("lite", build_video, build_bert, TRANSFORM, LITE0, text_weights)

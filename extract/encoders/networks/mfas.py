@@ -14,8 +14,9 @@ from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, Checkpo
 from egopatch.extract.encoders.layers.spacetime import SpaceTimeBlock, SpaceTimeTransformer, VideoSizes
 from egopatch.extract.encoders.layers.spacetime_encoder import SpaceTimeEncoder
 from egopatch.extract.encoders.layers.video_encoder import check_depth, resize_time
-from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS, build_text
+from egopatch.extract.encoders.networks.egovlpv2 import BLOCK_EPS
 from egopatch.extract.encoders.networks.network import Network, Variant, VideoOptions
+from egopatch.extract.encoders.networks.text import build_roberta
 from egopatch.features.values.spec import PatchTokens
 
 
@@ -144,4 +145,4 @@ def _started_from_egovlpv2(checkpoint: Checkpoint, sizes: VideoSizes) -> Checkpo
     return Checkpoint(checkpoint.path, checkpoint.container, {**checkpoint.tensors, **copied, **zeros})
 
 
-NETWORK = Network("mfas", build_video, build_text)
+NETWORK = Network("mfas", build_video, build_roberta)

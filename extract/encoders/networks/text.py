@@ -9,11 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tokenizers
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
@@ -22,12 +19,12 @@ from egopatch.extract.encoders.layers.projection import TEXT_LAYERS, projection_
 from egopatch.extract.encoders.layers.spacetime import HEAD_WIDTH
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder, Tokenizer
 from egopatch.extract.encoders.layers.video_encoder import check_depth
-from egopatch.extract.encoders.networks.hub import parse_hub_model, why_unreachable
 from egopatch.features.io.lfs import pointer_fault
 
-# transformers' models take seconds and 160 MB to import, and a tokenizer needs none: each function imports its own.
+# transformers takes seconds to import, and its models 160 MB: each function imports what it needs, which the video half
+# does not.
 if TYPE_CHECKING:
-    from transformers import BertModel, RobertaModel
+    from transformers import BertModel, PreTrainedTokenizerBase, RobertaModel
 
 _TOKENIZER_FILES = (".json", ".txt", ".model")  # weights, which may lie beside them, are not always needed
 
@@ -143,7 +140,12 @@ def _layers_for(depth: int, checkpoint: Checkpoint) -> int:
     return layers
 
 
-def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def _pretrained_tokenizer(model: str) -> "PreTrainedTokenizerBase":
+    import tokenizers
+    import transformers
+
+    from egopatch.extract.encoders.networks.hub import parse_hub_model, why_unreachable
+
     folder = text_folder(model)
     expected = "expected a folder with a tokenizer or a name on the hub"
     local = Path(folder).is_dir()
@@ -156,9 +158,11 @@ def _pretrained_tokenizer(model: str) -> PreTrainedTokenizerBase:
     offline = None
     try:
         with suppress(OSError):  # the hub's cache first, without asking the hub
-            return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
         offline = None if local else why_unreachable()
-        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=local or offline is not None)
+        return transformers.AutoTokenizer.from_pretrained(
+            name, revision=revision, local_files_only=local or offline is not None
+        )
     except Exception as error:  # the Rust tokenizers raise nothing more special
         if offline:
             raise ConfigError(

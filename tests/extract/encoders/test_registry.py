@@ -59,7 +59,7 @@ WHOLE = Transform("whole", None, 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 def test_registered_network_works_with_plan_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(NETWORKS, "colours", Network("colours", build, lite.build_text, WHOLE, None, lite.text_weights))
+    monkeypatch.setitem(NETWORKS, "colours", Network("colours", build, lite.build_bert, WHOLE, None, lite.text_weights))
     torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "colours.pth")
     assert main(["synth", "--out", str(tmp_path / "data"), "--clips", "20"]) == 0
     options = [
@@ -108,7 +108,7 @@ def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
         def forward(self, frames: Tensor) -> PatchTokens:
             return change(super().forward(frames))  # type: ignore[return-value]
 
-    network = Network("mine", lambda checkpoint, options: Changed(torch.ones(3), 2, 32), lite.build_text, WHOLE)
+    network = Network("mine", lambda checkpoint, options: Changed(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
     return load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
 
 
@@ -166,7 +166,7 @@ class Failing(Words):
         fails()
 
 
-OUTSIDE = Network("mine", build, lite.build_text, WHOLE)
+OUTSIDE = Network("mine", build, lite.build_bert, WHOLE)
 NOTHING = Checkpoint(Path("mine.pth"), "bare", {})
 
 
@@ -210,7 +210,7 @@ def test_plugin_encoder_without_required_attributes_is_refused() -> None:
             nn.Module.__init__(self)
             self.width, self.depth, self.size = 3, 1, 32
 
-    network = Network("mine", lambda checkpoint, options: Bare(), lite.build_text, WHOLE)
+    network = Network("mine", lambda checkpoint, options: Bare(), lite.build_bert, WHOLE)
     with pytest.raises(ConfigError, match="the Bare of the encoder mine has no grid and no num_frames; expected the"):
         load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoTokenizer
 
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders import load_tokenizer
@@ -107,8 +108,8 @@ def test_cached_tokenizer_is_read_without_contacting_the_hub(monkeypatch: pytest
         calls.append(local_files_only)
         return f"tokenizer of {name} at {revision}"
 
-    monkeypatch.setattr(text.AutoTokenizer, "from_pretrained", read)
-    monkeypatch.setattr(text, "why_unreachable", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setattr(hub, "why_unreachable", lambda: pytest.fail("the hub was asked"))
     assert text._pretrained_tokenizer("some/model") == "tokenizer of some/model at main"
     assert text._pretrained_tokenizer("some/model@v2") == "tokenizer of some/model at v2"
     assert calls == [True, True]
