@@ -58,33 +58,19 @@ __all__ = [
 # torch and Zarr take seconds to import, NumPy a part of one, and a command line needs none of them before it knows its
 # command: every name is imported on first use.
 _ROOMS = {
-    "AbsentClip": "values.errors",
-    "ArraySpec": "values.spec",
-    "BadLocation": "values.errors",
-    "DamagedStore": "values.errors",
-    "Failure": "state.quarantine",
-    "Fingerprint": "values.spec",
-    "FingerprintMismatch": "values.errors",
-    "OtherVersion": "values.errors",
-    "PatchTokens": "values.spec",
-    "QuarantineRecord": "state.quarantine",
-    "ShardOwned": "values.errors",
-    "ShardWork": "store.store",
-    "Store": "store.store",
-    "StoreError": "values.errors",
-    "StoreSpec": "values.spec",
-    "TextStates": "values.spec",
-    "create_store": "store.create",
-    "open_store": "store.store",
-    "read_ahead": "store.read_ahead",
-    "store_exists": "store.store",
-    "to_pixels": "store.pixels",
-    "torch_dataset": "store.torch_dataset",
+    "state.quarantine": ("Failure", "QuarantineRecord"),
+    "store.create": ("create_store",),
+    "store.pixels": ("to_pixels",),
+    "store.read_ahead": ("read_ahead",),
+    "store.store": ("ShardWork", "Store", "open_store", "store_exists"),
+    "store.torch_dataset": ("torch_dataset",),
+    "values.spec": ("ArraySpec", "Fingerprint", "PatchTokens", "StoreSpec", "TextStates"),
 }
 
 if not TYPE_CHECKING:  # with this function, mypy would accept any name
 
     def __getattr__(name: str) -> object:
-        if name not in _ROOMS:
+        if name not in __all__:
             raise AttributeError(f"module 'features' has no attribute {name!r}")
-        return getattr(import_module(f"egopatch.features.{_ROOMS[name]}"), name)
+        room = next((room for room, names in _ROOMS.items() if name in names), "values.errors")
+        return getattr(import_module(f"egopatch.features.{room}"), name)
