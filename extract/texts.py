@@ -1,7 +1,7 @@
 """Question texts: their frozen network, and the rows that it computes for a store's text substore."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -135,7 +135,7 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
         BackgroundShardWriter(store, max_errors=0) as writer,
     ):
         for work, uncommitted in writer.leases(works):
-            rows: dict[str, dict[str, torch.Tensor]] = {}
+            rows: dict[str, Mapping[str, torch.Tensor]] = {}
             for start in range(0, len(uncommitted), TEXT_BATCH):
                 batch = uncommitted[start : start + TEXT_BATCH]
                 rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, network.device, dtype)

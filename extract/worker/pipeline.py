@@ -11,20 +11,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.feed.clips import PreparedClip, PreparedTogether
 from egopatch.extract.feed.decoders import open_decoders_of_several
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
-from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Row
+from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Failure, ShardWork, Store
-from egopatch.features.state.origin import Origin
 
 # A clip may end that much later than its video without a note, because annotations have rounded times.
 ROUNDING_S = 1.0
@@ -34,14 +33,9 @@ ROUNDING_S = 1.0
 class _Shard:
     """A leased shard in progress; each of its `expected` clips becomes a row or a failure."""
 
-    work: ShardWork
+    encoded: EncodedShard
     expected: int
     decoded: int = 0
-    rows: dict[str, Row] = field(default_factory=dict)
-    finite: set[str] = field(default_factory=set)
-    sources: dict[str, str] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,7 +211,7 @@ class _Filling:
             # Another job may have committed some of them since the work was listed.
             ids = [clip_id for clip_id in work.ids if clip_id in to_encode]
             if ids:
-                self._underway.append(_Shard(work, len(ids)))
+                self._underway.append(_Shard(EncodedShard(work, self._machine), len(ids)))
                 yield from (self._clips[clip_id] for clip_id in ids)
             else:
                 self._writer.release(work.shard)
@@ -227,7 +221,7 @@ class _Filling:
         shard = self._underway[0]
         shard.decoded += 1
         if isinstance(result, UndecodedClip):
-            shard.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
+            shard.encoded.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
         else:
             self._encoder.add(result)
             self._waiting.append(result)
@@ -275,19 +269,14 @@ class _Filling:
         if self._behind is None:
             return
         (batch, wait), self._behind = self._behind, None
-        shard, encoded = batch.shard, wait()
-        rows = encoded.rows
-        shard.rows |= rows
-        shard.finite |= encoded.finite
+        shard, encoded = batch.shard.encoded, wait()
+        shard.rows.update(encoded.rows)
+        shard.finite.update(encoded.finite)
         for clip in batch.clips:
             shard.sources[clip.clip.clip_id] = clip.source
             shard.origins[clip.clip.clip_id] = origin_of(clip.clip, self._root, clip.size)
         # A quantised store gets its patches in float32, and quantises them as it writes.
-        size = len(rows) * self._row_bytes
-        self._on_progress(len(rows) + (len(shard.failures) if batch.last else 0), size)
+        rows = len(encoded.rows)
+        self._on_progress(rows + (len(shard.failures) if batch.last else 0), rows * self._row_bytes)
         if batch.last:
-            self._writer.write(
-                EncodedShard(
-                    shard.work, self._machine, shard.rows, shard.sources, shard.origins, shard.failures, shard.finite
-                )
-            )
+            self._writer.write(shard)

@@ -3,12 +3,14 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TypeVar
+
+from torch import Tensor
 
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.errors import JobFailed
@@ -30,7 +32,7 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """The results for a shard's clips.
+    """The results for a shard's clips, to which the caller adds until it writes them.
 
     Attributes:
         work: The shard.
@@ -40,11 +42,11 @@ class EncodedShard:
 
     work: ShardWork
     machine: str
-    rows: Rows
-    sources: Mapping[str, str]
-    origins: Mapping[str, Origin] = field(default_factory=dict)
-    failures: Mapping[str, Failure] = field(default_factory=dict)
-    finite: Collection[str] = ()
+    rows: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    finite: set[str] = field(default_factory=set)
 
 
 class TooManyErrors(JobFailed):
