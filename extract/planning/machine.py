@@ -110,30 +110,24 @@ def _has_compiler() -> bool:
 
 def check_triton(found: str | None, has_gpu: bool, has_compiler: bool) -> Check:
     """Compare Triton's version with those that the kernels were tried with."""
-    tried = f"{OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} to {NEWEST_TRITON[0]}.{NEWEST_TRITON[1]}"
+    oldest, newest = (f"{major}.{minor}" for major, minor in (OLDEST_TRITON, NEWEST_TRITON))
+    tried, slower = f"the tested versions, {oldest} to {newest}", "so heads use the slower reference"
+    if found is None and not has_gpu:
+        return Check("triton", "ok", "not needed without a GPU")
     if found is None:
-        without = "not installed, so heads use the slower reference"
-        mend = f"pip install 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}'"
-        return (
-            Check("triton", "warning", without, mend) if has_gpu else Check("triton", "ok", "not needed without a GPU")
-        )
+        return Check("triton", "warning", f"not installed, {slower}", f"pip install 'triton>={oldest}'")
     this = release(found)
     if this < OLDEST_TRITON:
-        mend = f"pip install --upgrade 'triton>={OLDEST_TRITON[0]}.{OLDEST_TRITON[1]}'"
-        return Check(
-            "triton",
-            "warning",
-            f"{found} is older than the tested versions, {tried}, so heads use the slower reference",
-            mend,
-        )
+        mend = f"pip install --upgrade 'triton>={oldest}'"
+        return Check("triton", "warning", f"{found} is older than {tried}, {slower}", mend)
     if has_gpu and not has_compiler:
         lacks = f"{found}, but no C compiler, with which it builds a part of itself at its first use on a GPU"
         return Check("triton", "warning", lacks, "install gcc and Python's headers (apt-get install gcc python3-dev)")
     sizes = "block sizes measured on an H100" if this < SPILLING_TRITON else "smaller block sizes, which do not spill"
     if this > NEWEST_TRITON:
         mend = f"run benchmarks/kernel_budget.py, or pip install 'triton<{NEWEST_TRITON[0]}.{NEWEST_TRITON[1] + 1}'"
-        return Check("triton", "warning", f"{found} is newer than the tested versions, {tried}; {sizes}", mend)
-    return Check("triton", "ok", f"{found}, one of the tested versions, {tried}; {sizes}")
+        return Check("triton", "warning", f"{found} is newer than {tried}; {sizes}", mend)
+    return Check("triton", "ok", f"{found}, one of {tried}; {sizes}")
 
 
 def check_disk(folder: Path) -> Check:
