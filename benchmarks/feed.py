@@ -184,7 +184,7 @@ def measure_bare(clips: list[Clip], times: list[list[int]]) -> float:
 
 def measure_handover(clip: Clip, count: int, copies: bool) -> float:
     """Clips a second from two children that decode nothing, with or without a copy to a device."""
-    slots = SharedSlots(slots_for(8, 2, TOGETHER), 1 << 26, "frames", "")
+    slots = SharedSlots(slots_for(8, 2), 1 << 26, "frames", "")
     with DecodePool(VIDEO, 2, partial(decode_nothing, transform=EGOVLP_TRANSFORM), slots) as pool:
         feed(pool, [replace(clip, clip_id=f"warm{i}") for i in range(8)], None, copies)
         started = time.perf_counter()

@@ -11,7 +11,7 @@ from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
-from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for
+from egopatch.extract.feed.pool import DecodePool, slots_for
 from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
 
@@ -32,7 +32,7 @@ def open_decoders(
         cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Slots
             take at most a quarter of the free memory together; pixels that exceed a slot are transformed by the child.
     """
-    slots = slots_for(clips, workers, TOGETHER)
+    slots = slots_for(clips, workers)
     most, slot_bytes = _sizes(video, slots, cut)
     prepare = partial(cut_clip, transform=transform, most=most) if cut else partial(prepare_clip, transform=transform)
     return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
@@ -43,7 +43,7 @@ def open_decoders_of_several(
 ) -> DecodePool[PreparedTogether]:
     """As `open_decoders`, for several encoders whose frames differ only in size, each with its own `cut`."""
     finishes: list[Finish] = []
-    slots, slot_bytes = slots_for(clips, workers, TOGETHER), 0
+    slots, slot_bytes = slots_for(clips, workers), 0
     distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
     video = encoders[0][0]
     for size, transform, cut in distinct:

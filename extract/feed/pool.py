@@ -182,13 +182,13 @@ def decoder_count(config: Config, workers: int) -> int:
     return config.engine.decoders
 
 
-def slots_for(clips: int, workers: int, together: int) -> int:
-    """Number of slots for `clips` clips that come up to `together` at a time; see `DecodePool.map`.
+def slots_for(clips: int, workers: int) -> int:
+    """Number of slots for `clips` clips that come up to `TOGETHER` at a time; see `DecodePool.map`.
 
-    If `together` is above 1, `2 * workers * (together - 1)` more clips are decoded ahead, and the others of the last
-    task wait with the clip that is taken next.
+    `2 * workers * (TOGETHER - 1)` more clips are decoded ahead, and the others of the last task wait with the clip that
+    is taken next.
     """
-    return clips + (2 * workers + 1) * (together - 1)
+    return clips + (2 * workers + 1) * (TOGETHER - 1)
 
 
 class _Killed(Exception):

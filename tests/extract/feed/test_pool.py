@@ -134,9 +134,9 @@ def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatc
     monkeypatch.setattr(ProcessPool, "schedule", count)
     names = [str(i) for i in range(100)]
     names[80] = names[95] = "die"
-    with DecodePool(SMALL, 2, name_or_die, SharedSlots(slots_for(4, 2, 4), 1 << 12, "names", "")) as pool:
+    with DecodePool(SMALL, 2, name_or_die, SharedSlots(slots_for(4, 2), 1 << 12, "names", "")) as pool:
         results = list(pool.map((Clip(name, Path("a.mp4")) for name in names), ahead=4, together=4))
-        assert len(pool._slots._free) == slots_for(4, 2, 4)
+        assert len(pool._slots._free) == slots_for(4, 2)
     for name, result in zip(names, results, strict=True):
         if name == "die":
             assert isinstance(result, UndecodedClip)
