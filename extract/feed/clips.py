@@ -75,6 +75,7 @@ class PreparedClip:
         release: Must be called when `frames` are no longer needed; another clip then uses their memory.
         memory: The slot of shared memory that holds `frames` from its start on; None if they have their own memory.
         memory_used: Bytes of the slot up to the end of the frames.
+        others: The frames as other kinds of encoders take them, if the clip was decoded once for several.
     """
 
     clip: Clip
@@ -87,6 +88,17 @@ class PreparedClip:
     release: Callable[[], None] = _nothing
     memory: NDArray[np.uint8] | None = None
     memory_used: int = 0
+    others: tuple[Frames, ...] = ()
+
+    def shared(self, kinds: Sequence[int]) -> "list[PreparedClip]":
+        """The clip for each of several encoders; its memory is released when the last of them releases it.
+
+        Args:
+            kinds: For each encoder the frames that it takes: 0 is `frames`, and the others follow.
+        """
+        frames, release = (self.frames, *self.others), _AfterAll(len(kinds), self.release)
+        # Without `memory`, because each device would register the shared memory for itself, which CUDA refuses.
+        return [replace(self, frames=frames[kind], others=(), release=release, memory=None) for kind in kinds]
 
 
 def read_clip(
@@ -141,10 +153,10 @@ class SharedClip:
     @classmethod
     def write(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "SharedClip":
         """Copy the frames of `prepared` into `memory`, which is large enough; they are copied only here."""
-        frames = prepared.frames
-        runs: list[Sequence[NDArray | Planes]] = (
-            [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
-        )
+        kinds = (prepared.frames, *prepared.others)
+        runs: list[Sequence[NDArray | Planes]] = []
+        for frames in kinds:
+            runs += [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
         places: list[_Place] = []
         for run in runs:
             start = -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
@@ -158,43 +170,23 @@ class SharedClip:
                     frame.copy_to(target)
                 else:
                     np.copyto(target, frame)
-        left = frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
-        return cls(replace(prepared, frames=left), tuple(places))
+        first, *others = (
+            frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
+            for frames in kinds
+        )
+        return cls(replace(prepared, frames=first, others=tuple(others)), tuple(places))
 
     def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
         """The clip with its frames in `memory`, not copied."""
-        arrays = [place.within(memory) for place in self.places]
-        frames = self.prepared.frames
-        found = (
-            arrays[0]
+        arrays, prepared = (place.within(memory) for place in self.places), self.prepared
+        first, *others = (
+            next(arrays)
             if isinstance(frames, np.ndarray)
-            else tuple(replace(run, frames=array) for run, array in zip(frames, arrays, strict=True))
+            else tuple(replace(run, frames=next(arrays)) for run in frames)
+            for frames in (prepared.frames, *prepared.others)
         )
-        return replace(self.prepared, frames=found, release=release, memory=memory, memory_used=self.places[-1].end)
-
-
-@dataclass(frozen=True)
-class PreparedTogether:
-    """One clip, decoded once and prepared for several encoders.
-
-    Attributes:
-        parts: The clip as each distinct kind of encoder takes it.
-        part_of: Encoder, by number -> index in `parts`.
-    """
-
-    parts: tuple[PreparedClip, ...]
-    part_of: tuple[int, ...]
-
-    @property
-    def seconds(self) -> float:
-        """Time that the child spent on the clip."""
-        return self.parts[0].seconds
-
-    def shared(self, encoders: Sequence[int]) -> list[PreparedClip]:
-        """The clip for each of the `encoders`; its memory is released when the last of them releases it."""
-        release = _AfterAll(len(encoders), self.parts[0].release)
-        # Without `memory`, because each device would register the shared memory for itself, which CUDA refuses.
-        return [replace(self.parts[self.part_of[n]], release=release, memory=None) for n in encoders]
+        used = self.places[-1].end
+        return replace(prepared, frames=first, others=tuple(others), release=release, memory=memory, memory_used=used)
 
 
 class _AfterAll:
@@ -211,25 +203,3 @@ class _AfterAll:
             if self._left:
                 return
         self._action()
-
-
-@dataclass(frozen=True)
-class SharedTogether:
-    """As `SharedClip`, for several parts one after another, each with the offset of its first byte in the memory."""
-
-    parts: tuple[tuple[int, SharedClip], ...]
-    part_of: tuple[int, ...]
-
-    @classmethod
-    def write(cls, prepared: PreparedTogether, memory: NDArray[np.uint8]) -> "SharedTogether":
-        """Copy the frames of all parts into `memory`."""
-        parts: list[tuple[int, SharedClip]] = []
-        start = 0
-        for part in prepared.parts:
-            parts.append((start, SharedClip.write(part, memory[start:])))
-            start += -(-parts[-1][1].places[-1].end // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(parts), prepared.part_of)
-
-    def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedTogether:
-        """The clip with its frames in `memory`, not copied."""
-        return PreparedTogether(tuple(left.read(memory[start:], release) for start, left in self.parts), self.part_of)

@@ -8,7 +8,7 @@ import psutil
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
-from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip, PreparedTogether
+from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
 from egopatch.extract.feed.pool import DecodePool, slots_for
@@ -40,8 +40,12 @@ def open_decoders(
 
 def open_decoders_of_several(
     encoders: Sequence[tuple[VideoConfig, Transform, bool]], workers: int, clips: int
-) -> DecodePool[PreparedTogether]:
-    """As `open_decoders`, for several encoders whose frames differ only in size, each with its own `cut`."""
+) -> tuple[DecodePool[PreparedClip], list[int]]:
+    """As `open_decoders`, for several encoders whose frames differ only in size, each with its own `cut`.
+
+    Returns:
+        The children; and for each encoder the kind of frames that it takes, for `PreparedClip.shared`.
+    """
     finishes: list[Finish] = []
     slots, slot_bytes = slots_for(clips, workers), 0
     distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
@@ -51,10 +55,10 @@ def open_decoders_of_several(
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
         finish = partial(finish_cut, most=most) if cut else finish_on_host
         finishes.append(partial(finish, size=size, transform=transform))
-    part_of = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
+    kinds = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
     as_planes = all(cut for _, _, cut in distinct)  # if one encoder needs RGB, frames are converted once for all
-    prepare = partial(prepare_together, finishes=finishes, part_of=part_of, as_planes=as_planes)
-    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
+    prepare = partial(prepare_together, finishes=finishes, as_planes=as_planes)
+    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes)), kinds
 
 
 def _frame_slots(count: int, slot_bytes: int) -> SharedSlots:

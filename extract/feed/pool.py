@@ -27,7 +27,7 @@ from egopatch.extract.children.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits,
 from egopatch.extract.children.slots import SharedSlots, inherit, inherited
 from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import PreparedClip, PreparedTogether, SharedClip, SharedTogether
+from egopatch.extract.feed.clips import PreparedClip, SharedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.index import VideoError
@@ -147,7 +147,7 @@ class DecodePool(Generic[Prepared]):
     def _received(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
         slots = self._slots
         if slots is not None and slot is not None:
-            if isinstance(result, SharedClip | SharedTogether):
+            if isinstance(result, SharedClip):
                 return result.read(slots.memory(slot), partial(slots.give_back, slot))  # type: ignore[return-value]
             slots.give_back(slot)  # the child has ended or reported its error, so it no longer writes
         return result  # type: ignore[return-value]
@@ -223,7 +223,7 @@ def _attempt_all(
 
 def _attempt(
     prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path, slot: int | None
-) -> Prepared | SharedClip | SharedTogether | UndecodedClip:
+) -> Prepared | SharedClip | UndecodedClip:
     """Prepare one clip in a child, within the limits."""
     try:
         with limits(video):
@@ -232,8 +232,6 @@ def _attempt(
             result = prepare(clip, video, VideoCache() if whole else _cache(shared))
             if slot is not None and isinstance(result, PreparedClip):
                 return SharedClip.write(result, inherited().memory(slot))
-            if slot is not None and isinstance(result, PreparedTogether):
-                return SharedTogether.write(result, inherited().memory(slot))
             return result
     except BaseException as error:  # this clip's, as a rule
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # the next clips have no room either

@@ -6,7 +6,7 @@ from typing import Any
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import Frames, PreparedTogether, read_clip
+from egopatch.extract.feed.clips import Frames, PreparedClip, read_clip
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip
 
@@ -14,15 +14,9 @@ Finish = Callable[[DecodedClip[Any]], Frames]
 
 
 def prepare_together(
-    clip: Clip,
-    video: VideoConfig,
-    cache: VideoCache,
-    *,
-    finishes: Sequence[Finish],
-    part_of: Sequence[int],
-    as_planes: bool,
-) -> PreparedTogether:
-    """Decode one clip in this process and prepare it by each of `finishes`; encoder n takes result `part_of[n]`."""
+    clip: Clip, video: VideoConfig, cache: VideoCache, *, finishes: Sequence[Finish], as_planes: bool
+) -> PreparedClip:
+    """Decode one clip in this process, and let each of `finishes` make one kind of its frames."""
     others: list[Frames] = []
 
     def finish(decoded: DecodedClip[Any]) -> Frames:
@@ -30,6 +24,4 @@ def prepare_together(
         others.extend(rest)
         return first
 
-    prepared = read_clip(clip, video, cache, finish, as_planes)
-    parts = (prepared, *(replace(prepared, frames=frames) for frames in others))
-    return PreparedTogether(parts, tuple(part_of))
+    return replace(read_clip(clip, video, cache, finish, as_planes), others=tuple(others))

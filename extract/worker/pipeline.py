@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
-from egopatch.extract.feed.clips import PreparedClip, PreparedTogether
+from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.decoders import open_decoders_of_several
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch
@@ -47,7 +47,7 @@ class _Batch:
     last: bool
 
 
-Result = PreparedClip | PreparedTogether | UndecodedClip
+Result = PreparedClip | UndecodedClip
 
 
 class _TimedResults:
@@ -130,7 +130,8 @@ def fill_stores(
             # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
             ahead = max(encoder.size for encoder in encoders) + 2 * decoders
             slots = ahead + sum(encoder.held for encoder in encoders)
-            pool = stack.enter_context(_open_decoders([target.job for target in targets], decoders, slots))
+            opening, kinds = _open_decoders([target.job for target in targets], decoders, slots)
+            pool = stack.enter_context(opening)
             stack.push(opened.pop_all())  # the encoders end before the decoders, whose memory they use
         fillings = []
         for target, encoder in zip(targets, encoders, strict=True):
@@ -143,7 +144,9 @@ def fill_stores(
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
             lacking = requested.popleft()
-            shares = result.shared(lacking) if isinstance(result, PreparedTogether) else [result] * len(lacking)
+            shares: Sequence[Result] = [result] * len(lacking)
+            if kinds and isinstance(result, PreparedClip):
+                shares = result.shared([kinds[number] for number in lacking])
             for number, share in zip(lacking, shares, strict=True):
                 fillings[number].add(share)
         for filling in fillings:
@@ -152,9 +155,12 @@ def fill_stores(
     return [filling.stats(total_s, results, decoders) for filling in fillings]
 
 
-def _open_decoders(jobs: Sequence[ExtractionJob], decoders: int, slots: int) -> DecodePool:
+def _open_decoders(
+    jobs: Sequence[ExtractionJob], decoders: int, slots: int
+) -> tuple[DecodePool[PreparedClip], list[int]]:
+    """The children, and the kind of frames that each of several jobs takes."""
     if len(jobs) == 1:
-        return jobs[0].open_decoders(decoders, slots)
+        return jobs[0].open_decoders(decoders, slots), []
     encoders = [(job.config.video, job.transform, job.encodes_on_device) for job in jobs]
     return open_decoders_of_several(encoders, decoders, slots)
 

@@ -11,7 +11,7 @@ import pytest
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
-from egopatch.extract.feed.clips import PreparedTogether
+from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.video.videos import write_video
 
@@ -55,9 +55,10 @@ def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bo
     path = write_video(tmp_path / "a.mp4")
     other = replace(EGOVLP_TRANSFORM, short_side=48)
     encoders = [(VIDEO, transform, cut) for transform, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
-    with decoders.open_decoders_of_several(encoders, 1, 2) as pool:
+    pool, kinds = decoders.open_decoders_of_several(encoders, 1, 2)
+    with pool:
         (found,) = pool.map([Clip("a", path)])
-    assert isinstance(found, PreparedTogether)
-    first, second = (part.frames for part in found.parts)
+    assert isinstance(found, PreparedClip)
+    first, second = (part.frames for part in found.shared(kinds))
     assert [run.cut.colours is not None for run in first] == [all(cuts)]
     assert isinstance(second, tuple) == cuts[1]
