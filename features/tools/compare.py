@@ -179,6 +179,7 @@ def compare(
     tolerance = max(TOLERANCES.get(side.dtype, TOLERANCES["float32"]) for side in (left, right))
     compared = sums.measured()
     cause, detail = _cause(sums, compared, tolerance, differing if known else [])
+    clips_apart, tokens_apart, channels_apart = sums.worst()
     agree = sums.shapes is None and compared.error <= tolerance and cause in (None, "precision")
     return Comparison(
         agree=agree,
@@ -190,9 +191,9 @@ def compare(
         only_b=len(right.ids) - len(common),
         cosine=compared.cosine,
         error=compared.error,
-        worst_clips=sums.worst_clips(),
-        worst_tokens=sums.worst_tokens(),
-        worst_channels=sums.worst_channels(),
+        worst_clips=clips_apart,
+        worst_tokens=tokens_apart,
+        worst_channels=channels_apart,
         times_differ_s=sums.times,
         fields=tuple(
             f"{name}: A has {left.fingerprint.get(name)!r}, B has {right.fingerprint.get(name)!r}" for name in differing
@@ -281,23 +282,15 @@ class _Sums:
         """The measure over all clips."""
         return _measure("all", self._channels.sum(dim=1)) if self._clips else Measure("all", 0.0, float("inf"))
 
-    def worst_clips(self) -> tuple[Measure, ...]:
-        """The clips that differ most."""
-        return _worst(self._clips)
-
-    def worst_tokens(self) -> tuple[Measure, ...]:
-        """The places in frame and grid that differ most, over all clips."""
+    def worst(self) -> tuple[tuple[Measure, ...], tuple[Measure, ...], tuple[Measure, ...]]:
+        """The clips, the places in frame and grid, and the channels that differ most; the last two over all clips."""
         if not self._clips:
-            return ()
+            return (), (), ()
         _, frames, patches = self._tokens.shape
         places = [(t, n) for t in range(frames) for n in range(patches)]
-        return _worst([_measure(f"frame {t} patch {n}", self._tokens[:, t, n]) for t, n in places])
-
-    def worst_channels(self) -> tuple[Measure, ...]:
-        """The channels that differ most, over all clips."""
-        if not self._clips:
-            return ()
-        return _worst([_measure(f"channel {d}", self._channels[:, d]) for d in range(self._channels.shape[1])])
+        tokens = [_measure(f"frame {t} patch {n}", self._tokens[:, t, n]) for t, n in places]
+        channels = [_measure(f"channel {d}", self._channels[:, d]) for d in range(self._channels.shape[1])]
+        return _worst(self._clips), _worst(tokens), _worst(channels)
 
     def factor(self, tolerance: float) -> float | None:
         """The number by which A is a multiple of B; None if it is not a multiple."""

@@ -120,14 +120,9 @@ class TextStates:
             )
 
 
-_ARRAYS = {
-    "patches": tuple(field.name for field in fields(PatchTokens)),
-    "text": tuple(field.name for field in fields(TextStates)),
-}
-_REQUIRED = {
-    "patches": tuple(field.name for field in fields(PatchTokens) if field.default is MISSING),
-    "text": tuple(field.name for field in fields(TextStates)),
-}
+_FIELDS = {"patches": fields(PatchTokens), "text": fields(TextStates)}
+_ARRAYS = {kind: tuple(field.name for field in held) for kind, held in _FIELDS.items()}
+_REQUIRED = {kind: tuple(field.name for field in held if field.default is MISSING) for kind, held in _FIELDS.items()}
 
 
 def _are_counts(values: object) -> bool:
