@@ -54,6 +54,7 @@ class Pixels:
 
 
 Frames = NDArray[np.float32] | tuple[Pixels, ...]
+Finish = Callable[[DecodedClip[Any]], Frames]
 
 
 def _nothing() -> None:
@@ -102,23 +103,21 @@ class PreparedClip:
 
 
 def read_clip(
-    clip: Clip,
-    video: VideoConfig,
-    cache: VideoCache,
-    finish: Callable[[DecodedClip[Any]], Frames],
-    as_planes: bool = False,
+    clip: Clip, video: VideoConfig, cache: VideoCache, finishes: Sequence[Finish], as_planes: bool = False
 ) -> PreparedClip:
-    """Decode one clip, and let `finish` turn it into the encoder's frames; see `on_host.prepare_clip`."""
+    """Decode one clip, and let each of `finishes` turn it into one kind of frames; see `on_host.prepare_clip`."""
     started = time.perf_counter()
     before = version_of(clip.video) if clip.video.exists() else None
     decoded = (read_planes if as_planes else read_frames)(clip, video, cache)
-    frames = finish(decoded)
+    frames, *others = [finish(decoded) for finish in finishes]
     version = version_of(clip.video)
     source = cache.find("sha256", version, lambda: _file_sha256(version), share=version[1] > _HASHED_AT_ONCE)
     if not before == version == version_of(clip.video):
         raise VideoError(f"video {clip.video} changed while it was being read; run `extract retry` when it is complete")
     seconds = time.perf_counter() - started
-    return PreparedClip(clip, frames, decoded.timestamps, source, version[1], seconds, decoded.missing_s)
+    return PreparedClip(
+        clip, frames, decoded.timestamps, source, version[1], seconds, decoded.missing_s, others=tuple(others)
+    )
 
 
 def _file_sha256(version: FileVersion) -> str:
@@ -170,11 +169,11 @@ class SharedClip:
                     frame.copy_to(target)
                 else:
                     np.copyto(target, frame)
-        first, *others = (
+        left, *others = (
             frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
             for frames in kinds
         )
-        return cls(replace(prepared, frames=first, others=tuple(others)), tuple(places))
+        return cls(replace(prepared, frames=left, others=tuple(others)), tuple(places))
 
     def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
         """The clip with its frames in `memory`, not copied."""

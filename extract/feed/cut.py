@@ -26,7 +26,7 @@ def cut_clip(clip: Clip, video: VideoConfig, cache: VideoCache, *, transform: Tr
     If the frames have more than `most` bytes, they are transformed here, which makes them small.
     """
     finish = partial(finish_cut, size=video.size, transform=transform, most=most)
-    return read_clip(clip, video, cache, finish, as_planes=True)
+    return read_clip(clip, video, cache, [finish], as_planes=True)
 
 
 def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:

@@ -8,11 +8,10 @@ import psutil
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
-from egopatch.extract.feed.clips import ALIGNMENT, PreparedClip
+from egopatch.extract.feed.clips import ALIGNMENT, Finish, PreparedClip, read_clip
 from egopatch.extract.feed.cut import cut_clip, finish_cut
 from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
 from egopatch.extract.feed.pool import DecodePool, slots_for
-from egopatch.extract.feed.together import Finish, prepare_together
 from egopatch.extract.video.transforms import Transform
 
 LARGEST_SIDE = 1080  # a slot holds a square of pixels of up to this side
@@ -57,7 +56,7 @@ def open_decoders_of_several(
         finishes.append(partial(finish, size=size, transform=transform))
     kinds = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
     as_planes = all(cut for _, _, cut in distinct)  # if one encoder needs RGB, frames are converted once for all
-    prepare = partial(prepare_together, finishes=finishes, as_planes=as_planes)
+    prepare = partial(read_clip, finishes=finishes, as_planes=as_planes)
     return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes)), kinds
 
 

@@ -26,7 +26,7 @@ def prepare_clip(
         VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
         OSError: The file can no longer be read.
     """
-    return read_clip(clip, video, cache, partial(finish_on_host, size=video.size, transform=transform))
+    return read_clip(clip, video, cache, [partial(finish_on_host, size=video.size, transform=transform)])
 
 
 def finish_on_host(decoded: DecodedClip[NDArray[np.uint8]], size: int, transform: Transform) -> NDArray[np.float32]:
