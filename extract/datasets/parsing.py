@@ -48,6 +48,8 @@ def read_text(path: Path, purpose: str) -> str:
 @contextmanager
 def _readable(path: Path, purpose: str) -> Iterator[None]:
     """Turn errors of opening a file into a DatasetError that contains `purpose`."""
+    if "\0" in str(path):
+        raise DatasetError(f"{str(path)!r}: no file can have this name; expected {purpose}")
     try:
         if fault := pointer_fault(path):
             raise DatasetError(f"{path}: {fault}")

@@ -104,6 +104,11 @@ def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     ]
 
 
+def test_name_that_no_file_can_have_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"'.*/a\\x00b': no file can have this name; expected the clips"):
+        load_dataset(DataConfig("jsonl", tmp_path, clips="a\0b"))
+
+
 def test_json_lines_are_streamed_with_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "clips.jsonl"
     path.write_text((json.dumps({"clip_id": "x" * 200}) + "\n") * 10_000)
