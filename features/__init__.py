@@ -64,13 +64,22 @@ _ROOMS = {
     "store.read_ahead": ("read_ahead",),
     "store.store": ("ShardWork", "Store", "open_store", "store_exists"),
     "store.torch_dataset": ("torch_dataset",),
+    "values.errors": (
+        "AbsentClip",
+        "BadLocation",
+        "DamagedStore",
+        "FingerprintMismatch",
+        "OtherVersion",
+        "ShardOwned",
+        "StoreError",
+    ),
     "values.spec": ("ArraySpec", "Fingerprint", "PatchTokens", "StoreSpec", "TextStates"),
 }
 
 if not TYPE_CHECKING:  # with this function, mypy would accept any name
 
     def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module 'features' has no attribute {name!r}")
-        room = next((room for room, names in _ROOMS.items() if name in names), "values.errors")
-        return getattr(import_module(f"egopatch.features.{room}"), name)
+        for room, names in _ROOMS.items():
+            if name in names:
+                return getattr(import_module(f"egopatch.features.{room}"), name)
+        raise AttributeError(f"module 'features' has no attribute {name!r}")
