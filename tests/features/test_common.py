@@ -271,5 +271,5 @@ def test_an_option_before_the_command_is_refused_as_one(
     assert line.endswith(" first, and its options after it")
 
 
-def test_a_broken_pipe_other_than_stdout_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_pipe_other_than_stdout_is_a_failure() -> None:
     assert describe_failure(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "[Errno 32] Broken pipe"

@@ -15,7 +15,7 @@ from tests.train.tiny import with_run, written
 
 @pytest.mark.slow
 def test_every_command_prints_only_its_json_result(
-    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     file = written(config)

@@ -96,9 +96,7 @@ def traced(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def test_a_config_error_from_a_custom_head_is_passed_through(
-    own: Registered, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_error_from_a_custom_head_is_passed_through(own: Registered) -> None:
     def build(_: object, sizes: Sizes) -> nn.Module:
         raise ConfigError(f"patches is {sizes.patches}; expected a square")
 

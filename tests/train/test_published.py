@@ -84,11 +84,11 @@ def test_mfas_trains_on_cached_fine_and_coarse_tokens(mfas: Config) -> None:
     assert trace[-1] < trace[0]
 
 
-def test_a_killed_run_of_a_published_head_resumes_bit_for_bit(mfas: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_of_a_published_head_resumes_bit_for_bit(mfas: Config) -> None:
     killed, undisturbed = with_run(mfas, "killed"), with_run(mfas, "undisturbed")
     fit(undisturbed, "x")
     torch.manual_seed(5)
-    killed_after(monkeypatch, 3, lambda: fit(killed, "x"))  # in the second epoch
+    killed_after(3, lambda: fit(killed, "x"))  # in the second epoch
     torch.manual_seed(99)  # another process has other random numbers
     fit(killed, "x")
     assert losses(killed.run.dir) == losses(undisturbed.run.dir)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,27 +28,16 @@ from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
 from egopatch.train.rundir.run_folder import RunError, plain
-from tests.train.kills import Killed, killed_after
+from tests.train.kills import Killed, after_each_batch, held, killed_after
 from tests.train.tiny import FIELDS, clock, events, losses, same_weights, with_run, write_tiny, written
 
 ROOT = Path(__file__).parents[2]
 
 
-def stop_after(
-    monkeypatch: pytest.MonkeyPatch, config: Config, due: Callable[[RunGroup], bool], number: int = signal.SIGINT
-) -> str:
+def stop_after(config: Config, due: Callable[[RunGroup], bool], number: int = signal.SIGINT) -> str:
     """Train until `due`, then raise a signal; returns the message of the run."""
-    real = RunGroup.learn
-
-    def interrupted(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if due(self):
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(RunGroup, "learn", interrupted)
-    with pytest.raises(Stopped) as stopped:
+    with after_each_batch(lambda group: due(group) and signal.raise_signal(number)), pytest.raises(Stopped) as stopped:
         fit(config, "x")
-    monkeypatch.setattr(RunGroup, "learn", real)
     return str(stopped.value)
 
 
@@ -57,13 +45,11 @@ def stop_after(
     ("step", "accumulate"),
     [(12, 1), (7, 3), *(pytest.param(step, 1, marks=pytest.mark.slow) for step in (1, 16, 23))],
 )
-def test_a_killed_and_resumed_run_has_the_same_losses(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int, accumulate: int
-) -> None:
+def test_a_killed_and_resumed_run_has_the_same_losses(tiny: Config, step: int, accumulate: int) -> None:
     tiny = with_run(tiny, "psa", train_accumulate=accumulate, train_ema=0.8 if accumulate > 1 else 0.0)
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    killed_after(monkeypatch, step, lambda: fit(tiny, "x"))
+    killed_after(step, lambda: fit(tiny, "x"))
     torch.manual_seed(99)  # another process has other random numbers
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -71,20 +57,20 @@ def test_a_killed_and_resumed_run_has_the_same_losses(
         assert (tiny.run.dir / name).read_text() == (undisturbed.run.dir / name).read_text()
 
 
-def test_signal_saves_the_place_within_an_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_saves_the_place_within_an_epoch(tiny: Config) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    said = stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    said = stop_after(tiny, lambda group: group.heads.step == 11)
     assert said == "interrupted in epoch 2 of 3; run the same command again to resume"
     assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
 
 
-def test_a_run_resumes_in_a_renamed_folder(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_in_a_renamed_folder(tiny: Config) -> None:
     undisturbed, renamed = with_run(tiny, "undisturbed"), with_run(tiny, "renamed")
     fit(undisturbed, "x")
-    stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    stop_after(tiny, lambda group: group.heads.step == 11)
     tiny.run.dir.rename(renamed.run.dir)
     fit(renamed, "x")
     assert losses(renamed.run.dir) == losses(undisturbed.run.dir)
@@ -114,7 +100,6 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypat
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_exit_code_asks_a_scheduler_for_another_start(
     tiny: Config,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: signal.Signals,
@@ -147,12 +132,12 @@ def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pyte
     assert [event["event"] for event in events(tiny.run.dir)] == ["val", "converged", "end"]
 
 
-def test_a_signal_between_accumulated_batches_loses_no_gradient(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_between_accumulated_batches_loses_no_gradient(tiny: Config) -> None:
     tiny = with_run(tiny, "psa", train_accumulate=3, train_ema=0.8, head_scores=("question", "random"))
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
     two_after_a_step = (1, 5)
-    stop_after(monkeypatch, tiny, lambda group: group.position == two_after_a_step, signal.SIGTERM)
+    stop_after(tiny, lambda group: group.position == two_after_a_step, signal.SIGTERM)
     assert len(torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["held"]) == 2
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -179,7 +164,7 @@ def test_a_custom_head_resumes_with_the_losses_of_an_undisturbed_run(
     tiny = with_run(tiny, "dropped", head_name="dropped")
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    stop_after(monkeypatch, tiny, lambda group: group.heads.step == 11)
+    stop_after(tiny, lambda group: group.heads.step == 11)
     torch.manual_seed(1)
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
@@ -214,42 +199,25 @@ def test_a_custom_head_must_return_logits(
 
 @pytest.mark.parametrize("command", [lambda config: fit(config, "x"), evaluate])
 def test_fit_and_evaluate_wait_for_a_run_held_by_another_process(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable
+    tiny: Config, capsys: pytest.CaptureFixture[str], command: Callable
 ) -> None:
     alone = with_run(tiny, "alone")
     expected = fit(alone, "x")
     shutil.copytree(alone.run.dir, tiny.run.dir, ignore=shutil.ignore_patterns("test.json"))
-    waited = []
-    with ExitStack() as other:
-        other.enter_context(file_lease.hold(tiny.run.dir, 0))
-
-        def finishes(seconds: float) -> None:
-            waited.append(seconds)
-            if len(waited) == 3:
-                shutil.copy(alone.run.dir / "test.json", tiny.run.dir)
-                other.close()
-
-        monkeypatch.setattr(lease, "time", clock(finishes))
+    with held(tiny.run.dir, lease, lambda: shutil.copy(alone.run.dir / "test.json", tiny.run.dir)) as slept:
         assert command(tiny) == expected
-    assert waited == [lease.POLL_S] * 3
+    assert slept == [lease.POLL_S] * 3
     out = capsys.readouterr().out
     assert out.count(f"waiting: run folder {tiny.run.dir} is held by process {os.getpid()} on ") == 1
     assert "or stop it: its lease then expires automatically" in out
 
 
-def test_what_another_process_wrote_during_the_wait_is_checked(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_process_wrote_during_the_wait_is_checked(tiny: Config) -> None:
     other = with_run(tiny, "other", train_seed=1)
     fit(other, "x")
 
     def waiting(into: Config, command: Callable[[], object]) -> None:
-        with ExitStack() as holder:
-            holder.enter_context(file_lease.hold(into.run.dir, 0))
-
-            def finishes(seconds: float) -> None:
-                shutil.copytree(other.run.dir, into.run.dir, dirs_exist_ok=True)
-                holder.close()
-
-            monkeypatch.setattr(lease, "time", clock(finishes))
+        with held(into.run.dir, lease, lambda: shutil.copytree(other.run.dir, into.run.dir, dirs_exist_ok=True)):
             command()
 
     with pytest.raises(ConfigError, match=r"with different settings \(train.seed: folder has 1, requested 0\)"):
@@ -261,18 +229,14 @@ def test_what_another_process_wrote_during_the_wait_is_checked(tiny: Config, mon
         assert (config.run.dir / "card.json").read_bytes() == (other.run.dir / "card.json").read_bytes()
 
 
-def test_a_run_that_another_process_releases_is_trained(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with ExitStack() as other:
-        other.enter_context(file_lease.hold(tiny.run.dir, 0))
-        monkeypatch.setattr(lease, "time", clock(lambda seconds: other.close()))
+def test_a_run_that_another_process_releases_is_trained(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with held(tiny.run.dir, lease):
         fit(tiny, "x")
     assert "train psa direct: 24 steps" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_waiting_prints_one_line(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(lease, "time", clock(lambda seconds: signal.raise_signal(signal.SIGINT)))
     with file_lease.hold(tiny.run.dir, 0):
@@ -294,7 +258,7 @@ def test_nothing_is_written_by_a_start_that_waits(tiny: Config, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_sigkilled_process_resumes_with_the_same_losses(tiny: Config, tmp_path: Path) -> None:
+def test_a_sigkilled_process_resumes_with_the_same_losses(tiny: Config) -> None:
     """The same with a real process and a real SIGKILL, at whatever step it lands."""
     tiny = with_run(tiny, "psa", train_accumulate=2, train_ema=0.9, train_epochs=6)
     undisturbed = with_run(tiny, "undisturbed")
@@ -317,10 +281,10 @@ def _edit(config: Config, part: str, edit: Callable[[list[dict]], list[dict]]) -
 
 
 @pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def interrupted(tmp_path: Path) -> Config:
     """A run on data of its own, stopped in its second epoch."""
     config = write_tiny(tmp_path, clips=24)
-    stop_after(monkeypatch, config, lambda group: group.position == (1, 2))
+    stop_after(config, lambda group: group.position == (1, 2))
     return config
 
 

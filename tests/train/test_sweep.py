@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +17,6 @@ import torch
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features.io import file_lease
-from egopatch.train.data.batch import Batch
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.processes.stopping import Stopped
@@ -30,7 +27,8 @@ from egopatch.train.sweeps.axes import read_axes
 from egopatch.train.sweeps.sweep import run_sweep
 from egopatch.train.sweeps.sweep_results import describe
 from tests.features.faults import fork
-from tests.train.tiny import clock, losses, with_run, write_tiny
+from tests.train.kills import after_each_batch, held, killed_after
+from tests.train.tiny import losses, with_run, write_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,22 +67,9 @@ def test_runs_of_a_sweep_read_the_features_once(tiny: Config) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_resumes_and_a_finished_one_trains_nothing(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_sweep_resumes_and_a_finished_one_trains_nothing(tiny: Config) -> None:
     whole = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="whole").read_text())
-    real = RunGroup.learn
-    steps = iter(range(100))
-
-    def dies(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if next(steps) == 12:  # within the second epoch
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunGroup, "learn", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(tiny, ratios=[0.25, 0.5])
-    monkeypatch.setattr(RunGroup, "learn", real)
+    killed_after(13, lambda: run_sweep(tiny, ratios=[0.25, 0.5]))  # within the second epoch
     path = run_sweep(tiny, ratios=[0.25, 0.5])
     again = json.loads(path.read_text())
     assert again["members"] == whole["members"]
@@ -100,16 +85,15 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     path = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
-    real, told, (other_waits, waits) = RunGroup.learn, dict[int, int](), os.pipe()
+    told, (other_waits, waits) = dict[int, int](), os.pipe()
 
-    def asks(self: RunGroup, batch: Batch, last: bool) -> None:
+    def asks(group: RunGroup) -> None:
         if os.getpid() not in told:
             told[os.getpid()], signalled = os.pipe()
             os.set_blocking(signalled, False)
             signal.set_wakeup_fd(signalled)
-        real(self, batch, last)
-        if self.heads.step == 11:
-            if self.config.head.ratio == 0.25:
+        if group.heads.step == 11:
+            if group.config.head.ratio == 0.25:
                 os.read(other_waits, 1)
                 os.kill(os.getppid(), number)
             else:
@@ -117,13 +101,12 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
             os.kill(os.getpid(), number)  # as terminals and schedulers do
             os.read(told[os.getpid()], 1)  # no group ends before it gets the signal
 
-    monkeypatch.setattr(RunGroup, "learn", asks)
-    with pytest.raises(Stopped, match=r"in epoch \d of 3; run the same command again to resume") as stopped:
+    interrupted = pytest.raises(Stopped, match=r"in epoch \d of 3; run the same command again to resume")
+    with after_each_batch(asks), interrupted as stopped:
         run_sweep(tiny, ratios=[0.25, 0.5])
     assert stopped.value.code == code
     out = tiny.run.dir.parent / "sweeps" / "direct-psa"
     assert len(list((out / "crews").glob("*.pt"))) == 2
-    monkeypatch.setattr(RunGroup, "learn", real)
     run_sweep(tiny, ratios=[0.25, 0.5])
     for name in ("ratio-0.25", "ratio-0.5"):
         assert losses(out / name) == losses(path.parent / name)
@@ -131,17 +114,16 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
 
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_resumes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, (there, arrives) = RunGroup.learn, os.pipe()
+    there, arrives = os.pipe()
 
-    def stays(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if self.heads.step == 12:
+    def stays(group: RunGroup) -> None:
+        if group.heads.step == 12:
             os.write(arrives, b".")
             signal.pause()
 
     def sweep() -> None:
-        monkeypatch.setattr(RunGroup, "learn", stays)
-        run_sweep(tiny, ratios=[0.25, 0.5])
+        with after_each_batch(stays):
+            run_sweep(tiny, ratios=[0.25, 0.5])
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     process = fork(sweep)
@@ -217,19 +199,11 @@ def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
         run_sweep(tiny, ratios=[0.25], name="a")
 
 
-def test_a_sweep_waits_for_runs_held_by_another_process(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_waits_for_runs_held_by_another_process(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     whole = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
     folder = whole.parent.parent / "shared"
-    with ExitStack() as other:
-        other.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
-
-        def finishes(seconds: float) -> None:
-            shutil.copytree(whole.parent / "ratio-0.5", folder / "ratio-0.5", dirs_exist_ok=True)
-            other.close()
-
-        monkeypatch.setattr(sweep, "time", clock(finishes))
+    run = folder / "ratio-0.5"
+    with held(run, sweep, lambda: shutil.copytree(whole.parent / "ratio-0.5", run, dirs_exist_ok=True)):
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["planned"], result["trained"], len(result["members"])) == (2, 1, 2)
     out = capsys.readouterr().out
@@ -240,28 +214,17 @@ def test_a_sweep_waits_for_runs_held_by_another_process(
     assert not list((folder / "crews").iterdir())
 
 
-def test_runs_that_another_process_trains_meanwhile_with_other_settings_are_refused(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_another_process_trains_meanwhile_with_other_settings_are_refused(tiny: Config) -> None:
     other = run_sweep(replace(tiny, train=replace(tiny.train, lr=0.5)), ratios=[0.5], name="other").parent
-    folder = other.parent / "shared"
-    with ExitStack() as holder:
-        holder.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
-
-        def finishes(seconds: float) -> None:
-            shutil.copytree(other / "ratio-0.5", folder / "ratio-0.5", dirs_exist_ok=True)
-            holder.close()
-
-        monkeypatch.setattr(sweep, "time", clock(finishes))
-        with pytest.raises(ConfigError, match=r"with different settings \(train.lr: .*\); use another --name"):
-            run_sweep(tiny, ratios=[0.5], name="shared")
+    run = other.parent / "shared" / "ratio-0.5"
+    refused = pytest.raises(ConfigError, match=r"with different settings \(train.lr: .*\); use another --name")
+    with held(run, sweep, lambda: shutil.copytree(other / "ratio-0.5", run, dirs_exist_ok=True)), refused:
+        run_sweep(tiny, ratios=[0.5], name="shared")
 
 
-def test_a_run_that_another_process_releases_is_trained(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_process_releases_is_trained(tiny: Config) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "shared"
-    with ExitStack() as other:
-        other.enter_context(file_lease.hold(folder / "ratio-0.5", 0))
-        monkeypatch.setattr(sweep, "time", clock(lambda seconds: other.close()))
+    with held(folder / "ratio-0.5", sweep):
         result = json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="shared").read_text())
     assert (result["trained"], len(result["members"])) == (2, 2)
 

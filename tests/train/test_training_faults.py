@@ -23,7 +23,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir.run_folder import RunError, save_weights, weights_epoch
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.kills import killed_after
+from tests.train.kills import after_each_batch, killed_after
 from tests.train.tiny import events, losses, same_weights, with_run, written
 
 
@@ -56,28 +56,20 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert events(tiny.run.dir)[-1]["event"] == "failed"
 
 
-def test_weights_that_are_not_finite_are_never_the_best(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = RunGroup.learn
+def test_weights_that_are_not_finite_are_never_the_best(tiny: Config) -> None:
+    def diverges(group: RunGroup) -> None:
+        if group.heads.step == 8:  # the last one of the first epoch: no loss shows it before val
+            next(iter(group.heads.tensors.values())).data[0] = float("inf")
 
-    def diverges(self: RunGroup, batch: Batch, last: bool) -> None:
-        real(self, batch, last)
-        if self.heads.step == 8:  # the last one of the first epoch: no loss shows it before val
-            next(iter(self.heads.tensors.values())).data[0] = float("inf")
-
-    monkeypatch.setattr(RunGroup, "learn", diverges)
-    with pytest.raises(RunError, match=r"psa: a weight is not finite in epoch 1, step 8 of 24, at learning rate 0\.00"):
+    message = r"psa: a weight is not finite in epoch 1, step 8 of 24, at learning rate 0\.00"
+    with after_each_batch(diverges), pytest.raises(RunError, match=message):
         fit(tiny, "x")
     assert not (tiny.run.dir / "best.safetensors").exists()
 
 
 @pytest.mark.parametrize(("ema", "read_together"), [(0.0, 1), (0.9, 5)])
 def test_a_failed_run_of_a_stack_does_not_affect_the_others(
-    tiny: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    ema: float,
-    read_together: int,
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, ema: float, read_together: int
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one stack
     monkeypatch.setitem(run_group.STEPS_READ_TOGETHER, "cpu", read_together)
@@ -122,7 +114,7 @@ def test_a_stack_remembers_its_failed_run_after_an_interruption(tiny: Config, mo
         return found * torch.tensor([[1.0], [float("inf")]]) if self.step == 3 else found
 
     monkeypatch.setattr(StackedHeads, "_losses", diverges)
-    killed_after(monkeypatch, 9, lambda: run_sweep(tiny, ratios=[0.25, 0.5]))
+    killed_after(9, lambda: run_sweep(tiny, ratios=[0.25, 0.5]))
     with pytest.raises(RunError, match=r"1 of 2 runs has no results in .* is (inf|nan) in epoch 1, step 4 of 24"):
         run_sweep(tiny, ratios=[0.25, 0.5])
 
@@ -140,20 +132,18 @@ def test_a_sweep_with_a_failed_run_exits_with_1(
     assert "train.lr 0.003: open" in captured.out
 
 
-def test_weights_newer_than_the_saved_state_are_rolled_back(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_newer_than_the_saved_state_are_rolled_back(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
     best = json.loads((undisturbed.run.dir / "card.json").read_text())["best_epoch"]
     assert weights_epoch(undisturbed.run.dir) == best
-    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
+    killed_after(9, lambda: fit(tiny, "x"))
     first = weights_of(tiny)
     assert weights_epoch(tiny.run.dir) == 1
     # As if epoch 2 had been the best before the kill. On a GPU it may not be, the second time.
     save_weights(tiny.run.dir, {name: torch.zeros_like(tensor) for name, tensor in first.items()}, epoch=2)
     capsys.readouterr()
-    killed_after(monkeypatch, 10, lambda: fit(tiny, "x"))
+    killed_after(10, lambda: fit(tiny, "x"))
     message = "holds the weights of epoch 2, but the best epoch of the state to resume from is 1: going back to the"
     assert f"{tiny.run.dir}/best.safetensors {message} weights of epoch 1" in capsys.readouterr().out
     assert same(weights_of(tiny), first)
@@ -169,12 +159,10 @@ def test_weights_newer_than_the_saved_state_are_rolled_back(
         evaluate(tiny)
 
 
-def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_folder_of_an_earlier_version_is_resumed_and_evaluated(tiny: Config) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     metrics = fit(undisturbed, "x")
-    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
+    killed_after(9, lambda: fit(tiny, "x"))
     state = torch.load(tiny.run.dir / "last.pt", weights_only=True)
     for run in state["members"]:
         del run["weights"], run["failed"]
@@ -227,11 +215,11 @@ def test_gpu_out_of_memory_prints_one_line_with_advice(
 
 @pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])
 def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
-    tiny: Config, config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
+    tiny: Config, config_file: str, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
     undisturbed = with_run(tiny, "undisturbed")
     fit(undisturbed, "x")
-    killed_after(monkeypatch, 9, lambda: fit(tiny, "x"))
+    killed_after(9, lambda: fit(tiny, "x"))
     files = {item.name for item in tiny.run.dir.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny.run.dir / file).stat().st_size - 1, limits[1]))
