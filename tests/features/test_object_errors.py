@@ -16,7 +16,7 @@ from egopatch.features.__main__ import main as features
 from egopatch.features.io.bucket import Bucket, Version
 from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl, parse_location
-from tests.extract.fetch.loopback import running
+from tests.extract.fetch.loopback import Answer, answering
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.objects import KEY, SECRET, objects
 from tests.features.test_verify import clips_and_texts
@@ -31,30 +31,21 @@ def only_line(capfd: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-class _Refusing(http.server.BaseHTTPRequestHandler):
+def _error(code: str, more: str = "") -> bytes:
+    return f"<Error><Code>{code}</Code>{more}</Error>".encode()
+
+
+def _refuse(request: http.server.BaseHTTPRequestHandler) -> Answer:
     """Repeats what it was sent, as S3 does with a key that it does not know."""
-
-    def _refuse(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        sent = f"<StringToSign>{self.headers} {SECRET}</StringToSign><AWSAccessKeyId>{KEY}</AWSAccessKeyId>"
-        code = "PermanentRedirect" if "elsewhere" in self.path else "SignatureDoesNotMatch"
-        body = f"<Error><Code>{code}</Code>{sent}</Error>".encode()
-        self.send_response(301 if "elsewhere" in self.path else 403)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _refuse
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    sent = f"<StringToSign>{request.headers} {SECRET}</StringToSign><AWSAccessKeyId>{KEY}</AWSAccessKeyId>"
+    elsewhere = "elsewhere" in request.path
+    return 301 if elsewhere else 403, _error("PermanentRedirect" if elsewhere else "SignatureDoesNotMatch", sent), {}
 
 
 @pytest.fixture
 def refusing(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with answering(_refuse) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
         yield
 
 
@@ -102,96 +93,60 @@ def test_an_unreachable_endpoint_is_named_without_its_credentials(
     assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in only_line(capfd)
 
 
-class _BreakingOff(http.server.BaseHTTPRequestHandler):
-    """Lists one object, or the folder of one, and breaks off within as many answers as its server still has."""
+def test_a_listing_that_breaks_off_is_requested_again(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks = 0
 
-    def do_GET(self) -> None:
+    def break_off(request: http.server.BaseHTTPRequestHandler) -> Answer:
+        """Lists one object, or the folder of one, and breaks off within as many answers as there are still `breaks`."""
+        nonlocal breaks
         key = "<Key>store/ledger/1</Key><LastModified>2026-01-01T00:00:00Z</LastModified><ETag>e</ETag><Size>1</Size>"
         folder = "<CommonPrefixes><Prefix>store/ledger/</Prefix></CommonPrefixes>"
-        found = folder if "delimiter" in self.path else f"<Contents>{key}</Contents>"
+        found = folder if "delimiter" in request.path else f"<Contents>{key}</Contents>"
         body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{found}</ListBucketResult>".encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.server.breaks -= 1  # type: ignore[attr-defined]
-        self.wfile.write(body if self.server.breaks < 0 else body[:20])  # type: ignore[attr-defined]
+        breaks -= 1
+        return 200, body if breaks < 0 else body[:20], {"Content-Length": str(len(body))}
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def breaking_off(environment: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
-    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _BreakingOff)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        yield server
-
-
-def test_a_listing_that_breaks_off_is_requested_again(
-    breaking_off: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bucket = Bucket(ObjectUrl("s3://bucket/store"))
-    listings: dict[Callable[[], object], object] = {
-        lambda: [*bucket.listing("ledger")]: ["ledger/1"],
-        lambda: bucket.folders(""): {"ledger"},
-        lambda: bucket.exists(""): True,
-    }
-    for listed, expected in listings.items():
-        breaking_off.breaks = 2  # type: ignore[attr-defined]
-        assert listed() == expected
-    monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
-    breaking_off.breaks = 2  # type: ignore[attr-defined]
-    with pytest.raises(StoreError, match="cannot be reached while listing ledger; check AWS_ENDPOINT_URL"):
-        bucket.listing("ledger")
-
-
-class _Throttling(http.server.BaseHTTPRequestHandler):
-    """Asks for patience, for three seconds from the first request on."""
-
-    started: float | None = None
-
-    def do_GET(self) -> None:
-        type(self).started = self.started or time.monotonic()
-        assert self.started is not None
-        busy = time.monotonic() - self.started < 3
-        body = b"<Error><Code>SlowDown</Code></Error>" if busy else b"content"
-        self.send_response(503 if busy else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", "e")
-        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    with answering(break_off) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+        bucket = Bucket(ObjectUrl("s3://bucket/store"))
+        listings: dict[Callable[[], object], object] = {
+            lambda: [*bucket.listing("ledger")]: ["ledger/1"],
+            lambda: bucket.folders(""): {"ledger"},
+            lambda: bucket.exists(""): True,
+        }
+        for listed, expected in listings.items():
+            breaks = 2
+            assert listed() == expected
+        monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
+        breaks = 2
+        with pytest.raises(StoreError, match="cannot be reached while listing ledger; check AWS_ENDPOINT_URL"):
+            bucket.listing("ledger")
 
 
 def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Throttling)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    first: list[float] = []
+
+    def be_busy(request: http.server.BaseHTTPRequestHandler) -> Answer:
+        """Asks for patience, for three seconds from the first request on."""
+        first.append(time.monotonic())
+        if first[-1] - first[0] < 3:
+            return 503, _error("SlowDown"), {}
+        return 200, b"content", {"ETag": "e", "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+
+    with answering(be_busy) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
         assert Bucket(ObjectUrl("s3://bucket/store")).get("store.json").content == b"content"
-
-
-class _Absent(http.server.BaseHTTPRequestHandler):
-    """Answers that the key does not exist, as S3 does to a conditional write; or the bucket, if that has the name."""
-
-    def do_PUT(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = f"<Error><Code>{'NoSuchBucket' if 'nowhere' in self.path else 'NoSuchKey'}</Code></Error>".encode()
-        self.send_response(404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 def test_a_conditional_write_of_a_deleted_object_is_a_conflict(
     environment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Absent)) as server:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    def know_nothing(request: http.server.BaseHTTPRequestHandler) -> Answer:
+        """The key does not exist, as S3 says of a conditional write; or the bucket, if that has the name."""
+        return 404, _error("NoSuchBucket" if "nowhere" in request.path else "NoSuchKey"), {}
+
+    with answering(know_nothing) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
         with pytest.raises(WriteConflict, match=r"another process has written s3://bucket/store/ids\.jsonl in"):
             Bucket(ObjectUrl("s3://bucket/store")).put_if_unchanged("ids.jsonl", b"", Version("tag", None))
         with pytest.raises(StoreError, match="bucket 'nowhere' does not exist"):

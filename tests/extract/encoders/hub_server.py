@@ -4,10 +4,10 @@ import hashlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
-from tests.extract.fetch.loopback import running
+from tests.extract.fetch.loopback import Answer, AnsweringServer, running
 
 Files = dict[str, bytes]
 
@@ -27,70 +27,36 @@ class Model:
         return commit
 
 
-class HubServer(ThreadingHTTPServer):
+class HubServer(AnsweringServer):
     """Serves `models` by name, keeps the paths that were `asked` for, and answers `broken` to all if that is set."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(self._answer)
         self.models: dict[str, Model] = {}
         self.gated: set[str] = set()
         self.asked: list[str] = []
         self.broken: int | None = None
 
-    @property
-    def link(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *_: object) -> None:
-        pass  # a client that went away
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _answer(self) -> None:
-        path = urlsplit(self.path).path
-        self.server.asked.append(f"{self.command} {path}")
+    def _answer(self, request: BaseHTTPRequestHandler) -> Answer:
+        path = urlsplit(request.path).path
+        self.asked.append(f"{request.command} {path}")
         api, parts = path.startswith("/api/models/"), path.removeprefix("/api/models").split("/")[1:]
-        if self.server.broken is not None:
-            self._send(self.server.broken, b"")
-        elif len(parts) < 2:
-            self._send(200, b"")
-        elif (name := "/".join(parts[:2])) not in self.server.models:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif name in self.server.gated:
-            self._send(403, b"", {"X-Error-Code": "GatedRepo"})
-        else:
-            model, (kind, revision, *rest) = self.server.models[name], parts[2:] or ["revision", "main"]
-            commit = model.refs.get(unquote(revision), revision)
-            if commit not in model.commits:
-                self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            elif api:
-                self._send(200, json.dumps(_described(name, commit, model.commits[commit], kind)).encode())
-            else:
-                content = model.commits[commit]["/".join(rest)]
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
-                self._send(200, content, headers)
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        if self.broken is not None:
+            return self.broken, b"", {}
+        if len(parts) < 2:
+            return 200, b"", {}
+        if (name := "/".join(parts[:2])) not in self.models:
+            return 404, b"", {"X-Error-Code": "RepoNotFound"}
+        if name in self.gated:
+            return 403, b"", {"X-Error-Code": "GatedRepo"}
+        model, (kind, revision, *rest) = self.models[name], parts[2:] or ["revision", "main"]
+        commit = model.refs.get(unquote(revision), revision)
+        if commit not in model.commits:
+            return 404, b"", {"X-Error-Code": "RevisionNotFound"}
+        if api:
+            return 200, json.dumps(_described(name, commit, model.commits[commit], kind)).encode(), {}
+        content = model.commits[commit]["/".join(rest)]
+        return 200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
 
 
 def _described(name: str, commit: str, files: Files, kind: str) -> object:

@@ -1,13 +1,51 @@
-"""A server on loopback that serves files, well or badly."""
+"""Servers on loopback: one gives the answers of a function, one serves files, well or badly."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TypeVar
 
 AnyServer = TypeVar("AnyServer", bound=ThreadingHTTPServer)
+# Status, body and headers.
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Gives the answers of its server's `answer`; the body follows the headers, except after HEAD."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body, headers = self.server.answer(self)  # type: ignore[attr-defined]
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class AnsweringServer(ThreadingHTTPServer):
+    """Gives the answers of `answer`, which gets the handler of each request."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[BaseHTTPRequestHandler], Answer]) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.answer = answer
+
+    @property
+    def link(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a client that went away
 
 
 @dataclass
@@ -131,3 +169,10 @@ def running(server: AnyServer) -> Iterator[AnyServer]:
 def serving() -> AbstractContextManager[Server]:
     """A running server."""
     return running(Server())
+
+
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], Answer]) -> Iterator[str]:
+    """The address of a running server that gives the answers of `answer`."""
+    with running(AnsweringServer(answer)) as server:
+        yield server.link
