@@ -25,34 +25,6 @@ def _inputs(checkpoint: Checkpoint, arch: str, variant: str = "paper") -> tuple[
     return tokens, load_text_encoder(arch, checkpoint, 2)(ids, mask), mask
 
 
-@pytest.mark.parametrize("fusion", [1, 2, 3])
-def test_fused_head_matches_the_upper_half_of_egovlpv2(tmp_path: Path, fusion: int) -> None:
-    checkpoint = tiny(tmp_path, fusion=fusion)
-    video = torch.randn(2, 3, 3, 64, 64)
-    tokens = load_video_encoder("egovlpv2", checkpoint, 3, fusion)(video)
-    _, states, mask = (
-        _inputs(checkpoint, "egovlpv2") if fusion > 1 else (None, torch.randn(2, 6, 128), torch.ones(2, 6))
-    )
-    with torch.inference_mode():
-        expected = reference.answer(checkpoint.tensors, sequence(tokens), 3, states, mask, fusion)
-        got = load_head("egovlpv2", checkpoint)(tokens, states, mask)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("depth", [3, 4, 6])
-def test_fused_head_matches_the_upper_half_of_mfas(tmp_path: Path, variant: str, depth: int) -> None:
-    checkpoint = tiny(tmp_path, "mfas", depth=depth)
-    growth = reference.PAPER if variant == "paper" else reference.RELEASED
-    tokens, states, mask = _inputs(checkpoint, "mfas", variant)
-    score = reference.mfas_score(tokens.saliency, tokens.coarse_saliency)
-    kept = reference.mfas_select(score, growth)
-    with torch.inference_mode():
-        expected = reference.mfas_answer(checkpoint.tensors, sequence(tokens), kept, states, mask, 2)
-        got = load_head("mfas", checkpoint, variant=variant)(tokens, states, mask)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("arch", ["egovlpv2", "mfas"])
 def test_questions_sharing_a_clip_get_the_logits_of_separate_clips(tmp_path: Path, arch: str) -> None:
     checkpoint = tiny(tmp_path, arch)

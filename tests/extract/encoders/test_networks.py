@@ -99,15 +99,6 @@ def test_temporal_positions_are_resized_to_the_number_of_frames() -> None:
     assert not zeros[:, 4:].any()
 
 
-def test_more_frames_than_the_checkpoint_has_use_resized_positions(tmp_path: Path) -> None:
-    checkpoint = tiny(tmp_path)
-    encoder = load_video_encoder("egovlpv2", checkpoint, 7, 2)
-    video = torch.randn(1, 7, 3, 64, 64)
-    p = dict(checkpoint.tensors)
-    p["video_model.temporal_embed"] = resize_time(p["video_model.temporal_embed"], 7, "interpolate")
-    assert relative(sequence(encoder(video)), reference.encode(p, video, 2)[0]) < CLOSE
-
-
 def test_text_network_ignores_padding(tmp_path: Path) -> None:
     for arch in ("egovlpv2", "egovlp"):
         encoder = load_text_encoder(arch, tiny(tmp_path, arch), 2)
