@@ -58,6 +58,15 @@ def make_case(
     return Case(*(None if t is None else t.to(device) for t in vars(case).values()))
 
 
+def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor], size: float = 1.0) -> list[Tensor]:
+    """Gradients of a fixed random weighting of the outputs, times `size`; empty rows count their lse as zero."""
+    gen = torch.Generator().manual_seed(1)
+    a = torch.randn(pooled.shape, generator=gen).to(pooled)
+    b = torch.randn(lse.shape, generator=gen).to(lse)
+    loss = (a * pooled).sum() + (b * lse.masked_fill(lse == -torch.inf, 0)).sum()
+    return [g / size for g in torch.autograd.grad(loss * size, leaves)]
+
+
 def oracle(case: Case, k: int, kept: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
     """[pooled, lse] in float64 and kept, patch by patch. `kept` replaces the selection, to compare beyond a near tie.
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.train.ops.select_attend import attend_stacked, select_attend
 from egopatch.train.ops.select_attend.plan import tile_bound
-from tests.train.ops.cases import Case, make_case
-from tests.train.ops.kernel_checks import DEVICE, INTERPRETED, check, gradients, poison, run
+from tests.train.ops.cases import Case, gradients, make_case
+from tests.train.ops.kernel_checks import DEVICE, INTERPRETED, check, poison, run
 
 
 @pytest.mark.slow

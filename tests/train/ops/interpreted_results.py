@@ -9,29 +9,62 @@ import pytest
 import torch
 
 from egopatch.train.ops.select_attend.plan import QUESTIONS
-from tests.train.ops.cases import Case, assert_same_selection, make_case, oracle
-from tests.train.ops.kernel_checks import DEVICE, check, gradients, run
-
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8]
+from tests.train.ops.cases import Case, assert_same_selection, gradients, make_case, oracle
+from tests.train.ops.kernel_checks import DEVICE, check, run
 
 
-@pytest.mark.parametrize("k", [9, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 33))])
+def slow(*shape: object) -> object:
+    return pytest.param(*shape, marks=pytest.mark.slow)
+
+
+F16, BF16, F32, F8, I8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8
+SHAPES = [  # clips, questions, frames, patches, width, heads, dtype, scaled, k
+    # Odd numbers of patches and channels.
+    (3, 7, 2, 33, 96, 3, F16, False, 9),
+    *(slow(3, 7, 2, 33, 96, 3, dtype, False, k) for dtype, k in ((F16, 1), (F16, 33), (F32, 1), (F32, 9), (F32, 33))),
+    # A grid of seven by seven.
+    (2, 3, 2, 49, 64, 4, F16, False, 48),
+    slow(2, 3, 2, 49, 64, 4, F16, False, 13),
+    # EgoVLPv2's frames. A frame is selected by itself, so one k has a second frame.
+    *(slow(2, 3, 1 + (k == 98), 196, 768, 12, dtype, True, k) for dtype in (F16, BF16, I8) for k in (1, 10, 98, 196)),
+    # Each size of blocks.
+    *(slow(2, 3, 1, patches, 80, 5, F16, False, math.ceil(patches / 4)) for patches in (16, 65, 129, 256)),
+    # Frames of several blocks.
+    (2, 5, 1, 257, 48, 5, F16, True, 64),
+    *(slow(2, 5, 1, patches, 48, 5, I8, True, k) for patches, k in ((300, 1), (513, 128))),
+    *(slow(2, 5, 1, patches, 48, 5, F32, True, k) for patches, k in ((129, 32), (1023, 1), (1023, 512))),
+    *(slow(2, 5, 1, 1024, 48, 5, F16, True, k) for k in (256, 1024)),
+    slow(2, 5, 1, 1000, 48, 5, BF16, True, 999),
+    slow(2, 5, 1, 576, 48, 5, F8, True, 29),
+    # The largest frame.
+    *(slow(1, 3, 1, 1024, 1024, 2, dtype, False, 256) for dtype in (F16, F32)),
+    # Widths of large encoders.
+    (2, 3, 1, 20, 1408, 2, F16, False, 5),
+    *(slow(2, 3, 1, 20, width, 2, F16, False, 5) for width in (1152, 1536)),
+]
+
+
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["float16", "float32"]
+    ("clips", "questions", "frames", "patches", "width", "heads", "dtype", "scaled", "k"), SHAPES, ids=str
 )
-def test_odd_patch_counts_and_widths_match_float64(dtype: torch.dtype, k: int) -> None:
-    check(make_case(3, 7, 2, 33, 96, 3, dtype, device=DEVICE), k)
+def test_every_shape_matches_float64(
+    clips: int,
+    questions: int,
+    frames: int,
+    patches: int,
+    width: int,
+    heads: int,
+    dtype: torch.dtype,
+    scaled: bool,
+    k: int,
+) -> None:
+    check(make_case(clips, questions, frames, patches, width, heads, dtype, scaled, device=DEVICE), k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F8, I8], ids=str)
 @pytest.mark.parametrize("scaled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_token_dtype_matches_float64(dtype: torch.dtype, scaled: bool) -> None:
     check(make_case(2, 5, 2, 17, 48, 2, dtype, scaled, device=DEVICE), 5)
-
-
-@pytest.mark.slow
-def test_the_egovlpv2_shape_matches_float64() -> None:
-    check(make_case(2, 3, 1, 196, 768, 4, torch.float16, device=DEVICE), 49)
 
 
 @pytest.mark.slow
@@ -42,56 +75,10 @@ def test_frames_of_few_patches_match_float64(patches: int) -> None:
         check(make_case(2, 3, 2, patches, 16, 2, torch.float16, device=DEVICE), k)
 
 
-@pytest.mark.parametrize("k", [pytest.param(13, marks=pytest.mark.slow), 48])
-def test_a_seven_by_seven_grid_matches_float64(k: int) -> None:
-    check(make_case(2, 3, 2, 49, 64, 4, torch.float16, device=DEVICE), k)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("k", range(1, 50))
 def test_every_k_matches_float64(k: int) -> None:
     check(make_case(2, 3, 1, 49, 32, 2, torch.float16, seed=k, device=DEVICE), k)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("k", [1, 10, 98, 196])
-def test_the_egovlpv2_shape_matches_float64_at_every_ratio(dtype: torch.dtype, k: int) -> None:
-    # A frame is selected by itself, so one k has a second frame; two clips, one of them with more questions.
-    frames = 2 if k == 98 else 1
-    check(make_case(2, 3, frames, 196, 768, 12, dtype, scaled=True, device=DEVICE), k)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("patches", [16, 65, 129, 256])
-def test_every_block_size_matches_float64(patches: int) -> None:
-    check(make_case(2, 3, 1, patches, 80, 5, torch.float16, device=DEVICE), math.ceil(patches / 4))
-
-
-@pytest.mark.parametrize(
-    ("patches", "dtype", "k"),
-    [
-        (257, torch.float16, 64),
-        pytest.param(300, torch.int8, 1, marks=pytest.mark.slow),
-        pytest.param(129, torch.float32, 32, marks=pytest.mark.slow),
-        pytest.param(1024, torch.float16, 256, marks=pytest.mark.slow),
-        pytest.param(1024, torch.float16, 1024, marks=pytest.mark.slow),
-        pytest.param(1000, torch.bfloat16, 999, marks=pytest.mark.slow),
-        pytest.param(576, torch.float8_e4m3fn, 29, marks=pytest.mark.slow),
-        pytest.param(513, torch.int8, 128, marks=pytest.mark.slow),
-        pytest.param(1023, torch.float32, 1, marks=pytest.mark.slow),
-        pytest.param(1023, torch.float32, 512, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_frames_of_several_blocks_match_float64(patches: int, dtype: torch.dtype, k: int) -> None:
-    check(make_case(2, 5, 1, patches, 48, 5, dtype, scaled=True, device=DEVICE), k)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_the_largest_frame_matches_float64(dtype: torch.dtype) -> None:
-    check(make_case(1, 3, 1, 1024, 1024, 2, dtype, device=DEVICE), 256)
 
 
 @pytest.mark.parametrize("k", [128, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 299))])
@@ -178,13 +165,6 @@ def test_selectors_of_any_size_select_as_in_float32(dtype: torch.dtype, size: fl
     assert all(tensor.isfinite().all() for tensor in (out.pooled, *gradients(out.pooled, out.lse, leaves)))
     if size < 1:
         check(scaled, 9)
-
-
-@pytest.mark.parametrize(
-    "width", [pytest.param(1152, marks=pytest.mark.slow), 1408, pytest.param(1536, marks=pytest.mark.slow)]
-)
-def test_widths_of_large_encoders_match_float64(width: int) -> None:
-    check(make_case(2, 3, 1, 20, width, 2, torch.float16, device=DEVICE), 5)
 
 
 def test_small_gradients_do_not_underflow() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.ops.select_attend import SelectAttendOutput, select_attend
-from tests.train.ops.cases import Case, assert_as_exact_as, assert_same_selection, low_precision, oracle
+from tests.train.ops.cases import Case, assert_as_exact_as, assert_same_selection, gradients, low_precision, oracle
 
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -18,15 +18,6 @@ NAMES = ["pooled", "lse", "grad queries", "grad selector", "grad bias"]
 
 def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
     return select_attend(case.tokens, case.clip_index, *leaves, k, case.scale, implementation="triton")
-
-
-def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor], size: float = 1.0) -> list[Tensor]:
-    """Gradients of a fixed random weighting of the outputs, times `size`."""
-    gen = torch.Generator().manual_seed(1)
-    a = torch.randn(pooled.shape, generator=gen).to(pooled)
-    b = torch.randn(lse.shape, generator=gen).to(lse)
-    loss = (a * pooled).sum() + (b * lse.masked_fill(lse == -torch.inf, 0)).sum()
-    return [g / size for g in torch.autograd.grad(loss * size, leaves)]
 
 
 def yardstick(dtype: torch.dtype) -> torch.dtype:

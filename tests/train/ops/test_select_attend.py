@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from egopatch.features.common import machine
 from egopatch.train.ops.select_attend import SelectAttendOutput, choose_implementation, reference, select_attend
-from tests.train.ops.cases import Case, assert_as_exact_as, make_case, oracle
+from tests.train.ops.cases import Case, assert_as_exact_as, gradients, make_case, oracle
 
 SHAPES = [  # clips, questions, frames, patches, width, heads
     (3, 7, 2, 33, 96, 2),
@@ -24,15 +24,6 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, tor
 
 def run(case: Case, leaves: list[Tensor], k: int) -> SelectAttendOutput:
     return select_attend(case.tokens, case.clip_index, *leaves, k, case.scale)
-
-
-def gradients(pooled: Tensor, lse: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed random weighting of the outputs; rows that are empty count their lse as zero."""
-    gen = torch.Generator().manual_seed(1)
-    a = torch.randn(pooled.shape, generator=gen).to(pooled.dtype)
-    b = torch.randn(lse.shape, generator=gen).to(lse.dtype)
-    loss = (a * pooled).sum() + (b * lse.masked_fill(lse == -torch.inf, 0)).sum()
-    return list(torch.autograd.grad(loss, leaves))
 
 
 def check(case: Case, k: int) -> None:
