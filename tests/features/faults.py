@@ -93,6 +93,13 @@ def fork(action: Callable[[], object]) -> Child:
     return Child(child)
 
 
+class Picky(ValueError):
+    """Like many library errors, it is not constructed from its message alone, and so cannot be pickled."""
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"error {number}: {why}")
+
+
 def faulty_files(root: Path) -> list[Path]:
     """Every file that holds something: data, metadata, ledger, ids, heads."""
     return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)

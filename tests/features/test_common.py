@@ -24,6 +24,7 @@ from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
 from egopatch.features.common.units import counted, format_bytes
 from tests.features.conftest import FINGERPRINT, IDS, SPEC
+from tests.features.faults import Picky
 
 
 @pytest.mark.parametrize(
@@ -190,13 +191,6 @@ def test_os_errors_come_with_a_remedy() -> None:
     assert with_remedy(OSError("no route")) == "no route"
 
 
-class _Picky(ValueError):
-    """Like many library errors, it is not constructed from its message alone."""
-
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(f"error {number}: {why}")
-
-
 class _Open(ValueError):
     """It holds a lock, which cannot be pickled."""
 
@@ -208,7 +202,7 @@ class _Open(ValueError):
 def test_an_unpicklable_error_is_sent_as_text() -> None:
     for error in (ValueError("no"), AbsentClip(["a"], "here"), FileNotFoundError(2, "gone", "x"), KeyboardInterrupt()):
         assert sendable(error) is error
-    for error in (_Picky(3, "the disk"), _Open("error 3: the disk")):
+    for error in (Picky(3, "the disk"), _Open("error 3: the disk")):
         sent = sendable(error)
         assert isinstance(sent, ChildError)
         assert str(sent) == f"{type(error).__name__}: error 3: the disk"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from egopatch.features import ShardOwned, Store, create_store, open_store
 from egopatch.features.__main__ import main
@@ -22,8 +21,7 @@ from egopatch.features.io import file_lease
 from egopatch.features.io.file_lease import hold, lease_path
 from egopatch.features.io.process import Owner
 from egopatch.features.tools.repair import repair
-from egopatch.features.tools.verify import verify
-from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
+from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -32,25 +30,6 @@ def _hold_until_signalled(root: Path, pipe: Connection) -> None:
     with hold(root, 0):
         pipe.send("held")
         pipe.recv()
-
-
-def _share_the_work(root: Path, format: str, pipe: Connection) -> None:
-    """One of several workers: lease shards that nobody holds, and write the clips that they still miss."""
-    store = open_store(root)
-    pipe.send("ready")
-    pipe.recv()
-    wrote = 0
-    while missing := store.missing_shards():
-        for work in missing:
-            try:
-                with store.lease(work.shard) as left:
-                    rows = {name: clip(int(name)) for name in left}
-                    store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
-                    wrote += len(rows)
-            except ShardOwned:
-                continue
-        store.catalog.refresh()
-    pipe.send(wrote)
 
 
 @pytest.fixture
@@ -250,37 +229,3 @@ def test_ctrl_c_releases_the_lease(store: Store) -> None:
         raise KeyboardInterrupt
     with store.lease(0):
         assert store.missing_shards()[0].shard == 0
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.slow
-def test_writers_share_the_work_while_a_reader_reads(tmp_path: Path, format: str) -> None:
-    ids = tuple(str(n) for n in range(24))
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ids, format)
-    pipes = [SPAWN.Pipe() for _ in range(2)]
-    children = [SPAWN.Process(target=_share_the_work, args=(store.path, format, theirs)) for _, theirs in pipes]
-    for child in children:
-        child.start()
-    for ours, _ in pipes:
-        assert ours.recv() == "ready"
-    for ours, _ in pipes:
-        ours.send("go")
-    looks = 0
-    while len(store.clip_ids) < len(ids):
-        store.catalog.refresh()
-        reopened = open_store(store.path)
-        for name in reopened.clip_ids:
-            assert torch.equal(reopened.read([name]).patches[0], clip(int(name))["patches"].half())
-        assert verify(store.path).ok
-        looks += 1
-    wrote = [ours.recv() for ours, _ in pipes]
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    for ours, theirs in pipes:
-        ours.close()
-        theirs.close()
-    assert looks > 0
-    assert sum(wrote) == len(ids)  # nothing lost, nothing done twice
-    assert open_store(store.path).clip_ids == ids
-    assert verify(store.path).ok

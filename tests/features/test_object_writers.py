@@ -2,11 +2,8 @@
 
 import itertools
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,45 +246,6 @@ def test_concurrent_growth_adds_every_row_once(bucket: str) -> None:
         thread.join()
     planned = open_store(url).planned_ids
     assert sorted(planned) == sorted({name for ids in lists for name in ids})
-
-
-def _share_the_work(url: str, wrote: list[int]) -> None:
-    store = open_store(url)
-    while missing := store.missing_shards():
-        for work in missing:
-            with suppress(ShardOwned), store.lease(work.shard) as left:
-                rows = {name: clip(int(name)) for name in left}
-                store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
-                wrote.append(len(rows))
-        store.catalog.refresh()
-
-
-WORKER = """
-import sys
-from tests.features.test_object_writers import _share_the_work
-
-wrote = []
-_share_the_work(sys.argv[1], wrote)
-print(sum(wrote))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_while_a_reader_reads(bucket: str) -> None:
-    url, ids = f"{bucket}/store", tuple(str(n) for n in range(40))
-    store = create_store(url, SPEC, FINGERPRINT, ids)
-    children = [
-        subprocess.Popen([sys.executable, "-c", WORKER, url], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    while len(store.clip_ids) < len(ids):
-        assert any(child.poll() in (None, 0) for child in children)
-        store.catalog.refresh()
-        for name in store.clip_ids[-3:]:
-            assert torch.equal(store.read([name]).patches[0], clip(int(name))["patches"].half())
-    wrote = [int(child.communicate()[0]) for child in children]
-    assert [child.returncode for child in children] == [0, 0]
-    assert sum(wrote) == len(ids)  # nothing lost, nothing done twice
-    assert verify(url).ok
 
 
 def test_an_upload_removed_by_another_writer_is_repeated(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,24 @@
-"""Threads that write different shards of one store at the same time."""
+"""Threads and processes that write different shards of one store at the same time."""
 
+import multiprocessing
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from egopatch.features import Store, create_store, open_store
+from egopatch.features import ShardOwned, Store, create_store, open_store
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.verify import verify
+from egopatch.features.values.location import Location
 from egopatch.features.values.spec import StoreSpec
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 
 SHARDS = 24
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def write(store: Store, shard: int, *rows: int) -> None:
@@ -80,3 +84,33 @@ def test_four_threads_write_many_shards_without_loss(tmp_path: Path, format: str
     assert store.clip_ids == store.planned_ids
     assert verify(store.path).ok
     assert len(open_store(store.path).clip_ids) == 2 * SHARDS
+
+
+def share_the_work(place: Location) -> int:
+    """One of several workers: lease shards that nobody holds, write the clips that they still miss, and count these."""
+    store, wrote = open_store(place), 0
+    while missing := store.missing_shards():
+        for work in missing:
+            with suppress(ShardOwned), store.lease(work.shard) as left:
+                rows = {name: clip(int(name)) for name in left}
+                store.write_shard(work.shard, rows, dict.fromkeys(rows, "x"))
+                wrote += len(rows)
+        store.catalog.refresh()
+    return wrote
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_while_a_reader_reads(make: Callable[..., Store]) -> None:
+    store = make(tuple(str(n) for n in range(24)))
+    with ProcessPoolExecutor(2, SPAWN, initializer=SPAWN.Barrier(2).wait) as pool:
+        workers = [pool.submit(share_the_work, store.path) for _ in range(2)]
+        while len(store.clip_ids) < len(store.planned_ids):
+            assert not any(worker.done() and worker.exception() for worker in workers)
+            store.catalog.refresh()
+            reopened = open_store(store.path)
+            for name in reopened.clip_ids:
+                assert torch.equal(reopened.read([name]).patches[0], clip(int(name))["patches"].half())
+            assert verify(store.path).ok
+    assert sum(worker.result() for worker in workers) == len(store.planned_ids)  # nothing lost, nothing done twice
+    assert open_store(store.path).clip_ids == store.planned_ids
+    assert verify(store.path).ok

@@ -13,6 +13,7 @@ import torch
 from egopatch.features.common.child_errors import ChildError
 from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
 from egopatch.train.processes.stopping import FORWARDED, SIGNALS, Stopped
+from tests.features.faults import Picky
 
 LONG_S = 60.0
 
@@ -47,16 +48,11 @@ def test_at_most_one_process_per_core_runs_at_once() -> None:
         assert sum(other <= start < end for other, end in spans) <= 2
 
 
-class _Picky(ValueError):
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(f"error {number}: {why}")
-
-
 def test_an_unpicklable_error_is_reported_as_text() -> None:
     def work() -> None:
-        raise _Picky(3, "no such group")
+        raise Picky(3, "no such group")
 
-    with pytest.raises(ChildError, match="_Picky: error 3: no such group"):
+    with pytest.raises(ChildError, match="Picky: error 3: no such group"):
         call_in_processes([work], cores=1)
 
 

@@ -31,6 +31,7 @@ from egopatch.features.common.child_errors import ChildError
 from egopatch.features.common.signals import Requeue, requeue_on_signals
 from egopatch.features.state.catalog import Catalog
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
+from tests.features.faults import Picky
 
 DEMO = Path("configs/demo/egovlpv2.yaml")
 
@@ -258,13 +259,8 @@ def test_network_that_a_worker_cannot_import_is_refused_in_one_line(monkeypatch:
         sharing.run_worker(SharedJob(config, packed, [], {}), 0, 1, "cpu", 1)
 
 
-class _Picky(ValueError):
-    def __init__(self, number: int, why: str) -> None:
-        super().__init__(f"error {number}: {why}")
-
-
 @pytest.mark.parametrize(
-    ("error", "sent"), [(_Picky(3, "no driver"), ChildError), (FileNotFoundError(2, "no driver"), FileNotFoundError)]
+    ("error", "sent"), [(Picky(3, "no driver"), ChildError), (FileNotFoundError(2, "no driver"), FileNotFoundError)]
 )
 def test_an_error_of_a_worker_reaches_the_job(
     monkeypatch: pytest.MonkeyPatch, error: Exception, sent: type[Exception]
