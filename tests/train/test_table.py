@@ -23,6 +23,11 @@ NO_ANNOTATIONS = Config(data=DataConfig(root=Path("nowhere")))
 KEYS = ["model", "split", "open", "binary", "all", "n", "checkpoint", "log"]
 
 
+def table_text(folder: Path, config: Config = NO_ANNOTATIONS) -> str:
+    write_table(config, folder)
+    return (folder / "table.md").read_text()
+
+
 def test_rows_are_ordered_by_split_then_blind_published_and_ours(tmp_path: Path) -> None:
     for split in ("indirect", "direct"):
         for model in ("psa", "egovlpv2", "majority", "mfas", "question-only", "egovlp"):
@@ -36,8 +41,7 @@ def test_rows_are_ordered_by_split_then_blind_published_and_ours(tmp_path: Path)
 
 def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", config={"data": {"name": "jsonl", "root": "kitchen"}})
-    write_table(NO_ANNOTATIONS, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = table_text(tmp_path)
     assert "## kitchen\n" in text
     assert "Direct" not in text
 
@@ -46,8 +50,7 @@ def test_local_paths_are_shown_only_if_rows_mix_several_data_sets(tmp_path: Path
     mine: dict[str, Any] = {"name": "jsonl", "root": str(tmp_path / "stores"), "questions": "mine.jsonl"}
     write_run(tmp_path, "psa", config={"data": mine})
     write_run(tmp_path, "attention", model="attention", config={"data": mine | {"questions": None}})
-    write_table(NO_ANNOTATIONS, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = table_text(tmp_path)
     assert "## stores/mine.jsonl, stores\n" in text or "## stores, stores/mine.jsonl\n" in text
     (line,) = [line for line in text.splitlines() if "several data sets" in line]
     folder = tmp_path / "stores"
@@ -71,8 +74,7 @@ def test_json_has_exactly_the_published_keys_and_relative_paths(tmp_path: Path) 
 
 def test_markdown_has_the_published_columns_and_two_decimals(tmp_path: Path) -> None:
     write_run(tmp_path, "psa", all_=48.6, open_=39, binary=75.864)
-    write_table(NO_ANNOTATIONS, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = table_text(tmp_path)
     assert "| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |" in text
     links = "[best.safetensors](<psa/best.safetensors>) | [log.jsonl](<psa/log.jsonl>)"
     row = f"| psa | 39.00 | 75.86 | 48.60 | – | – | {links} |"
@@ -88,8 +90,7 @@ def test_wrong_form_share_and_training_time_are_shown(tmp_path: Path) -> None:
         (run / "test.json").write_text(json.dumps(test))
         with (run / "log.jsonl").open("a") as log:
             log.write(json.dumps({"event": "converged", "step": 8, "steps": 3, "seconds": seconds}) + "\n")
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "| 2.0% | 5 s |" in (tmp_path / "table.md").read_text()
+    assert "| 2.0% | 5 s |" in table_text(tmp_path)
 
 
 def test_seeds_are_averaged_and_the_seed_best_on_val_is_named(tmp_path: Path) -> None:
@@ -109,8 +110,7 @@ def test_cells_show_intervals_over_seeds_and_clips(tmp_path: Path) -> None:
     for seed, every in enumerate((2, 3, 4)):
         run = write_run(tmp_path / "runs", f"psa_{seed}", seed=seed, predictions=guesses(every), all_=100 / every)
     (run / "predictions.jsonl").rename(run / "gone")
-    write_table(config, tmp_path / "runs")
-    text = (tmp_path / "runs" / "table.md").read_text()
+    text = table_text(tmp_path / "runs", config)
     assert "| 36.11 |" in text
     assert "predictions.jsonl" in text
     (run / "gone").rename(run / "predictions.jsonl")
@@ -143,8 +143,7 @@ def test_an_accuracy_that_predictions_contradict_has_no_interval(tmp_path: Path)
     edited = guesses(4) | {"q00": "spoon", "q01": "green"}  # a binary question wrong, an open one right
     lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in edited.items()]
     (run / "predictions.jsonl").write_text("".join(lines))
-    write_table(config, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = table_text(tmp_path, config)
     assert re.search(r"\| psa \| 25\.00 \| 25\.00 \| 25\.00 \[\d+\.\d, \d+\.\d\] \|", text)
     assert f"{run}: predictions.jsonl gives 31.25 on open questions but test.json has 25.00; the annotations" in text
 
@@ -333,14 +332,12 @@ def test_notices_come_from_the_cards(tmp_path: Path) -> None:
     data.mkdir()
     options = {"encoder": {"checkpoint": "weights/EgoVLPv2.pth"}, "data": {"root": str(data)}}
     write_run(tmp_path, "psa", config=options)
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "random stand-ins" not in (tmp_path / "table.md").read_text()
+    assert "random stand-ins" not in table_text(tmp_path)
     assert "synthetic" not in (tmp_path / "table.md").read_text()
     (data / "events.jsonl").touch()
     options["encoder"] = {"checkpoint": "weights/egovlp-random.pth"}
     write_run(tmp_path, "egovlp", model="egovlp", config=options)
-    write_table(NO_ANNOTATIONS, tmp_path)
-    text = (tmp_path / "table.md").read_text()
+    text = table_text(tmp_path)
     assert "are random stand-ins" in text
     assert "synthetic (EgoSynth)" in text
 
@@ -353,25 +350,21 @@ def test_a_card_may_state_a_notice(tmp_path: Path) -> None:
 def test_uneven_question_counts_are_noted(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="egovlp", n=(500, 400))
     write_run(tmp_path, "b", n=(600, 400))
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "Rows count different questions: egovlp n = 900" in (tmp_path / "table.md").read_text()
+    assert "Rows count different questions: egovlp n = 900" in table_text(tmp_path)
 
 
 def test_model_names_cannot_break_the_table(tmp_path: Path) -> None:
     write_run(tmp_path, "a", model="x|<b>")
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "| x\\|&lt;b> |" in (tmp_path / "table.md").read_text()
+    assert "| x\\|&lt;b> |" in table_text(tmp_path)
 
 
 def test_questions_about_quarantined_clips_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path, "psa")
-    write_table(NO_ANNOTATIONS, tmp_path)
-    assert "quarantined" not in (tmp_path / "table.md").read_text()
+    assert "quarantined" not in table_text(tmp_path)
     test = json.loads((run / "test.json").read_text())
     for count, line in ((7, "Up to 7 test questions are about"), (1, "Up to 1 test question is about")):
         (run / "test.json").write_text(json.dumps(test | {"unseen": count}))
-        write_table(NO_ANNOTATIONS, tmp_path)
-        assert f"{line} quarantined clips" in (tmp_path / "table.md").read_text()
+        assert f"{line} quarantined clips" in table_text(tmp_path)
 
 
 def test_a_closed_output_pipe_is_not_an_error(tmp_path: Path) -> None:
