@@ -214,25 +214,20 @@ def test_clips_of_another_length_are_refused(
     assert run(first) == 0
 
 
-def test_repaired_video_may_be_cut_into_clips(tmp_path: Path) -> None:
-    """It was a single clip before, because none of it could be decoded."""
-    write_video(tmp_path / "short.mp4", frames=5)
-    (tmp_path / "a.mp4").write_bytes(b"no video")
-    command = ["videos", str(tmp_path), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
-    assert main(command) == 0
-    write_video(tmp_path / "a.mp4", frames=35)
-    assert main(command) == 0
-    assert open_store(tmp_path / "out" / "mine").clip_ids == ("short.mp4", "a.mp4@0s", "a.mp4@1s")
-
-
-def test_a_video_that_is_replaced_by_a_longer_one_may_be_cut(tmp_path: Path) -> None:
-    """Also where none was cut before, so that nothing tells the length of clips."""
+@pytest.mark.parametrize("repaired", [True, False])
+def test_a_video_that_is_repaired_or_replaced_by_a_longer_one_may_be_cut(tmp_path: Path, repaired: bool) -> None:
+    """It was a single clip before; where nothing else was cut either, nothing tells the length of clips."""
     write_video(tmp_path / "a.mp4", frames=5)
+    if repaired:  # before, none of it can be decoded
+        (tmp_path / "a.mp4").rename(tmp_path / "short.mp4")
+        (tmp_path / "a.mp4").write_bytes(b"no video")
     command = ["videos", str(tmp_path), "--out", str(tmp_path / "out" / "mine"), "--clip-seconds", "1", *SMALL]
     assert main(command) == 0
     write_video(tmp_path / "a.mp4", frames=35)
     assert main(command) == 0
-    assert open_store(tmp_path / "out" / "mine").clip_ids == ("a.mp4", "a.mp4@0s", "a.mp4@1s")
+    assert open_store(tmp_path / "out" / "mine").clip_ids == (
+        "short.mp4" if repaired else "a.mp4", "a.mp4@0s", "a.mp4@1s"
+    )  # fmt: skip
 
 
 def test_invalid_options_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
