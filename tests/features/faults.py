@@ -105,11 +105,14 @@ def faulty_files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-def flip(content: bytes, chance: random.Random) -> bytes:
-    bit = chance.randrange(8 * len(content))
+def flip_bit(content: bytes, bit: int) -> bytes:
     changed = bytearray(content)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+def flip(content: bytes, chance: random.Random) -> bytes:
+    return flip_bit(content, chance.randrange(8 * len(content)))
 
 
 FAULTS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {

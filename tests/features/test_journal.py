@@ -10,6 +10,7 @@ import pytest
 from egopatch.features.io.fields import Record, get_list
 from egopatch.features.storage.journal import Contents, FileJournal, FilePosition, require_intact
 from egopatch.features.values.errors import DamagedStore, WriteConflict
+from tests.features.faults import flip_bit
 
 RECORDS = [{"ids": ["a", "b\n"]}, {"ids": ["ü"]}, {"ids": []}]
 
@@ -117,9 +118,7 @@ def test_any_flipped_bit_is_a_fault(journal: FileJournal) -> None:
     for path in (journal.path, journal.head_path):
         content = path.read_bytes()
         for bit in range(0, 8 * len(content), 3):
-            flipped = bytearray(content)
-            flipped[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(flipped)
+            path.write_bytes(flip_bit(content, bit))
             assert journal.read().faults, f"bit {bit} of {path.name}"
         path.write_bytes(content)
     journal.head_path.unlink()

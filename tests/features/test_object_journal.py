@@ -10,6 +10,7 @@ from egopatch.features.storage.journal import FileJournal
 from egopatch.features.storage.object_journal import ObjectJournal
 from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl
+from tests.features.faults import flip_bit
 from tests.features.objects import objects
 
 
@@ -51,7 +52,5 @@ def test_any_flipped_bit_is_a_fault(bucket: str) -> None:
     journal.append({"ids": ["a"]})
     (content,) = objects(bucket).values()
     for bit in range(0, 8 * len(content), 7):
-        flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
-        at.put("ids.jsonl", bytes(flipped))
+        at.put("ids.jsonl", flip_bit(content, bit))
         assert journal.read().lines_lost, f"bit {bit}"
