@@ -103,13 +103,14 @@ def best_blind_row(rows: Iterable[Row]) -> Row | None:
 
 def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
     """Accuracy of every row on every tag, mean over seeds: families in the order of the paper, other tags last."""
-    found = sorted({tag for row in rows for run in row.runs for tag in run.tags})
+    runs = [run for row in rows for run in row.runs]
+    found = sorted({part.removeprefix("tag ") for run in runs for part in run.scores if part.startswith("tag ")})
     family_of = {tag: family for family, tags in TAG_FAMILIES.items() for tag in tags}
     known = [tag for tags in TAG_FAMILIES.values() for tag in tags if tag in found]
     lines = []
     for tag in (*known, *(tag for tag in found if tag not in family_of)):
-        accuracy = {row.label: mean for row in rows if (mean := row.tag_mean(tag)) is not None}
-        n = max(run.tags[tag].n for row in rows for run in row.runs if tag in run.tags)
+        accuracy = {row.label: mean for row in rows if (mean := row.mean(f"tag {tag}")) is not None}
+        n = max(run.scores[f"tag {tag}"].n for run in runs if f"tag {tag}" in run.scores)
         lines.append(TagLine(family_of.get(tag, "other"), tag, n, accuracy))
     return lines
 

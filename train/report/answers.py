@@ -193,6 +193,4 @@ def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str,
     for tag in sorted({tag for question_tags in tags for tag in question_tags}):
         counted = np.array([tag in question_tags for question_tags in tags])
         found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
-    recorded = {name: row.tag_mean(name.removeprefix("tag ")) for name in found if name not in COLUMNS}
-    recorded |= {column: row.mean(column) for column in COLUMNS}
-    return {name: interval for name, interval in found.items() if _same_mean(recorded[name], interval.mean)}
+    return {name: interval for name, interval in found.items() if _same_mean(row.mean(name), interval.mean)}

@@ -387,7 +387,6 @@ def _render(**content: object) -> str:
     }
     environment.globals |= {
         "cell": table.cell,
-        "tag_cell": table.tag_cell,
         "text_cells": table.text_cells,
         "text_note": table.TEXTS,
         "text_names": tuple(NAMES.values()),

@@ -129,7 +129,7 @@ def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
             systems = " | ".join(_escape(row.label) for row in rows)
             lines += ["", "By type of question:", "", f"| Type | n | {systems} |", "|:--|" + "--:|" * (1 + len(rows))]
         for kind, n in sorted(types.items()):
-            cells = [tag_cell(row, kind, answers[split].intervals.get(row.label, {})) for row in rows]
+            cells = [cell(row, f"tag {kind}", answers[split].intervals.get(row.label, {})) for row in rows]
             lines.append(f"| {_escape(kind)} | {n:,} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Where these numbers come from", ""]
@@ -141,11 +141,6 @@ def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
 def cell(row: Row, part: str, intervals: RowIntervals) -> str:
     """A cell of the table: the mean over seeds with two decimals, and its interval if there is one."""
     return _with_interval(row.mean(part), intervals.get(part))
-
-
-def tag_cell(row: Row, tag: str, intervals: RowIntervals) -> str:
-    """As `cell`, for the questions with a tag."""
-    return _with_interval(row.tag_mean(tag), intervals.get(f"tag {tag}"))
 
 
 def _with_interval(mean: float | None, interval: Interval | None) -> str:

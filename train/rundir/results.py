@@ -52,8 +52,8 @@ class Run:
         system: System, as in `head.name`.
         split: `direct` or `indirect`.
         seed: Seed of the training.
-        scores: Test accuracy over `open`, `binary`, `all` and `split_tag` (the questions tagged with the split's name).
-        tags: Test accuracy over each reasoning tag.
+        scores: Test accuracy over `open`, `binary`, `all`, `split_tag` (the questions tagged with the split's name),
+            and `tag X` for each reasoning tag X.
         val: Accuracy of the kept checkpoint over all questions of *val*, in percent; None if not recorded.
         card: The model card as written.
         quarantined: Number of test questions about quarantined clips, which got the majority answer.
@@ -67,7 +67,6 @@ class Run:
     split: str
     seed: int
     scores: Mapping[str, Score]
-    tags: Mapping[str, Score]
     val: float | None
     card: Mapping[str, Any]
     quarantined: int = 0
@@ -147,7 +146,7 @@ class Row:
         return self.runs[0]
 
     def mean(self, part: str) -> float | None:
-        """Mean accuracy over seeds, percent, of `open`, `binary`, `all` or `split_tag`."""
+        """Mean accuracy over seeds, percent, of a part: `open`, `binary`, `all`, `split_tag` or `tag X`."""
         values = self.values(part)
         return statistics.fmean(values) if values else None
 
@@ -155,12 +154,6 @@ class Row:
         """Accuracy of each run that has one."""
         scores = [run.scores[part].accuracy for run in self.runs if part in run.scores]
         return [value for value in scores if value is not None]
-
-    def tag_mean(self, tag: str) -> float | None:
-        """Mean accuracy over seeds, percent, of the questions with a tag."""
-        scores = [run.tags[tag].accuracy for run in self.runs if tag in run.tags]
-        values = [value for value in scores if value is not None]
-        return statistics.fmean(values) if values else None
 
     @property
     def wrong_form(self) -> float | None:
@@ -255,7 +248,7 @@ def read_run(path: Path) -> Run:
         scores = {part: _score(test[part]) for part in COLUMNS}
         if test.get("split_tag") is not None:
             scores["split_tag"] = _score(test["split_tag"])
-        tags = {str(tag): _score(value) for tag, value in (test.get("tags") or {}).items()}
+        scores |= {f"tag {tag}": _score(value) for tag, value in (test.get("tags") or {}).items()}
         system, split, seed = str(test["model"]), str(test["split"]), int(test.get("seed", card.get("seed", 0)))
         quarantined = int(test.get("unseen", 0))
         wrong_form = None if test.get("wrong_form") is None else int(test["wrong_form"])
@@ -267,7 +260,6 @@ def read_run(path: Path) -> Run:
         split=split,
         seed=seed,
         scores=scores,
-        tags=tags,
         val=_val(card.get("val")),
         card=card,
         quarantined=quarantined,
