@@ -15,6 +15,7 @@ Shape legend: S seeds, Q questions, C clips.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,13 +77,9 @@ class Power:
         """Number of seeds per system that finds a true difference of `points` in 80% of cases; None if the clips are
         too few for it, whatever the number of seeds (up to 1,000).
         """
-        low, high = 2, MOST_SEEDS
-        if not self._finds(points, high):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._finds(points, middle) else (middle + 1, high)
-        return low
+        seeds = range(2, MOST_SEEDS + 1)
+        place = bisect_left(seeds, True, key=lambda count: self._finds(points, count))
+        return seeds[place] if place < len(seeds) else None
 
     def _finds(self, points: float, seeds: int) -> bool:
         spread = _Spread(2 * self.seed_variance / seeds, 2 * (seeds - 1), self.clip_variance, math.inf)
