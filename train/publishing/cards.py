@@ -35,20 +35,18 @@ def head_card(card: Card, scores: Mapping[str, Score], found: Sequence[Origin], 
     shown = ", ".join(f"{part} {accuracy:.2f} (n {n})" for part, n, accuracy in measured)
     dataset = {"type": _data_name(card).lower(), "name": _data_name(card), "split": "test"}
     front = {
-        "license": "other",
-        "license_name": "see-below",
         "library_name": "egopatch",
         "pipeline_tag": TASK,
-        "tags": ["egocentric-video", *(["random-weight-stand-in"] if is_standin(asdict(card)) else [])],
+        "tags": ["egocentric-video"],
         "model-index": [
             {"name": name, "results": [{"task": {"type": TASK}, "dataset": dataset, "metrics": metrics}]},
         ],
     }
     return _text(
+        card,
         front,
         name,
         [
-            *_warnings(card),
             f"A head of EgoPatch with {card.parameters:,} parameters, trained on stored features of a frozen encoder. "
             "It needs a store with the fingerprint below.",
             f"Accuracy on test in percent: {shown or 'unknown, because no answers are published'}. "
@@ -65,18 +63,16 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
     """The card of a store of features; arguments as in `head_card`."""
     clips = len(store.clip_ids)
     front = {
-        "license": "other",
-        "license_name": "see-below",
         "pretty_name": f"Features of {_data_name(card)}",
         "task_categories": [TASK],
-        "tags": ["egopatch", "features", *(["random-weight-stand-in"] if is_standin(asdict(card)) else [])],
+        "tags": ["egopatch", "features"],
         "size_categories": [_size_category(clips)],
     }
     return _text(
+        card,
         front,
         f"Patch features of {counted(clips, 'clip')}",
         [
-            *_warnings(card),
             f"```text\n{store.summary('features')}\n```",
             "The store holds names and hashes of the video files, the stretches that were encoded, and the text of "
             "every question. It holds no video.",
@@ -88,26 +84,24 @@ def store_card(store: Store, card: Card, found: Sequence[Origin]) -> str:
     )
 
 
-def _text(front: Mapping[str, Any], title: str, parts: Sequence[str]) -> str:
-    matter = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)
-    return "\n\n".join([f"---\n{matter}---", f"# {title}", *parts]) + "\n"
+def _text(card: Card, front: dict[str, Any], title: str, parts: Sequence[str]) -> str:
+    """A card with the licence and the warnings that belong to everything made for the head of `card`."""
+    plain, warnings = asdict(card), []
+    if is_standin(plain):
+        front = {**front, "tags": [*front["tags"], "random-weight-stand-in"]}
+        warnings.append(
+            "**The encoder is a stand-in with random weights.** These files say nothing about the published network."
+        )
+    if is_synthetic(plain):
+        warnings.append("**The videos are rendered (EgoSynth).** These files say nothing about recorded videos.")
+    front = {"license": "other", "license_name": "see-below", **front}
+    matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return "\n\n".join([f"---\n{matter}---", f"# {title}", *warnings, *parts]) + "\n"
 
 
 def _data_name(card: Card) -> str:
     """Name of the data set. EgoSynth has EgoTaskQA's layout and must not be taken for it."""
     return "EgoSynth" if is_synthetic(asdict(card)) else str(card_option(asdict(card), "data", "name"))
-
-
-def _warnings(card: Card) -> list[str]:
-    plain = asdict(card)
-    found = []
-    if is_standin(plain):
-        found.append(
-            "**The encoder is a stand-in with random weights.** These files say nothing about the published network."
-        )
-    if is_synthetic(plain):
-        found.append("**The videos are rendered (EgoSynth).** These files say nothing about recorded videos.")
-    return found
 
 
 def _origins(found: Sequence[Origin]) -> str:
