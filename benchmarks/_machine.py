@@ -61,16 +61,14 @@ def add_result_arguments(parser: argparse.ArgumentParser, name: str | None, quic
     parser.set_defaults(result=name)
 
 
-def result_path(options: argparse.Namespace) -> Path | None:
-    """Path of the result; None if it is only printed, as that of a quick run without `--out`."""
-    if options.out is not None or options.quick or options.result is None:
-        return options.out
-    return RESULTS / options.result
-
-
 def write_result(options: argparse.Namespace, result: object) -> Path | None:
-    """Write a result as JSON where it belongs; returns its path, None if it is only printed."""
-    path = result_path(options)
+    """Write a result as JSON where it belongs; returns its path, None if it is only printed.
+
+    A quick run without `--out` is only printed.
+    """
+    path: Path | None = options.out
+    if path is None and not options.quick and options.result is not None:
+        path = RESULTS / options.result
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n")
     return path

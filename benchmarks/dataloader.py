@@ -8,7 +8,6 @@ clock. Writes benchmarks/results/dataloader.json; exits with 1 if `torch_dataset
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from benchmarks.store import BATCH, CLIP_BYTES, FINGERPRINT, SPEC, clip_rows  # noqa: E402
 from egopatch.features import Store, create_store, open_store, read_ahead, torch_dataset  # noqa: E402
 
@@ -90,8 +89,7 @@ def main() -> int:
         "share_of_read_ahead": share,
         "to_reach": GOAL,
     }
-    if out := result_path(options):
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(options, result)
     for contender, speed in best.items():
         print(f"{contender:32} {speed:6.2f} GB/s")
     print(f"{'ok  ' if share >= GOAL else 'MISS'} torch_dataset reaches {share:.2f} of read_ahead (at least {GOAL})")

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, Kind, decode_bare, wanted, write_video  # noqa: E402
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
@@ -316,14 +316,12 @@ def main() -> int:
         "forecast": forecast(parts, row_mb=4.83),
         "machine": stamp("av"),
     }
-    text = json.dumps(result, indent=1)
     if options.json:
-        print(text)
+        print(json.dumps(result, indent=1))
     else:
         for key in ("cpu_ratio", "cpu_ratio_host", "serial_ms", "write_share", *HANDOVER):
             print(f"{key}: {', '.join(f'{name}: {value:.2f}' for name, value in result[key].items())}")
-    if out := result_path(options):
-        out.write_text(text + "\n")
+    write_result(options, result)
     return 0
 
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
 from benchmarks._feed_videos import KINDS, decode_many, wanted, write_video  # noqa: E402
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
 if TYPE_CHECKING:
@@ -328,10 +328,8 @@ def main() -> int:
         | asdict(KIND),
         "machine": stamp("av"),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if out := result_path(options):
-        out.write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write_result(options, result)
     return 0
 
 

@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 
 AT_MOST = 1.03
 KINDS = {"short": (320, 240, 150), "long": (320, 240, 3000), "large": (1280, 720, 300)}  # width, height, frames
@@ -115,8 +115,7 @@ def main() -> int:
         for reader in (now, before):
             reader.end()
     results["at_most"] = AT_MOST
-    if out := result_path(options):
-        out.write_text(json.dumps(results, indent=2) + "\n")
+    write_result(options, results)
     return 0 if options.quick or all(kind["ratio"] <= AT_MOST for kind in results["kinds"].values()) else 1
 
 

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.configs.command_line import ConfigParser, parse_config  # noqa: E402
 from egopatch.configs.schema import Config  # noqa: E402
 from egopatch.extract.worker.job import resolve_job  # noqa: E402
@@ -178,8 +178,7 @@ def main() -> int:
     results["reached"] = {
         key: {"reached": value, "at_most": limit, "ok": value <= limit} for key, (value, limit) in figures.items()
     }
-    if out := result_path(options):
-        out.write_text(json.dumps(results, indent=2) + "\n")
+    write_result(options, results)
     print(
         json.dumps({key: results[key] for key in ("fill", "reader", "plan_before", "status", "plan_after")}, indent=1)
     )

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import add_result_arguments, result_path, stamp  # noqa: E402
+from benchmarks._machine import add_result_arguments, stamp, write_result  # noqa: E402
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store, open_store, read_ahead  # noqa: E402
 from egopatch.features.formats.interface import CODECS  # noqa: E402
 from egopatch.features.tools.verify import verify  # noqa: E402
@@ -307,8 +307,7 @@ def main() -> int:
     for what, values in results["memory"].items():
         grown = growth(values)
         results["reached"][f"memory grown while {what[:-3]}, MB"] = {"reached": grown, "at_most": 50, "ok": grown <= 50}
-    if out := result_path(options):
-        out.write_text(json.dumps(results, indent=2) + "\n")
+    write_result(options, results)
     for key, speed in warm.items():
         cold = results["cold_gb_s"][key]
         print(f"{key:26} warm {speed:6.2f} GB/s   cold {cold if isinstance(cold, str) else f'{cold:6.2f} GB/s'}")
