@@ -6,7 +6,7 @@ or do not hold one frame each (fields, packed B-frames), every frame is decoded 
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from egopatch.extract.video.disposable import ALWAYS_DECODED, layer_reader
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
 
 NO_PTS = np.iinfo(np.int64).min  # pts of a frame whose packet has no time
+MAX_REORDERED = 17  # frames of H.264 and HEVC that may be out of order at a time
 VP8_SHOWN = 0x10  # bit of a packet's first byte
 
 
@@ -37,7 +38,7 @@ class FrameIndex:
         end_s: Time at which the last frame disappears.
         keys: int64 [keys, 3], the frames that are marked as key frames: pts, dts, and the first row shown from there.
         first_pts: pts of the file's first packet; the decoder needs nothing before it.
-        damaged: bool [count], whether a frame depends on damaged data.
+        damaged: bool [count], whether a frame depends on damaged data, or is shown until a frame that was lost.
         damage: Damage that ended the file early; empty if the file is whole.
         disposable: bool [count], whether no other frame refers to a frame; None if that is not known.
         leading: Number of frames that the decoder returns before the first row; None: all that have an earlier pts.
@@ -97,7 +98,7 @@ def index_of_packets(
     broken, healed_pts = False, NO_PTS  # damage lasts until a key frame, also for frames that are shown before it
     has_hidden_frames = stream.codec_context.name == "vp8"
     layer_of = layer_reader(stream)
-    damage = ""
+    damage, heard = "", len(logged)
     try:
         for packet in packets:
             if not packet.size:
@@ -106,6 +107,12 @@ def index_of_packets(
                 return None
             if first_pts is None:
                 first_pts = packet.pts
+            if _complaint(container, logged[heard:]):  # packets before this one were lost
+                broken = True
+                for row in range(len(shown))[-MAX_REORDERED:]:
+                    if shown[row].pts >= complete_pts:  # the last ones before the loss: nobody knows until when
+                        shown[row] = shown[row]._replace(is_damaged=True)
+            heard = len(logged)
             if packet.is_corrupt:
                 broken = True
             elif packet.is_keyframe:
@@ -182,15 +189,18 @@ def index_of_frames(
     frames: list[_Shown] = []
     broken_at: int | None = None  # number of the last packet that could not be decoded
     key_pts, broken_before = NO_PTS, NO_PTS
-    damage = ""
+    damage, heard = "", len(logged)
     try:
         for number, packet in enumerate(container.demux(stream)):
             if packet.pts is not None:
                 packets.setdefault(packet.pts, _Sent(number, _dts_of(packet), packet.is_keyframe))
                 key_pts = packet.pts if packet.is_keyframe else key_pts
+            if packet.size and _complaint(container, logged[heard:]):  # packets before this one were lost
+                broken_at = number - 1
+                frames[-1:] = [replace(last, is_damaged=True) for last in frames[-1:]]
             complaints = len(logged)
             decoded = decode(packet)
-            complained = len(logged) > complaints
+            complained, heard = len(logged) > complaints, len(logged)
             if complained and packet.is_keyframe and stream.codec_context.name == "h264":
                 complained = False  # it is about frames before the key frame; a damaged key frame is itself marked so
             if decoded is None or packet.is_corrupt or complained:

@@ -52,6 +52,27 @@ def test_a_lost_packet_costs_only_the_frames_that_depend_on_it(tmp_path: Path) -
         read_frames(Clip("at", path, 0.5, 1.6), VideoConfig(frames=16))
 
 
+@pytest.mark.parametrize("by_decoding", [False, True], ids=["packets", "frames"])
+def test_a_hole_in_a_damaged_file_is_not_filled_with_the_frame_before_it(by_decoding: bool, tmp_path: Path) -> None:
+    """The reader finds the next packets after the damage and reports it, but VP9's decoder never notices."""
+    path = write_video(tmp_path / "a.mkv", 90, codec="libvpx-vp9", options={"g": "30"}, draw=moving)
+    times_s, shown = full_decode(path)
+    content = bytearray(path.read_bytes())
+    start, size = len(content) * 3 // 10, len(content) // 20
+    content[start : start + size] = bytes(size)
+    path.write_bytes(content)
+    with open_video(path) as file:
+        index = file.decode_through() if by_decoding else file.index
+        lost = np.diff(index.starts_s).argmax()
+        assert index.starts_s[lost + 1] - index.starts_s[lost] > 0.3
+        assert np.flatnonzero(index.damaged).tolist() == [lost]  # the reader goes on at a key frame
+        before, after = index.starts_s[[lost, lost + 1]].tolist()
+    assert_shown(Clip("before", path, 0.0, before), 4, times_s, shown)
+    assert_shown(Clip("after", path, after, 5.9), 4, times_s, shown)
+    with pytest.raises(VideoError, match=r"cannot be decoded at \d\.\d+ s: the file is damaged from"):
+        read_frames(Clip("in", path, before + 0.1, after - 0.1), VideoConfig(frames=4))
+
+
 @pytest.mark.parametrize(
     ("pix_fmt", "line"),
     [("gray", 98), ("bgr24", 294), ("yuyv422", 196), ("yuv420p10le", 196), ("gray10le", 196), ("monow", 13)],
