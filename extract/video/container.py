@@ -333,7 +333,7 @@ class VideoFile:
     def _read_packets(self) -> FrameIndex | None:
         with reading_through(self._version[1]):
             index = index_of_packets(self.path, self._container, self._stream, self._demuxed(), self._logged)
-        if index is None or index.damage:
+        if index is None or index.damage or index.damaged.any():
             self._packets.clear()
         return index
 

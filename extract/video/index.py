@@ -98,7 +98,7 @@ def index_of_packets(
     broken, healed_pts = False, NO_PTS  # damage lasts until a key frame, also for frames that are shown before it
     has_hidden_frames = stream.codec_context.name == "vp8"
     layer_of = layer_reader(stream)
-    damage, heard = "", len(logged)
+    damage, lost, heard = "", "", len(logged)
     try:
         for packet in packets:
             if not packet.size:
@@ -107,7 +107,8 @@ def index_of_packets(
                 return None
             if first_pts is None:
                 first_pts = packet.pts
-            if _complaint(container, logged[heard:]):  # packets before this one were lost
+            lost = _complaint(container, logged[heard:])  # of packets before this one
+            if lost:
                 broken = True
                 for row in range(len(shown))[-MAX_REORDERED:]:
                     if shown[row].pts >= complete_pts:  # the last ones before the loss: nobody knows until when
@@ -133,7 +134,8 @@ def index_of_packets(
         raise
     except av.FFmpegError as error:
         damage = str(error.strerror)
-    damage = _complaint(container, logged) or damage or ("a packet is truncated" if intact < len(shown) else "")
+    damage = lost or _complaint(container, logged[heard:]) or damage
+    damage = damage or ("a packet is truncated" if intact < len(shown) else "")
     first_key = min(keys, default=(NO_PTS, 0))[0]
     if not damage:
         complete_pts = np.iinfo(np.int64).max
@@ -189,15 +191,17 @@ def index_of_frames(
     frames: list[_Shown] = []
     broken_at: int | None = None  # number of the last packet that could not be decoded
     key_pts, broken_before = NO_PTS, NO_PTS
-    damage, heard = "", len(logged)
+    damage, lost, heard = "", "", len(logged)
     try:
         for number, packet in enumerate(container.demux(stream)):
             if packet.pts is not None:
                 packets.setdefault(packet.pts, _Sent(number, _dts_of(packet), packet.is_keyframe))
                 key_pts = packet.pts if packet.is_keyframe else key_pts
-            if packet.size and _complaint(container, logged[heard:]):  # packets before this one were lost
-                broken_at = number - 1
-                frames[-1:] = [replace(last, is_damaged=True) for last in frames[-1:]]
+            if packet.size:
+                lost = _complaint(container, logged[heard:])  # of packets before this one
+                if lost:
+                    broken_at = number - 1
+                    frames[-1:] = [replace(last, is_damaged=True) for last in frames[-1:]]
             complaints = len(logged)
             decoded = decode(packet)
             complained, heard = len(logged) > complaints, len(logged)
@@ -220,7 +224,7 @@ def index_of_frames(
         raise
     except av.FFmpegError as error:
         damage = str(error.strerror)
-    damage = _complaint(container, logged) or damage
+    damage = lost or _complaint(container, logged[heard:]) or damage
     # Frames before the first key frame depend on something that was cut off. Some codecs do not mark key frames.
     whole = [row for row, frame in enumerate(frames) if not frame.is_damaged]
     if not whole:

@@ -69,6 +69,7 @@ def test_a_hole_in_a_damaged_file_is_not_filled_with_the_frame_before_it(by_deco
         before, after = index.starts_s[[lost, lost + 1]].tolist()
     assert_shown(Clip("before", path, 0.0, before), 4, times_s, shown)
     assert_shown(Clip("after", path, after, 5.9), 4, times_s, shown)
+    read_frames(Clip("to the end", path, after), VideoConfig(frames=4))  # the file is not truncated
     with pytest.raises(VideoError, match=r"cannot be decoded at \d\.\d+ s: the file is damaged from"):
         read_frames(Clip("in", path, before + 0.1, after - 0.1), VideoConfig(frames=4))
 
