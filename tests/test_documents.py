@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ import yaml
 from egopatch.__main__ import COMMANDS as COMMANDS_OF_EGOPATCH
 from egopatch.configs.schema import Config, RunConfig
 from egopatch.extract.datasets.egosynth.render import render
+from egopatch.extract.encoders.checkpoints.standin import write_standin
 from egopatch.features import Fingerprint, PatchTokens, StoreSpec, create_store, open_store
 from egopatch.features.store.store import Store
 from egopatch.features.tools.convert import convert
@@ -40,6 +42,7 @@ DOCS = ROOT / "docs"
 RUN = {
     ROOT / "README.md",
     DOCS / "egotaskqa.md",
+    DOCS / "encoders.md",
     DOCS / "howto.md",
     DOCS / "notebook.md",
     DOCS / "own_loops.md",
@@ -166,6 +169,19 @@ def test_readme_example_opens_a_store(tmp_path: Path, monkeypatch: pytest.Monkey
     names: dict = {}
     assert all(not missing for _, missing in run_page(ROOT / "README.md", {"[:8]": "[:4]"}, names))
     assert names["tokens"].patches.shape == (4, 2, 12, 8)
+
+
+def test_the_networks_answer_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
+    file = tmp_path / "weights" / "finetuned.pth"
+    standin = write_standin("egovlpv2", file, texts=("what is it?",), frames=3, size=64, answers=7)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"pictures": np.random.default_rng(0).random((3, 3, 64, 64), np.float32)}
+    smaller = {"num_frames=16": "num_frames=3", "depth=6": "depth=2", "size=224": "size=64"}
+    smaller["weights/roberta-base"] = str(standin.tokenizer)
+    assert all(not missing for _, missing in run_page(DOCS / "encoders.md", smaller, names))
+    assert names["logits"].shape == (1, 7)
+    assert names["tokens"].patches.shape[:3] == (1, 3, 16)
 
 
 def _run_all(page: Path, smaller: dict[str, str]) -> None:

@@ -32,7 +32,11 @@ class DatasetError(ValueError):
     def __init__(self, problems: Iterable[str] | str):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
         hidden = len(self.problems) - SHOWN_PROBLEMS
-        more = [f"and {hidden:,} more; `egopatch extract doctor --json` lists them all"] if hidden > 0 else []
+        more = (
+            [f"and {hidden:,} more; `egopatch extract doctor --json --config CONFIG` lists them all"]
+            if hidden > 0
+            else []
+        )
         super().__init__("\n".join([*pick_varied(self.problems, SHOWN_PROBLEMS), *more]))
 
     def __reduce__(self) -> tuple[type["DatasetError"], tuple[tuple[str, ...]]]:

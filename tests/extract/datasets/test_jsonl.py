@@ -305,7 +305,7 @@ def test_error_message_shows_ten_errors_and_counts_the_rest(tmp_path: Path) -> N
     lines = str(caught.value).splitlines()
     assert lines[6] == f"{tmp_path}/clips.jsonl:7: contains a list; expected an object"
     assert all(line.startswith(f"{tmp_path}/questions.jsonl:") for line in lines[7:10])
-    assert lines[10:] == ["and 1,993 more; `egopatch extract doctor --json` lists them all"]
+    assert lines[10:] == ["and 1,993 more; `egopatch extract doctor --json --config CONFIG` lists them all"]
     assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
 
 
