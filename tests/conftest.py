@@ -46,6 +46,14 @@ def torch_threads_stay() -> Iterator[None]:
 
 
 @pytest.fixture
+def closing_terminal() -> Iterator[None]:
+    """A closing terminal reaches the test and its children, as it does unless `nohup` started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def cuda() -> "torch.device":
     """The CUDA device; skips where there is none, or fails there when FAIL_WITHOUT_CUDA=1."""
     import torch

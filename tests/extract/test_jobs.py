@@ -266,6 +266,7 @@ def test_ctrl_c_prints_one_line_and_leaves_no_processes(workers: str, single: Pa
     assert contents(bare / "store") == contents(single)
 
 
+@pytest.mark.usefixtures("closing_terminal")
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "2"), (signal.SIGUSR1, "1"), (signal.SIGHUP, "2")])
 def test_job_stopped_by_a_scheduler_signal_requests_a_requeue(
@@ -292,6 +293,7 @@ def test_job_stopped_by_a_scheduler_signal_requests_a_requeue(
     assert contents(bare / "store") == contents(single)
 
 
+@pytest.mark.usefixtures("closing_terminal")
 @pytest.mark.parametrize("command", ["run", "retry", "videos"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signal_during_imports_requests_a_requeue(

@@ -93,6 +93,7 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(tiny: Config, monkeypat
     assert len(losses(tiny.run.dir)) == steps
 
 
+@pytest.mark.usefixtures("closing_terminal")
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75)],
