@@ -115,16 +115,14 @@ def tag_lines(rows: Sequence[Row]) -> list[TagLine]:
     return lines
 
 
-def kept_by_ratio(row: Row, sweeps: Sequence[Sweep], questions: Questions) -> tuple[dict[str, KeptPatches], list[str]]:
+def kept_by_ratio(
+    row: Row, sweeps: Sequence[Sweep], questions: Questions, problems: list[str]
+) -> dict[str, KeptPatches]:
     """The patches that a row's best seed and the runs of sweeps kept, by ratio.
 
     For the row's own ratio, its selection is used; for other ratios, that of the run with the lowest seed. Runs without
-    a recorded selection are ignored.
-
-    Returns:
-        Kept patches by label, such as `0.25`, and one line for each damaged file.
+    a recorded selection are ignored. Labels are such as `0.25`; each damaged file adds one line to `problems`.
     """
-    problems: list[str] = []
     found: dict[str, KeptPatches] = {}
     # Only psa records a selection, so only a row of psa can miss one.
     folders = [(ratio_label(row), row.best.dir)] if row.head in OURS else []
@@ -139,7 +137,7 @@ def kept_by_ratio(row: Row, sweeps: Sequence[Sweep], questions: Questions) -> tu
             found[label] = KeptPatches(read_selection(folder / SELECTION), read_answers(folder, questions))
         except SourceError as error:
             problems.append(str(error))
-    return found, problems
+    return found
 
 
 def ratio_label(row: Row) -> str:

@@ -60,6 +60,25 @@ class Correctness:
     answers: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class SplitAnswers:
+    """The answers of one split's rows, and what table and page compute from them.
+
+    Attributes:
+        rows: Rows of the table.
+        questions: Questions and clips of the split; none if the annotations cannot be read.
+        correctness: By label of every row whose predictions can be read.
+        intervals: Interval of each accuracy of these rows, by label and column, or `tag X`.
+        texts: Text metrics of the answers, by label and name; empty unless answers are free text.
+    """
+
+    rows: Sequence[Row]
+    questions: Questions
+    correctness: Mapping[str, Correctness]
+    intervals: Mapping[tuple[str, str], Interval]
+    texts: Mapping[str, Mapping[str, Interval]]
+
+
 def load_questions(config: Config, split: str) -> Questions:
     """Load the test questions of `split`.
 
@@ -80,25 +99,25 @@ def load_questions(config: Config, split: str) -> Questions:
     )
 
 
-def rows_correctness(
-    config: Config, split: str, rows: Sequence[Row]
-) -> tuple[Questions, dict[str, Correctness], list[str]]:
-    """Questions and clips of the split, none if the annotations cannot be read; correctness by label of every row whose
-    predictions can be read; and one line for each problem.
-    """
+def read_split(config: Config, split: str, rows: Sequence[Row], problems: list[str]) -> SplitAnswers:
+    """Read the answers of the rows of `split`; each problem adds one line to `problems`."""
     try:
         questions = load_questions(config, split)
     except SourceError as error:
         title = data_title(split, [row.best.card for row in rows])
-        return Questions({}, {}), {}, [f"{title}: no intervals and no examples: {error}"]
-    by_label, problems = {}, []
+        problems.append(f"{title}: no intervals and no examples: {error}")
+        return SplitAnswers(rows, Questions({}, {}), {}, {}, {})
+    by_label, found = {}, dict[tuple[str, str], Interval]()
     for row in rows:
         try:
-            by_label[row.label] = correctness(row, questions)
-            problems += accuracy_mismatches(row, by_label[row.label], questions)
+            by_label[row.label] = correct = correctness(row, questions)
         except SourceError as error:
             problems.append(str(error))
-    return questions, by_label, problems
+            continue
+        problems += accuracy_mismatches(row, correct, questions)
+        found |= {(row.label, part): interval for part, interval in intervals(row, correct, questions).items()}
+    texts = text_scores([row for row in rows if row.label in by_label], questions, problems)
+    return SplitAnswers(rows, questions, by_label, found, texts)
 
 
 def correctness(row: Row, questions: Questions) -> Correctness:
@@ -112,10 +131,10 @@ def correctness(row: Row, questions: Questions) -> Correctness:
     return Correctness(np.array([list(seed.values()) for seed in right], dtype=bool), right[0], answers[0])
 
 
-def text_scores(rows: Sequence[Row], questions: Questions) -> tuple[dict[str, dict[str, Interval]], list[str]]:
+def text_scores(rows: Sequence[Row], questions: Questions, problems: list[str]) -> dict[str, dict[str, Interval]]:
     """Text metrics of the answers, by label, mean over seeds; empty unless the data set has free answers.
 
-    They are empty too if a library is missing; then a line names it.
+    They are empty too if a library is missing; then a line in `problems` names it.
 
     Args:
         rows: Rows whose predictions can be read.
@@ -126,8 +145,9 @@ def text_scores(rows: Sequence[Row], questions: Questions) -> tuple[dict[str, di
             answers = [read_answers(run.dir, questions) for run in row.runs]
             scores[row.label] = text_intervals(tuple(questions.by_id.values()), answers)
         except TextMetricsError as error:
-            return {}, [f"no BLEU-4, METEOR and ROUGE-L: {error}"]
-    return scores, []
+            problems.append(f"no BLEU-4, METEOR and ROUGE-L: {error}")
+            return {}
+    return scores
 
 
 def accuracy_mismatches(row: Row, correct: Correctness, questions: Questions) -> list[str]:
@@ -186,11 +206,9 @@ def intervals(row: Row, correct: Correctness, questions: Questions) -> dict[str,
 
     A recorded accuracy that differs from that of the answers gets none: the interval would describe another number.
     """
-    clips, found = np.array(questions.clip_ids), {}
-    for column, counted in column_masks(questions.by_id.values()).items():
-        found[column] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
+    clips, masks = np.array(questions.clip_ids), column_masks(questions.by_id.values())
     tags = [question.tags for question in questions.by_id.values()]
     for tag in sorted({tag for question_tags in tags for tag in question_tags}):
-        counted = np.array([tag in question_tags for question_tags in tags])
-        found[f"tag {tag}"] = accuracy(correct.by_seed[:, counted], clips[counted].tolist())
+        masks[f"tag {tag}"] = np.array([tag in question_tags for question_tags in tags])
+    found = {part: accuracy(correct.by_seed[:, counted], clips[counted].tolist()) for part, counted in masks.items()}
     return {name: interval for name, interval in found.items() if _same_mean(row.mean(name), interval.mean)}

@@ -19,17 +19,15 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config
-from egopatch.extract.datasets import Clip
 from egopatch.features.common.units import counted, format_bytes
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.explanation.record import Explanation, ExplanationError, read_explanation
 from egopatch.train.report import analysis as report_analysis
-from egopatch.train.report import answers as report_answers
 from egopatch.train.report import integrity as report_integrity
 from egopatch.train.report import table
 from egopatch.train.report.agreement import agreement
 from egopatch.train.report.analysis import TagLine
-from egopatch.train.report.answers import Correctness, Questions
+from egopatch.train.report.answers import Questions, SplitAnswers, read_split
 from egopatch.train.report.examples import Example
 from egopatch.train.report.plots import spaced, thin
 from egopatch.train.report.sections import question_list, repeat
@@ -38,7 +36,7 @@ from egopatch.train.report.sources import Selection, SourceError, Sweep, Trainin
 from egopatch.train.rundir.names import SWEEP, SWEEPS
 from egopatch.train.rundir.results import BLIND, COLUMNS, SPLITS, Results, Row, gather
 from egopatch.train.rundir.run_folder import write_whole
-from egopatch.train.scores.statistics import Comparison, Interval, compare
+from egopatch.train.scores.statistics import Comparison, compare
 from egopatch.train.scores.text_metrics import NAMES
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -77,46 +75,39 @@ class SplitPage:
     Attributes:
         name: `direct` or `indirect`.
         title: Title of the questions, as from `train.report.table.title`.
-        rows: Rows of the table.
-        counts: Sentence on the number of questions.
+        answers: Answers of the rows, with intervals and text metrics.
         ours: Row of the headline: `train.report.analysis.headline_row`.
         gains: Gains of that row over the better blind baseline, then over the other heads.
         tags: Breakdown by reasoning tag.
         examples: Wins, losses and random questions.
-        intervals: Interval of each accuracy, by label and column; a row whose predictions cannot be read has none.
-        texts: Text metrics of a row's answers, by label and name; empty unless answers are free text.
         best: Highest accuracy of a row, by column.
         grid: Rows and columns of patches.
         ratios: Selection ratios at which the examples can be shown, rising.
         table_ratio: Selection ratio of the head in the table.
         kept: Summary of where the head looks; None if it recorded no selection.
         explanation: Which patches matter to its answers; None if `train explain` was not run.
-        clips: Clips of the annotations; none if these cannot be read.
-        questions: Number of questions and their digest; None if the annotations cannot be read.
         data: All questions and pairs of systems, for the page's script.
-        problems: One line for each file that could not be read or shown.
     """
 
     name: str
     title: str
-    rows: tuple[Row, ...]
-    counts: str
+    answers: SplitAnswers
     ours: Row
     gains: tuple[Gain, ...]
     tags: tuple[TagLine, ...]
     examples: tuple[Example, ...]
-    intervals: Mapping[str, Mapping[str, Interval]]
-    texts: table.Texts
     best: Mapping[str, float]
     grid: tuple[int, int]
     ratios: tuple[str, ...]
     table_ratio: str
     kept: KeptSummary | None
     explanation: Explanation | None
-    clips: Mapping[str, Clip]
-    questions: tuple[int, str] | None
     data: Mapping[str, Any] | None
-    problems: Sequence[str]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """Rows of the table."""
+        return self.answers.rows
 
 
 def write_report(config: Config, folder: Path) -> Path:
@@ -135,16 +126,16 @@ def write_report(config: Config, folder: Path) -> Path:
         TableError: There is no readable run below `folder`.
     """
     results = gather(folder)
-    sweeps, sweep_problems = _sweeps(folder)
-    splits = [_split_page(config, results, split, sweeps) for split in results.splits]
-    logs, log_problems = _logs(results)
-    clips = {clip_id: clip for split in splits for clip_id, clip in split.clips.items()}
+    found = [*results.problems]
+    sweeps = _sweeps(folder, found)
+    splits = [_split_page(config, results, split, sweeps, found) for split in results.splits]
+    logs = _logs(results, found)
+    clips = {clip_id: clip for split in splits for clip_id, clip in split.answers.questions.clips.items()}
     stores = report_integrity.store_facts(results, clips.values(), config.data.root)
     colours = _colours(splits)
     charts = _charts(splits, sweeps, logs, colours)
     explained = {split.ours.best.dir: split.explanation.questions for split in splits if split.explanation}
-    split_problems = [problem for split in splits for problem in split.problems]
-    problems = list(dict.fromkeys([*results.problems, *sweep_problems, *split_problems, *log_problems]))
+    problems = list(dict.fromkeys(found))
     page = _render(
         relative=lambda path: path.relative_to(folder).as_posix() if path else "–",
         title=f"Results in {folder.resolve().name}",
@@ -172,27 +163,27 @@ def write_report(config: Config, folder: Path) -> Path:
     return path
 
 
-def _split_page(config: Config, results: Results, split: str, sweeps: Sequence[Sweep]) -> SplitPage:
+def _split_page(
+    config: Config, results: Results, split: str, sweeps: Sequence[Sweep], problems: list[str]
+) -> SplitPage:
     rows = results.split(split)
-    ours = report_analysis.headline_row(rows)
-    problems: list[str] = []
+    ours, title = report_analysis.headline_row(rows), table.title(split, rows)
     try:
         config = report_analysis.config_of(ours, config)
     except SourceError as error:
         problems.append(str(error))
     grid = report_integrity.grid_of(config.store.path, config.video.size)
-    questions, correctness, unread = report_answers.rows_correctness(config, split, rows)
-    problems += unread
-    read = [row for row in rows if row.label in correctness]
+    answers = read_split(config, split, rows, problems)
+    questions = answers.questions
     examples: list[Example] = []
     kept_summary, explanation = None, None
-    if (correct := correctness.get(ours.label)) is not None:
-        kept, damaged = report_analysis.kept_by_ratio(ours, sweeps, questions)
-        problems += damaged
+    if (correct := answers.correctness.get(ours.label)) is not None:
+        kept = report_analysis.kept_by_ratio(ours, sweeps, questions, problems)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             frames = report_analysis.frames_chosen_from(ours, config)
             kept_summary = _kept_summary(chosen.selection, questions, grid, frames)
-        others = [(row, correctness[row.label]) for row in read if row is not ours]
+        read = answers.correctness
+        others = [(row, read[row.label]) for row in rows if row.label in read and row is not ours]
         examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems += [f"no picture: {reason}" for reason in missing]
@@ -200,29 +191,21 @@ def _split_page(config: Config, results: Results, split: str, sweeps: Sequence[S
         explanation = read_explanation(ours.best.dir)
     except ExplanationError as error:
         problems.append(str(error))
-    texts, unscored = report_answers.text_scores(read, questions)
-    problems += unscored
     return SplitPage(
         name=split,
-        title=table.title(split, rows),
-        rows=rows,
-        counts=table.question_counts(rows),
+        title=title,
+        answers=answers,
         ours=ours,
-        gains=tuple(_gains(rows, ours, correctness, questions)),
+        gains=tuple(_gains(answers, ours)),
         tags=tuple(report_analysis.tag_lines(rows)),
         examples=tuple(examples),
-        intervals={row.label: report_answers.intervals(row, correctness[row.label], questions) for row in read},
-        texts=texts,
         best={part: max(row.mean(part) or 0.0 for row in rows) for part in COLUMNS},
         grid=grid,
         ratios=tuple(sorted({step.label for example in examples for step in example.steps}, key=float)),
         table_ratio=report_analysis.ratio_label(ours),
         kept=kept_summary,
         explanation=explanation,
-        clips=questions.clips,
-        questions=(len(questions.by_id), repeat.digest(questions)) if questions.clips else None,
-        data=_script_data(ours, table.title(split, rows), questions, correctness),
-        problems=problems,
+        data=_script_data(answers, ours, title),
     )
 
 
@@ -237,9 +220,8 @@ def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, i
     )
 
 
-def _script_data(
-    ours: Row, title: str, questions: Questions, correctness: Mapping[str, Correctness]
-) -> dict[str, Any] | None:
+def _script_data(answers: SplitAnswers, ours: Row, title: str) -> dict[str, Any] | None:
+    questions, correctness = answers.questions, answers.correctness
     if not questions.by_id or not correctness:
         return None
     headline = list(correctness).index(ours.label) if ours.label in correctness else 0
@@ -248,25 +230,26 @@ def _script_data(
     return {**names, **found, "pairs": question_list.pairs(questions, correctness)}
 
 
-def _gains(rows: Sequence[Row], ours: Row, correctness: Mapping[str, Correctness], questions: Questions) -> list[Gain]:
+def _gains(answers: SplitAnswers, ours: Row) -> list[Gain]:
+    questions, correctness = answers.questions, answers.correctness
     if not questions.by_id or ours.label not in correctness:
         return []
     return [
         Gain(row, compare(correctness[ours.label].by_seed, correctness[row.label].by_seed, questions.clip_ids))
-        for row in report_analysis.rivals(rows, ours)
+        for row in report_analysis.rivals(answers.rows, ours)
         if row.label in correctness
     ]
 
 
-def _sweeps(folder: Path) -> tuple[list[Sweep], list[str]]:
-    found, problems = [], []
+def _sweeps(folder: Path, problems: list[str]) -> list[Sweep]:
+    found = []
     for path in sorted((folder / SWEEPS).glob(f"**/{SWEEP}")):
         try:
             found.append(read_sweep(path))
         except SourceError as error:
             problems.append(str(error))
     found.sort(key=lambda sweep: (sweep.split != SPLITS[0], sweep.split, sweep.name))
-    return [sweep for sweep in found if sweep.runs], problems
+    return [sweep for sweep in found if sweep.runs]
 
 
 def _colours(splits: Sequence[SplitPage]) -> dict[str, int]:
@@ -301,7 +284,7 @@ def _table_chart(split: SplitPage, colours: Mapping[str, int]) -> Chart:
     bars = []
     for row in split.rows:
         if (mean := row.mean("all")) is not None:
-            interval = split.intervals.get(row.label, {}).get("all")
+            interval = split.answers.intervals.get((row.label, "all"))
             seeds = row.values("all") if len(row.runs) > 1 else []
             ends = None if interval is None else (interval.low, interval.high)
             bars.append(Bar(row.label, colours[row.label], mean, ends, seeds))
@@ -357,9 +340,8 @@ def _explanation_charts(title: str, explanation: Explanation) -> list[Chart]:
     ]
 
 
-def _logs(results: Results) -> tuple[dict[str, dict[str, TrainingLog]], list[str]]:
+def _logs(results: Results, problems: list[str]) -> dict[str, dict[str, TrainingLog]]:
     logs: dict[str, dict[str, TrainingLog]] = {}
-    problems = []
     for row in results.rows:
         if row.best.log is None or row.label != row.system:
             continue
@@ -367,7 +349,7 @@ def _logs(results: Results) -> tuple[dict[str, dict[str, TrainingLog]], list[str
             logs.setdefault(row.split, {})[row.label] = read_log(row.best.log)
         except SourceError as error:
             problems.append(str(error))
-    return logs, problems
+    return logs
 
 
 def _render(**content: object) -> str:
@@ -391,6 +373,8 @@ def _render(**content: object) -> str:
         "text_note": table.TEXTS,
         "text_names": tuple(NAMES.values()),
         "training_cells": table.training_cells,
+        "question_counts": table.question_counts,
+        "digest": repeat.digest,
         "blind": BLIND,
         "is_standin": table.is_standin,
         "anchor": question_list.anchor,

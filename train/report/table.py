@@ -4,12 +4,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from egopatch.configs.schema import Config, DataConfig
-from egopatch.train.report import answers as report_answers
+from egopatch.train.report.answers import SplitAnswers, read_split
 from egopatch.train.rundir.names import CARD, TEST
 from egopatch.train.rundir.results import (
     BLIND,
@@ -25,10 +25,6 @@ from egopatch.train.rundir.run_folder import is_rendered, write_whole
 from egopatch.train.scores.statistics import Interval
 from egopatch.train.scores.text_metrics import NAMES
 
-# Intervals of a row, by column or `tag X`.
-RowIntervals = Mapping[str, Interval]
-# Metrics of a split's answers as texts, by label and name.
-Texts = Mapping[str, Mapping[str, Interval]]
 TEXTS = "Answers compared as lower-cased texts by sacrebleu, nltk and rouge-score; in percent, mean over seeds."
 
 
@@ -50,8 +46,8 @@ def write_table(config: Config, folder: Path) -> list[dict[str, Any]]:
         TableError: There is no readable run.
     """
     results = gather(folder)
-    answers = {split: _read_answers(config, split, results) for split in results.splits}
-    problems = [*results.problems, *(problem for found in answers.values() for problem in found.problems)]
+    problems = [*results.problems]
+    answers = {split: read_split(config, split, results.split(split), problems) for split in results.splits}
     results = replace(results, problems=tuple(dict.fromkeys(problems)))
     records = [record(row, folder, answers[row.split].texts.get(row.label, {})) for row in results.rows]
     write_whole(folder / "table.json", json.dumps(records, indent=2) + "\n")
@@ -59,32 +55,6 @@ def write_table(config: Config, folder: Path) -> list[dict[str, Any]]:
     for problem in results.problems:
         print(f"table: {problem}", file=sys.stderr)
     return records
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Results from the answers of one split's rows: intervals and text metrics by label, question types, problems.
-
-    Only multiple-choice questions are counted by type; other data sets have too many tags for a table.
-    """
-
-    intervals: Mapping[str, RowIntervals]
-    texts: Texts
-    types: Mapping[str, int]
-    problems: Sequence[str]
-
-
-def _read_answers(config: Config, split: str, results: Results) -> _Answers:
-    rows = results.split(split)
-    questions, correctness, problems = report_answers.rows_correctness(config, split, rows)
-    read = [row for row in rows if row.label in correctness]
-    texts, unscored = report_answers.text_scores(read, questions)
-    return _Answers(
-        {row.label: report_answers.intervals(row, correctness[row.label], questions) for row in read},
-        texts,
-        Counter(tag for question in questions.by_id.values() for tag in question.tags) if questions.choices else {},
-        [*problems, *unscored],
-    )
 
 
 def record(row: Row, folder: Path, texts: Mapping[str, Interval]) -> dict[str, Any]:
@@ -101,35 +71,38 @@ def record(row: Row, folder: Path, texts: Mapping[str, Interval]) -> dict[str, A
     }
 
 
-def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
+def markdown(results: Results, answers: Mapping[str, SplitAnswers]) -> str:
     """`table.md`: a section for each split, then the origin of the numbers."""
     lines = ["# Results", "", "Accuracy on the test questions, in percent.", ""]
     for split in results.splits:
-        rows, texts, types = results.split(split), answers[split].texts, answers[split].types
+        found = answers[split]
+        rows, questions = found.rows, found.questions
         lines += [f"## {_escape(title(split, rows))}", "", question_counts(rows), ""]
         lines += ["| System | Open | Binary | All | Wrong form | Time to 95% | Checkpoint | Log |"]
         lines += ["|:--|--:|--:|--:|--:|--:|:--|:--|"]
         for row in rows:
-            cells = [cell(row, part, answers[split].intervals.get(row.label, {})) for part in COLUMNS]
+            cells = [cell(row, part, found) for part in COLUMNS]
             links = [
                 f"[{path.name}](<{_relative(path, results.folder)}>)" if path else "–"
                 for path in (row.best.checkpoint, row.best.log)
             ]
             lines.append("| " + " | ".join([_escape(row.label), *cells, *training_cells(row), *links]) + " |")
         tagged = [
-            f"{_escape(row.label)} {cell(row, 'split_tag', {})}" for row in rows if row.mean("split_tag") is not None
+            f"{_escape(row.label)} {cell(row, 'split_tag', found)}" for row in rows if row.mean("split_tag") is not None
         ]
         if tagged:
             n = rows[0].n("split_tag")
             lines += ["", f"Accuracy over only the {n:,} questions tagged `{split}`: {', '.join(tagged)}."]
-        if texts:
+        if found.texts:
             lines += ["", TEXTS, "", f"| System | {' | '.join(NAMES.values())} |", "|:--|" + "--:|" * len(NAMES)]
-            lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, texts))} |" for row in rows]
+            lines += [f"| {_escape(row.label)} | {' | '.join(text_cells(row, found))} |" for row in rows]
+        # Other data sets have too many tags for a table.
+        types = Counter(tag for q in questions.by_id.values() for tag in q.tags) if questions.choices else {}
         if types:
             systems = " | ".join(_escape(row.label) for row in rows)
             lines += ["", "By type of question:", "", f"| Type | n | {systems} |", "|:--|" + "--:|" * (1 + len(rows))]
         for kind, n in sorted(types.items()):
-            cells = [cell(row, f"tag {kind}", answers[split].intervals.get(row.label, {})) for row in rows]
+            cells = [cell(row, f"tag {kind}", found) for row in rows]
             lines.append(f"| {_escape(kind)} | {n:,} | {' | '.join(cells)} |")
         lines.append("")
     lines += ["## Where these numbers come from", ""]
@@ -138,9 +111,9 @@ def markdown(results: Results, answers: Mapping[str, _Answers]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cell(row: Row, part: str, intervals: RowIntervals) -> str:
+def cell(row: Row, part: str, answers: SplitAnswers) -> str:
     """A cell of the table: the mean over seeds with two decimals, and its interval if there is one."""
-    return _with_interval(row.mean(part), intervals.get(part))
+    return _with_interval(row.mean(part), answers.intervals.get((row.label, part)))
 
 
 def _with_interval(mean: float | None, interval: Interval | None) -> str:
@@ -149,9 +122,9 @@ def _with_interval(mean: float | None, interval: Interval | None) -> str:
     return f"{mean:.2f}" + ("" if interval is None else f" [{interval.low:.1f}, {interval.high:.1f}]")
 
 
-def text_cells(row: Row, texts: Texts) -> list[str]:
+def text_cells(row: Row, answers: SplitAnswers) -> list[str]:
     """The text metrics of a row's answers, in the order of `NAMES`."""
-    found = texts.get(row.label)
+    found = answers.texts.get(row.label)
     return ["–" if found is None else _with_interval(found[name].mean, found[name]) for name in NAMES]
 
 
