@@ -1,12 +1,12 @@
 """Provenance of the report: the stores that the runs read, whether they still match, and versions."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
-from egopatch.features import Fingerprint, open_store
+from egopatch.features import Fingerprint, Store, open_store
 from egopatch.features.common.units import counted
 from egopatch.train.rundir.results import Results, Run, card_option
 from egopatch.train.rundir.trained_on import changed_clips
@@ -19,13 +19,7 @@ class StoreFacts:
     Attributes:
         path: Path in the cards.
         problem: Why the store cannot be opened; empty if it can.
-        format: `zarr` or `hdf5`.
-        committed: Number of committed clips.
-        planned: Number of planned clips.
-        quarantined: Reason of each quarantined clip, by id.
-        nbytes: Size on disk.
-        digest: Digest of the fingerprint.
-        fields: Fields of the fingerprint.
+        store: The open store; None if there is a problem.
         differences: One line for each field of a card's fingerprint that differs from the store's.
         check: The store's clips compared with the annotations; None if these cannot be read.
         outdated: One line for each run whose training clips were encoded again or removed since.
@@ -33,13 +27,7 @@ class StoreFacts:
 
     path: str
     problem: str = ""
-    format: str = ""
-    committed: int = 0
-    planned: int = 0
-    quarantined: Mapping[str, str] | None = None
-    nbytes: int = 0
-    digest: str = ""
-    fields: Mapping[str, object] | None = None
+    store: Store | None = None
     differences: tuple[str, ...] = ()
     check: OriginCheck | None = None
     outdated: tuple[str, ...] = ()
@@ -87,20 +75,13 @@ def _facts(path: str, runs: Sequence[Run], clips: Collection[Clip], root: Path) 
         changed = {run.dir: len(changed_clips(run.dir, store)) for run in runs}
     except (OSError, ValueError) as error:
         return StoreFacts(path, problem=" ".join(str(error).split()))
-    fingerprint = store.fingerprint
     differences: dict[str, None] = {}
     for run in runs:
-        lines = Fingerprint(run.card["fingerprint"]).differences(fingerprint, "run used", "store has")
+        lines = Fingerprint(run.card["fingerprint"]).differences(store.fingerprint, "run used", "store has")
         differences |= dict.fromkeys(f"{run.system} {run.split}: {line}" for line in lines)
     return StoreFacts(
         path,
-        format=store.format,
-        committed=len(store.clip_ids),
-        planned=len(store.planned_ids),
-        quarantined={clip: record.reason for clip, record in store.quarantine.items()},
-        nbytes=store.nbytes,
-        digest=fingerprint.digest,
-        fields=dict(fingerprint.fields),
+        store=store,
         differences=tuple(differences),
         check=check,
         outdated=tuple(
