@@ -167,16 +167,10 @@ class Features:
     def _rows(self, clips: Sequence[str]) -> Tensor:
         return torch.tensor([self._clip_rows[name] for name in clips], dtype=torch.long)
 
-    def text_tokens(self, table: QuestionTable) -> Tensor:
-        """[W, D] text states of every token of the questions' unique texts."""
-        texts = table.text.unique().to(self.device)
-        return self._states[texts][self._mask[texts]]
-
-    def option_tokens(self, table: QuestionTable) -> Tensor:
-        """[W, D] text states of every token of the questions' unique options."""
-        assert table.options is not None
-        texts = table.options[table.options != NO_OPTION].unique().to(self.device)
-        return self._states[texts][self._mask[texts]]
+    def text_tokens(self, texts: Tensor) -> Tensor:
+        """[W, D] states of every token of the unique texts of these rows; `NO_OPTION` has none."""
+        unique = texts[texts != NO_OPTION].unique().to(self.device)
+        return self._states[unique][self._mask[unique]]
 
     def batch(
         self, table: QuestionTable, rows: np.ndarray, rank_clips: Tensor | None = None, size: BatchSize | None = None

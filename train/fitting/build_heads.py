@@ -125,9 +125,10 @@ def _measure_head(whole: nn.Module, features: Features, table: QuestionTable, to
         head.count(table)
     for module in head.modules():
         if isinstance(module, QuestionReader):
-            module.whiten.measure(features.text_tokens(table))
+            module.whiten.measure(features.text_tokens(table.text))
     if isinstance(whole, Choice):
-        whole.read.whiten.measure(features.option_tokens(table))
+        assert table.options is not None
+        whole.read.whiten.measure(features.text_tokens(table.options))
     if tokens is not None:
         assert callable(head.measure)
         before = dict(vars(head))

@@ -1,8 +1,7 @@
 """A trained head: the card and the weights of its run's folder, and the config that builds it again."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.train.heads import Sizes, build_head, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.checked_json import typed
 from egopatch.train.rundir.names import CARD, WEIGHTS
 from egopatch.train.rundir.run_folder import RunError, load_weights
 from egopatch.train.steps.stacked_heads import StackedHeads
@@ -24,13 +24,8 @@ def trained_config(config: Config, card: Card) -> Config:
 
 def head_of(card: Card, config: HeadConfig) -> HeadConfig:
     """The card's options of the head; those that only decide how fast it is computed come from `config`."""
-    options: dict[str, Any] = {}
-    for field in fields(HeadConfig):
-        value = card.config["head"].get(field.name, getattr(config, field.name))
-        options[field.name] = tuple(value) if isinstance(value, list) else value
-    checkpoint = options["checkpoint"]
-    options |= {"implementation": config.implementation, "checkpoint": None if checkpoint is None else Path(checkpoint)}
-    return HeadConfig(**options)
+    recorded = {name: card.config["head"].get(name, value) for name, value in asdict(config).items()}
+    return replace(typed(HeadConfig, "head", recorded), implementation=config.implementation)
 
 
 def require_video(folder: Path, card: Card) -> None:
