@@ -75,11 +75,7 @@ def text_metrics(questions: Sequence[Question], answers: Mapping[str, str]) -> d
     Raises:
         TextMetricsError: A library is not installed, or WordNet, which METEOR needs.
     """
-    if not questions:
-        return {}
-    texts = _compare(questions, answers)
-    means = {name: 100 * float(values.mean()) for name, values in texts.values.items()} | {"bleu_4": texts.bleu()}
-    return {name: means[name] for name in NAMES}
+    return {name: found.mean for name, found in text_intervals(questions, [answers]).items()}
 
 
 def text_intervals(questions: Sequence[Question], answers: Sequence[Mapping[str, str]]) -> dict[str, Interval]:
