@@ -20,7 +20,7 @@ from egopatch.extract.datasets import load_dataset
 from egopatch.features import open_store
 from egopatch.train.explanation.explain import explain
 from egopatch.train.explanation.record import read_explanation
-from egopatch.train.report.agreement import agreement
+from egopatch.train.report.analysis import agreement
 from egopatch.train.report.answers import load_questions
 from egopatch.train.report.sources import read_selection
 from egopatch.train.scores.metrics import read_predictions, same_lower_cased

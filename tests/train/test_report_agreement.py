@@ -6,7 +6,7 @@ from egopatch.extract.datasets import Question
 from egopatch.extract.datasets.egosynth.places import places_of, scene_of
 from egopatch.extract.datasets.egosynth.render import interval_of
 from egopatch.extract.datasets.egosynth.scene import draw_scene
-from egopatch.train.report.agreement import agreement
+from egopatch.train.report.analysis import agreement
 from egopatch.train.report.answers import Questions
 from egopatch.train.report.sources import Selection
 

@@ -1,16 +1,19 @@
 """Analysis of one split for the report: the headline row, its rivals, tags, selections and examples."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, Question
+from egopatch.extract.datasets.egosynth.places import Places
 from egopatch.extract.encoders import input_transform
 from egopatch.extract.errors import CheckpointError
 from egopatch.features.values.spec import middle_indices
+from egopatch.train.explanation.agreement import Agreement, agreement_of, known_places
 from egopatch.train.report import examples
 from egopatch.train.report.answers import Correctness, Questions, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
@@ -185,6 +188,29 @@ def frames_read(row: Row, config: Config) -> list[int]:
 def frames_chosen_from(row: Row, config: Config) -> int | None:
     """The number of frames if a row's head reads only some of them; None if it reads all."""
     return None if row.best.options.get("head.frames") is None else config.video.frames
+
+
+def agreement(
+    selection: Selection, questions: Questions, grid: tuple[int, int], frames: int | None = None
+) -> Agreement | None:
+    """Agreement of a selection with the known places; None if no question is about a clip of EgoSynth.
+
+    Args:
+        selection: Kept patches [Q, T, k].
+        grid: Rows and columns of patches in a frame.
+        frames: Number of stored frames, if the head reads T evenly spaced ones of them; None if it reads all.
+    """
+
+    def known() -> Iterator[tuple[NDArray, Places]]:
+        for name, row in selection.rows.items():
+            if (question := questions.by_id.get(name)) is not None:
+                kept = selection.kept[row]
+                stored = len(kept) if frames is None else frames
+                places = known_places(question, stored, middle_indices(stored, len(kept)), grid)
+                if places is not None:
+                    yield kept, places
+
+    return agreement_of(known(), grid[0] * grid[1])
 
 
 def _pictures(clips: Sequence[Clip], config: Config, frames: Sequence[int]) -> Iterable[tuple[tuple[str, ...], str]]:

@@ -25,7 +25,6 @@ from egopatch.train.explanation.record import Explanation, ExplanationError, rea
 from egopatch.train.report import analysis as report_analysis
 from egopatch.train.report import integrity as report_integrity
 from egopatch.train.report import table
-from egopatch.train.report.agreement import agreement
 from egopatch.train.report.analysis import TagLine
 from egopatch.train.report.answers import Questions, SplitAnswers, read_split
 from egopatch.train.report.examples import Example
@@ -216,7 +215,7 @@ def _kept_summary(selection: Selection, questions: Questions, grid: tuple[int, i
         frequency=selection.frequency(patches).reshape(grid),
         share=selection.kept.shape[2] / patches,
         shared=selection.shared({q: question.clip_id for q, question in questions.by_id.items()}, patches),
-        agreement=agreement(selection, questions, grid, frames),
+        agreement=report_analysis.agreement(selection, questions, grid, frames),
     )
 
 
