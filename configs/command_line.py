@@ -208,6 +208,14 @@ class ConfigParser(jsonargparse.ArgumentParser):
         )
 
 
+class StageParser(ConfigParser):
+    """The parser of a command of a stage: every command has `--json`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _as_yaml(text: str) -> Any:
     """The value that `text` is in YAML; the text itself if it is not YAML."""
     try:

@@ -19,7 +19,7 @@ import docstring_parser
 
 import egopatch
 from egopatch import __main__ as egopatch_main
-from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.command_line import StageParser
 from egopatch.configs.schema import Config
 from egopatch.extract import __main__ as extract
 from egopatch.features import __main__ as features
@@ -29,9 +29,9 @@ from egopatch.train import __main__ as train
 PACKAGE = Path(egopatch.__file__).parent
 COMMON = {"-h", "--help", "--help-all", "--print_config"}
 STAGES: dict[str, tuple[ModuleType, type[argparse.ArgumentParser]]] = {
-    "extract": (extract, ConfigParser),
+    "extract": (extract, StageParser),
     "features": (features, CommandParser),
-    "train": (train, ConfigParser),
+    "train": (train, StageParser),
 }
 
 

@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.command_line import ConfigParser, StageParser
 from egopatch.configs.schema import Config
 from egopatch.features.commands.shared import CommandParser
 
@@ -69,7 +69,7 @@ def _commands_of(stage: str) -> Iterator[tuple[str, list[str]]]:
     module = import_module(f"egopatch.{stage}.__main__")
     sections = {f"--{section.name}" for section in dataclasses.fields(Config)}
     for name in module.COMMANDS:
-        parser = CommandParser(prog=name) if stage == "features" else ConfigParser(prog=name)
+        parser = CommandParser(prog=name) if stage == "features" else StageParser(prog=name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
             module.load_command(name).main(parser, ["--help"])
         shown = {option for option, action in parser._option_string_actions.items() if action.help != SUPPRESS}

@@ -18,7 +18,7 @@ from typing import TextIO
 
 import yaml
 
-from egopatch.configs.command_line import ConfigParser
+from egopatch.configs.command_line import StageParser
 from egopatch.configs.packaged import packaged_config
 from egopatch.features.common.command_line import messages_apart, print_result
 from egopatch.features.common.machine import usable_cores
@@ -39,7 +39,7 @@ Command = tuple[str, ...]
 
 def main(args: Sequence[str]) -> int:
     """Run the demo; returns the exit code of the first command that fails, or 0."""
-    parser = ConfigParser(
+    parser = StageParser(
         prog="egopatch demo", description="run everything on EgoSynth, rendered here: no data, downloads or GPU needed"
     )
     parser.add_argument("--small", action="store_true", help="24 clips and two systems, under a minute")
@@ -50,7 +50,6 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument(
         "--train-only", choices=SPLITS, help="only train the systems of one split, on stores that the demo has made"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     recipe = Recipe(options.out or (SMALL if options.small else FULL))
     with messages_apart(options.json):

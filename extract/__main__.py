@@ -11,7 +11,7 @@ from types import ModuleType
 from egopatch.interrupt import interrupts_in_one_line
 
 with interrupts_in_one_line("extract"):
-    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.command_line import StageParser
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
     # Without semaphores, joblib warns when it is imported; the code that needs them reports that in one line itself.
     warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
+    parser = StageParser(prog=f"{program} {name}", description=COMMANDS[name])
     retry = {"retry": True} if name == "retry" else {}
 
     def command() -> int:

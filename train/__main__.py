@@ -11,7 +11,7 @@ from types import ModuleType
 from egopatch.interrupt import interrupts_in_one_line
 
 with interrupts_in_one_line("train"):
-    from egopatch.configs.command_line import ConfigParser
+    from egopatch.configs.command_line import StageParser
     from egopatch.configs.experiment_line import experiment_named
     from egopatch.configs.schema import ConfigError
     from egopatch.extract.datasets import DatasetError
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
         return name
     # Where HOME cannot be written, matplotlib makes a temporary folder and logs two warnings when it is imported.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    parser = ConfigParser(prog=f"{program} {name}", description=COMMANDS[name])
+    parser = StageParser(prog=f"{program} {name}", description=COMMANDS[name])
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.

@@ -13,7 +13,6 @@ from egopatch.features.common.command_line import print_result
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the diagnosis; returns 1 if there are errors or faults."""
     parser.usage = "[--config FILE] [options]"
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_options(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.planning.doctor import examine, format_diagnosis

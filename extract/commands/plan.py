@@ -12,7 +12,6 @@ from egopatch.features.common.command_line import messages_apart, print_result
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the plan; returns 1 if the job would be refused."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--probe", type=NonNegativeInt, default=4, help="number of clips to decode and encode to estimate the duration"
     )

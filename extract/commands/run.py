@@ -33,7 +33,6 @@ def main(parser: ConfigParser, args: Sequence[str], retry: bool = False) -> int:
         f"config; {HELD} other processes hold the shards that are left; {REQUEUE} interrupted by a scheduler's "
         f"signal; {INTERRUPTED} interrupted by Ctrl-C."
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--wait", action="store_true", help="wait for shards that other processes hold, and encode what they leave"
     )

@@ -18,7 +18,6 @@ from egopatch.features.state.counts import count_clips, first_in_quarantine, mac
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Print the counts; returns 0."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     ledger = read_ledger(config.store.path)
     clips = _clips(config)

@@ -15,7 +15,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--out", type=local_path, required=True, metavar="DIR", help="folder for copies and annotations"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.transcoding.copies import transcode

@@ -31,7 +31,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--clip-seconds", type=PositiveFloat | None, default=None, metavar="SECONDS",
         help="length of the clips that each video is cut into; by default each video is one clip",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.read_first = {
         "--encoder": (
             "NAME",

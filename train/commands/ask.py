@@ -90,7 +90,6 @@ def _add_options(parser: ConfigParser) -> None:
         "--cache", type=Path | None, default=None, metavar="DIR",
         help="folder that keeps the features of videos (default: egopatch/videos in the user's cache folder)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.read_first = {
         "--video": ("FILE", "a video file, or a folder of videos; each is encoded only once"),
         "--run": (

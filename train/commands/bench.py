@@ -19,9 +19,9 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if not names:
         raise ConfigError("benchmarks are not part of the installed package; run this command in a checkout")
     parser.usage = "[--json] NAME [options of the benchmark]"
-    parser.epilog = f"NAME is one of {', '.join(names)}; all that follows NAME is passed to the script"
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON; the script's own output goes to standard error"
+    parser.epilog = (
+        f"NAME is one of {', '.join(names)}; all that follows NAME is passed to the script. With --json, the script's "
+        "own output goes to standard error."
     )
     as_json = args[:1] == ["--json"]
     args = args[1:] if as_json else args

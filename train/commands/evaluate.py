@@ -13,7 +13,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--from", type=Path, metavar="RUN", help="folder of the run whose head to evaluate on this config's data set"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device

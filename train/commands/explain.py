@@ -10,7 +10,6 @@ from egopatch.features.common.command_line import messages_apart, print_result
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write `explanation.json` into the run's folder and print a line for each ranking."""
     parser.add_argument("--questions", type=int, default=200, help="number of test questions to measure (default: 200)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.explanation.explain import explain

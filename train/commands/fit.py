@@ -10,7 +10,6 @@ from egopatch.features.common.command_line import messages_apart, print_result
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Train the head and print its accuracies on test; returns 130 after Ctrl-C, and 75 after a scheduler's signal."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device

@@ -17,7 +17,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--terms", type=str, action="append", default=[], metavar="'NAME: LICENCE'",
         help="licence of weights or data whose licence is not known here; repeat the option for each",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.publishing.folders import publish

@@ -9,7 +9,6 @@ from egopatch.train.rundir.results import table_folder
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write `report.html` and print its path."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before Matplotlib is imported.
     from egopatch.train.report.page import write_report

@@ -113,7 +113,6 @@ def _add_options(parser: ConfigParser) -> None:
         action="store_true",
         help="also report BLEU-4, METEOR and ROUGE-L (pip install 'egopatch[text-metrics]')",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def read_question_file(path: Path, part: Part) -> QuestionFile:

@@ -32,7 +32,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--name", type=str | None, default=None, help="name of the sweep's folder (default: split and name of run.dir)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(

@@ -10,7 +10,6 @@ from egopatch.train.rundir.results import table_folder
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write `table.md` and `table.json` and print the table."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     folder = table_folder(config)
     rows = write_table(config, folder)

@@ -13,7 +13,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument("action", choices=["inspect", "convert"], help="identify the file, or write it as safetensors")
     parser.add_argument("file", type=Path, help="checkpoint file, in any format that `encoder.checkpoint` takes")
     parser.add_argument("--out", type=local_path, default=None, help="safetensors file that convert writes")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.encoders.inspection import convert_checkpoint, inspect_checkpoint

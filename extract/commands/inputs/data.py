@@ -17,7 +17,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         default=DEFAULT_SOURCES,
         help="YAML file of links, with its lock file beside it; the default file's lock is in the current directory",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.fetch.lockfile import Lockfile

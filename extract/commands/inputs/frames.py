@@ -34,7 +34,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         "--out", type=local_path, required=True, metavar="FILE.npz|FOLDER",
         help="NumPy file with frames [T, H, W, 3] uint8 and times_s [T] from the file's start; or folder for PNG files",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_class_arguments(VideoConfig, "video")
     options = parser.parse_args(list(args))
     try:

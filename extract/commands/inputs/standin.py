@@ -11,7 +11,6 @@ from egopatch.features.common.command_line import print_result
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Write both; returns 0."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.encoders.checkpoints.standin import is_standin, is_standin_tokenizer, write_standin

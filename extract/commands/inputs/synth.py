@@ -25,7 +25,6 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     parser.add_argument(
         "--hard", action="store_true", help="smaller objects, bystanders and clutter; see docs/egosynth.md"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(args))
     with messages_apart(options.json), ProgressDisplay("render", options.clips, "clips") as display:
         try:
