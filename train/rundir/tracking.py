@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from egopatch.configs.schema import ConfigError
 from egopatch.train.rundir.checked_json import read_object
@@ -23,17 +23,7 @@ EXPERIMENT = "egopatch"
 PENDING = 200
 
 
-class Tracker(Protocol):
-    """One run in a tracker."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the values of one step."""
-
-    def close(self) -> None:
-        """Send what is pending, and end the run."""
-
-
-def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker | None:
+def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> "Tracker | None":
     """Open the run of `folder` in the tracker `name`, or create it; if that fails, print a line and return None.
 
     Args:
@@ -56,7 +46,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker 
     except ValueError as error:
         raise RunError(f"{record} is damaged ({error}); delete it to log to a new run of the tracker") from None
     try:
-        tracker: WandbRun | MlflowRun = TRACKERS[name](module, folder, _flat(config), known.get(name))
+        tracker: Tracker = TRACKERS[name](module, folder, _flat(config), known.get(name))
     except Exception as error:  # each tracker raises its own kinds
         report_failure(error)
         return None
@@ -130,6 +120,7 @@ class MlflowRun:
         self._pending = []
 
 
+Tracker = WandbRun | MlflowRun
 TRACKERS: Mapping[str, Any] = {"wandb": WandbRun, "mlflow": MlflowRun}
 
 
