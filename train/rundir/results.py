@@ -35,8 +35,6 @@ _DIFFER_BETWEEN_SEEDS = {
     "encoder.device", "encoder.batch", "store.path", "store.format", "store.shard", "video.timeout_s",
     "video.memory_gb",
 }  # fmt: skip
-# Values of `video.decoder` that give the same frames and share a fingerprint. nvdec has another one.
-_SAME_FRAMES = {"decord": "pyav"}
 
 
 class TableError(ValueError):
@@ -95,7 +93,7 @@ class Run:
         """The resolved config as `section.field: value`, without nulls and options in which seeds may differ.
 
         Entries `trained_on.field` describe the data that the head was trained on, if it was evaluated on other data.
-        `video.decoder` is `pyav` for decord too: both decode the same frames.
+        `video.decoder` is `pyav` for decord too: both decode the same frames and share a fingerprint.
         """
         config = {**(self.card.get("config") or {}), "trained_on": self.card.get("trained_on")}
         options = {
@@ -106,8 +104,8 @@ class Run:
             # Cards of earlier versions lack the options that were added since, whose default is null.
             if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS and value is not None
         }
-        if (decoder := options.get("video.decoder")) in _SAME_FRAMES:
-            options["video.decoder"] = _SAME_FRAMES[decoder]
+        if options.get("video.decoder") == "decord":
+            options["video.decoder"] = "pyav"
         return options
 
     @property
