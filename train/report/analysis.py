@@ -15,7 +15,7 @@ from egopatch.extract.errors import CheckpointError
 from egopatch.features.values.spec import middle_indices
 from egopatch.train.explanation.agreement import Agreement, agreement_of, known_places
 from egopatch.train.report import examples
-from egopatch.train.report.answers import Correctness, Questions, read_answers
+from egopatch.train.report.answers import Questions, SplitAnswers, read_answers
 from egopatch.train.report.sources import Selection, SourceError, Sweep, read_selection
 from egopatch.train.report.table import is_standin
 from egopatch.train.rundir.checked_json import typed
@@ -149,33 +149,30 @@ def ratio_label(row: Row) -> str:
 
 
 def build_examples(
-    config: Config,
-    questions: Questions,
-    ours: tuple[Row, Correctness],
-    others: Sequence[tuple[Row, Correctness]],
-    kept: Mapping[str, KeptPatches],
-    grid: tuple[int, int],
+    config: Config, answers: SplitAnswers, ours: Row, kept: Mapping[str, KeptPatches], grid: tuple[int, int]
 ) -> list[examples.Example]:
     """Choose a split's examples and draw them."""
-    row, correct = ours
+    questions = answers.questions
+    others = {label: correct for label, correct in answers.correctness.items() if label != ours.label}
+    systems = {ours.label: answers.correctness[ours.label], **others}
     clip_of = {q: question.clip_id for q, question in questions.by_id.items()}
-    chosen = examples.choose(clip_of, correct.right, [other.right for _, other in others], EXAMPLES_OF_A_KIND)
+    chosen = examples.choose(clip_of, systems[ours.label].right, [c.right for c in others.values()], EXAMPLES_OF_A_KIND)
     chosen_questions = [questions.by_id[question] for _, question in chosen]
     clips = [questions.clips[question.clip_id] for question in chosen_questions]
-    shown = _pictures(clips, config, frames_read(row, config))
+    shown = _pictures(clips, config, frames_read(ours, config))
     result = []
     for (kind, _), question, (pictures, missing) in zip(chosen, chosen_questions, shown):
-        answers = [
-            examples.Answer(other.label, c.answers[question.question_id], c.right[question.question_id])
-            for other, c in (ours, *others)
+        given = [
+            examples.Answer(label, c.answers[question.question_id], c.right[question.question_id])
+            for label, c in systems.items()
         ]
         steps = [
             step
             for label, at_ratio in kept.items()
-            if (step := _step(label, at_ratio, question, row.label, grid)) is not None
+            if (step := _step(label, at_ratio, question, ours.label, grid)) is not None
         ]
         steps.sort(key=lambda step: float(step.label))
-        result.append(examples.Example(kind, question, pictures, missing, tuple(steps), tuple(answers)))
+        result.append(examples.Example(kind, question, pictures, missing, tuple(steps), tuple(given)))
     return result
 
 

@@ -176,14 +176,12 @@ def _split_page(
     questions = answers.questions
     examples: list[Example] = []
     kept_summary, explanation = None, None
-    if (correct := answers.correctness.get(ours.label)) is not None:
+    if ours.label in answers.correctness:
         kept = report_analysis.kept_by_ratio(ours, sweeps, questions, problems)
         if chosen := kept.get(report_analysis.ratio_label(ours)):
             frames = report_analysis.frames_chosen_from(ours, config)
             kept_summary = _kept_summary(chosen.selection, questions, grid, frames)
-        read = answers.correctness
-        others = [(row, read[row.label]) for row in rows if row.label in read and row is not ours]
-        examples = report_analysis.build_examples(config, questions, (ours, correct), others, kept, grid)
+        examples = report_analysis.build_examples(config, answers, ours, kept, grid)
         missing = dict.fromkeys(example.missing for example in examples if example.missing)
         problems += [f"no picture: {reason}" for reason in missing]
     try:
