@@ -20,13 +20,12 @@ from torch import Tensor
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.__main__ import main
-from egopatch.train.data.batch import Batch
+from egopatch.train.data.batch import Batch, RankSlice
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.processes.distributed import ALONE, Distributed, join
-from egopatch.train.processes.rank_slice import RankSlice
 from egopatch.train.steps.stacked_heads import StackedHeads
 from tests.train.test_published import make
 from tests.train.tiny import events, losses, with_run, write_tiny, written

@@ -3,14 +3,43 @@
 Shape legend: C clips of a batch, B questions, L text tokens, D channels, U unique texts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from egopatch.features import PatchTokens
-from egopatch.train.processes.rank_slice import RankSlice
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """The rows of the whole batch, in rising order, that hold a rank's questions, clips and texts.
+
+    Attributes:
+        questions, clips, texts: [n] long.
+        total: Number of questions in the whole batch.
+    """
+
+    questions: Tensor
+    clips: Tensor
+    texts: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, clips: Tensor, texts: Tensor, mask: Tensor) -> "RankSlice":
+        """The slice of the questions where `mask` [B] bool is true, in a batch with these `clips` and `texts` [B]."""
+        rows = mask.nonzero()[:, 0]
+        return cls(rows, _unique_rows(clips, clips[rows]), _unique_rows(texts, texts[rows]), len(mask))
+
+    def with_texts(self, texts: Tensor) -> "RankSlice":
+        """The same slice of a batch whose questions have these `texts` [B]."""
+        return replace(self, texts=_unique_rows(texts, texts[self.questions]))
+
+    def sent(self, send: Callable[[Tensor], Tensor]) -> "RankSlice":
+        """The same slice with each tensor of rows replaced by what `send` returns for it."""
+        return RankSlice(send(self.questions), send(self.clips), send(self.texts), self.total)
 
 
 @dataclass(frozen=True)
@@ -101,3 +130,8 @@ class Batch:
     def total_questions(self) -> int:
         """Number of questions in the whole batch, over all ranks."""
         return len(self) if self.rank_slice is None else self.rank_slice.total
+
+
+def _unique_rows(whole: Tensor, selected: Tensor) -> Tensor:
+    """Positions of the unique values of `selected` among the unique values of `whole`."""
+    return torch.searchsorted(whole.unique(), selected.unique())

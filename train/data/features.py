@@ -13,12 +13,11 @@ from torch import Tensor
 from egopatch.features import AbsentClip, PatchTokens, Store, StoreError, read_ahead
 from egopatch.features.common.units import counted
 from egopatch.features.values.dtypes import spec_row_bytes
-from egopatch.train.data.batch import Batch, Options
+from egopatch.train.data.batch import Batch, Options, RankSlice
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import NO_CLASS, NO_OPTION, QuestionTable
 from egopatch.train.data.residency import MEMORY_SHARE, ClipsInMemory, Residency, choose_residency
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.processes.rank_slice import RankSlice
 
 # Clips read at once while filling the GPU; bounds the extra memory.
 READ_CLIPS = 64

@@ -1,7 +1,7 @@
 """The processes of one training: the rank of this process, and the few operations that all ranks do together.
 
-`torchrun` starts the ranks. Each works on the questions about its own clips (`rank_slice`); gradients and results are
-summed, so all ranks hold the same weights and take the same decisions. Only the first rank writes.
+`torchrun` starts the ranks. Each works on the questions about its own clips (`train.data.batch.RankSlice`); gradients
+and results are summed, so all ranks hold the same weights and take the same decisions. Only the first rank writes.
 """
 
 import os
