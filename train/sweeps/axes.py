@@ -77,26 +77,25 @@ def read_axes(
     return axes
 
 
-def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[tuple[str, str], Any]:
-    """The values, converted to the types of the schema, by option and `_key`.
+def typed_values(axes: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """`axes` with the values converted to the types of the schema.
 
     Raises:
         ConfigError: A value has a wrong type, or is listed twice, such as `1e-3`, a text in YAML, and `0.001`.
     """
-    typed: dict[tuple[str, str], Any] = {}
+    typed: dict[str, list[Any]] = {}
     for option, values in axes.items():
-        listed: list[tuple[Any, Any]] = []
+        before = typed[option] = []
         for value in values:
             parsed = _checked(option, value)
-            for other, written in listed:
+            for other, written in zip(before, values):
                 # In Python, True equals 1.
                 if parsed == other and isinstance(parsed, bool) == isinstance(other, bool):
                     raise ConfigError(
                         f"in the sweep, {option} lists a value twice in {list(values)}: {written!r} and {value!r} "
                         "are the same; list each value once"
                     )
-            listed.append((parsed, value))
-            typed[option, _key(value)] = parsed
+            before.append(parsed)
     return typed
 
 
@@ -105,8 +104,8 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, str], Any], out: Path) -> Config:
-    """`config` with `overrides`, in a folder named after them; `typed` holds the parsed values.
+def run_config(config: Config, overrides: Overrides, typed: Overrides, out: Path) -> Config:
+    """`config` with the values of `typed`, in a folder named after `overrides`, the same values as they were given.
 
     Raises:
         ConfigError: A value is out of range, or does not fit the other options.
@@ -114,14 +113,14 @@ def run_config(config: Config, overrides: Overrides, typed: Mapping[tuple[str, s
     slug = "_".join(f"{option.split('.')[-1]}-{_slug(value)}" for option, value in overrides.items())
     sections: dict[str, Any] = {"run": replace(config.run, dir=out / slug)}
     changes: dict[str, dict[str, Any]] = {}
-    for option, value in overrides.items():
+    for option, value in typed.items():
         section, field = option.split(".", 1)
         fields = changes.setdefault(section, {})
         if option.startswith(HEAD_OPTIONS):
             own = fields.setdefault("options", dict(config.head.options or {}))
-            own[option.removeprefix(HEAD_OPTIONS)] = typed[option, _key(value)]
+            own[option.removeprefix(HEAD_OPTIONS)] = value
         else:
-            fields[field] = typed[option, _key(value)]
+            fields[field] = value
     # All options of a section at once: an option may be valid only together with another.
     try:
         sections |= {section: replace(getattr(config, section), **fields) for section, fields in changes.items()}

@@ -143,8 +143,8 @@ def run_sweep(
 
 def _plan_runs(config: Config, axes: Mapping[str, Sequence[Any]], out: Path) -> list[PlannedRun]:
     """The run of each combination. Errors as in `run_sweep`; only reads."""
-    typed = typed_values(axes)
-    runs = [PlannedRun(overrides, run_config(config, overrides, typed, out)) for overrides in combinations(axes)]
+    pairs = zip(combinations(axes), combinations(typed_values(axes)), strict=True)
+    runs = [PlannedRun(overrides, run_config(config, overrides, typed, out)) for overrides, typed in pairs]
     require_own_folders(runs)
     for run in runs:
         check_head(run.config.head)
