@@ -70,6 +70,14 @@ def make_local(tmp_path: Path, format: str) -> Callable[..., Store]:
     return maker(tmp_path / "store", format)
 
 
+@pytest.fixture
+def store(make_local: Callable[..., Store]) -> Store:
+    """A full store in a folder, of each format."""
+    store = make_local()
+    fill(store)
+    return store
+
+
 @pytest.fixture(params=[*FORMATS, "objects"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Store]:
     """A store of every format in a folder, and one in object storage."""

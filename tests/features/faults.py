@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from egopatch.features import Store
+
 
 def before_file_operations(act: Callable[[Callable, str, tuple], None]) -> None:
     """Call `act(operation, name, arguments)` before each operation of this process on the file system."""
@@ -109,6 +111,14 @@ def flip_bit(content: bytes, bit: int) -> bytes:
     changed = bytearray(content)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+def damage_row(store: Store, clip: str) -> None:
+    """Flip a bit in the patches of a clip of a store in a folder."""
+    row = store.read([clip]).patches.numpy().tobytes()
+    path = next(path for path in faulty_files(store.path) if row in path.read_bytes())
+    content = path.read_bytes()
+    path.write_bytes(flip_bit(content, 8 * content.find(row)))
 
 
 def flip(content: bytes, chance: random.Random) -> bytes:

@@ -188,11 +188,7 @@ def test_a_lock_is_released_even_if_a_forked_child_inherited_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     "name", ["store.json", "ledger.jsonl", "ids.jsonl", "ids.jsonl.head", "quarantine.jsonl", "metadata", "shard"]
 )
-def test_a_store_in_a_clone_without_git_lfs_is_not_damaged(
-    make_local: Callable[..., Store], format: str, name: str
-) -> None:
-    store = make_local()
-    fill(store)
+def test_a_store_in_a_clone_without_git_lfs_is_not_damaged(store: Store, format: str, name: str) -> None:
     metadata, shard = ("index.h5", "shards/00000000.h5") if format == "hdf5" else ("zarr.json", "cls/c.0.0")
     file = store.path / {"metadata": metadata, "shard": shard}.get(name, name)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")

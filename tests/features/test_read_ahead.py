@@ -3,23 +3,16 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from egopatch.features import AbsentClip, DamagedStore, PatchTokens, Store, create_store, open_store
+from egopatch.features import AbsentClip, DamagedStore, PatchTokens, Store, open_store
 from egopatch.features.store.read_ahead import read_ahead
-from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
+from tests.features.conftest import IDS
+from tests.features.faults import damage_row
 
 BATCHES = [IDS[:3], IDS[5:6], IDS[2:8], (), IDS[::-1], IDS[4:6]]
-
-
-@pytest.fixture
-def store(tmp_path: Path, format: str) -> Store:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
-    fill(store)
-    return store
 
 
 def readers() -> list[str]:
@@ -79,17 +72,9 @@ def test_read_ahead_reads_while_the_consumer_works(store: Store, monkeypatch: py
     stream.close()
 
 
-def damage(store: Store, clip: str) -> None:
-    row = store.read([clip]).patches.numpy().tobytes()
-    path = next(path for path in store.path.rglob("*") if path.is_file() and row in path.read_bytes())
-    content = bytearray(path.read_bytes())
-    content[content.find(row)] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("spoil", "error"),
-    [(lambda store: "nobody", AbsentClip), (lambda store: damage(store, IDS[9]) or IDS[9], DamagedStore)],
+    [(lambda store: "nobody", AbsentClip), (lambda store: damage_row(store, IDS[9]) or IDS[9], DamagedStore)],
 )
 def test_an_error_is_raised_in_place_of_its_batch(
     store: Store, spoil: Callable[[Store], str], error: type[Exception]

@@ -24,6 +24,7 @@ from egopatch.features import (
     open_store,
 )
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+from tests.features.faults import damage_row
 
 Make = Callable[..., Store]
 CLS, PATCHES = SPEC.array("cls"), SPEC.array("patches")
@@ -342,9 +343,7 @@ def test_a_store_that_could_not_be_opened_is_refused_before_anything_is_written(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_store_whose_folder_is_moved_is_not_damaged(make_local: Make) -> None:
-    store = make_local()
-    fill(store)
+def test_a_store_whose_folder_is_moved_is_not_damaged(store: Store) -> None:
     store.path.rename(store.path.with_name("moved"))
     for use in (lambda: store.read(IDS), lambda: store.quarantine, store.catalog.refresh):
         with pytest.raises(StoreError, match=f"^{store.path} does not exist any more; if it was moved, open"):
@@ -358,39 +357,27 @@ def test_a_store_can_be_pickled(make: Make) -> None:
     assert torch.equal(copy.read(IDS).patches, store.read(IDS).patches)
 
 
-def test_a_flipped_bit_is_never_read(make_local: Make) -> None:
-    store = make_local()
-    fill(store)
-    path = next(
-        store.path / name for name in store.catalog.ledger.commits[1].files if "patches" in name or "h5" in name
-    )
-    content = bytearray(path.read_bytes())
-    where = content.find(store.read([IDS[5]]).patches.numpy().tobytes())
-    content[where + 3] ^= 4
-    path.write_bytes(content)
+def test_a_flipped_bit_is_never_read(store: Store) -> None:
+    damage_row(store, IDS[5])
     reopened = open_store(store.path)
     with pytest.raises(DamagedStore, match=r"clip 'vid\|P5\|0\|10': the bytes of patches .*verify"):
         reopened.read([IDS[4], IDS[5]])
     assert len(reopened.read([IDS[4], IDS[6]]).cls) == 2
 
 
-def test_writing_leaves_no_temporary_files_or_leases(make_local: Make) -> None:
-    store = make_local()
-    fill(store)
+def test_writing_leaves_no_temporary_files_or_leases(store: Store) -> None:
     assert list((store.path / "staging").iterdir()) == []
     assert [path.name for path in (store.path / "leases").iterdir()] == ["lock"]
     assert not list(store.path.rglob("*.tmp"))
 
 
-def test_a_lost_header_is_restored_only_for_the_same_settings(tmp_path: Path, format: str) -> None:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
-    fill(store)
-    header = tmp_path / "store" / "store.json"
+def test_a_lost_header_is_restored_only_for_the_same_settings(store: Store, make_local: Make) -> None:
+    header = store.path / "store.json"
     content = header.read_bytes()
     header.unlink()
     other = Fingerprint({**FINGERPRINT.fields, "checkpoint": "sha256:2"})
     with pytest.raises(DamagedStore, match=r"line 2 committed clips whose fingerprint differs .* lost or replaced"):
-        create_store(tmp_path / "store", SPEC, other, IDS, format)
+        make_local(fingerprint=other)
     assert not header.exists()
-    assert create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format).clip_ids == IDS
+    assert make_local().clip_ids == IDS
     assert header.read_bytes() == content

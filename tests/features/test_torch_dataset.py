@@ -17,14 +17,7 @@ from egopatch.features.state.origin import Origin
 from egopatch.features.store.reader import RowReader
 from egopatch.features.values.spec import ArraySpec
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
-from tests.features.test_read_ahead import damage
-
-
-@pytest.fixture
-def store(tmp_path: Path, format: str) -> Store:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
-    fill(store)
-    return store
+from tests.features.faults import damage_row
 
 
 def check(store: Store, batch: dict[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -126,7 +119,7 @@ def test_memory_of_exited_workers_is_released(store: Store) -> None:
 
 
 def test_a_damaged_clip_raises_in_the_training_process(store: Store) -> None:
-    damage(store, IDS[4])
+    damage_row(store, IDS[4])
     clips = torch_dataset(store)
     loader = DataLoader(clips, 2, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork")
     with pytest.raises(DamagedStore, match="bytes of"):

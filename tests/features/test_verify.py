@@ -27,7 +27,7 @@ from egopatch.features.tools.verify import audit_store, check_shards, verify
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Codec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
-from tests.features.faults import FAULTS, apply, faulty_files
+from tests.features.faults import FAULTS, apply, damage_row, faulty_files
 
 TEXTS = ("what is on the table?", "did it move?", "why?")
 TEXT_SPEC = StoreSpec.for_text(length=5, width=8, shard=2)
@@ -48,6 +48,12 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("whole") / "store"
     clips_and_texts(root, request.param)
     return root
+
+
+@pytest.fixture
+def root(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole` that a test may spoil."""
+    return shutil.copytree(whole, tmp_path / "store")
 
 
 @pytest.fixture(scope="module", params=[("zarr", "zstd"), ("zarr", "blosc-zstd"), ("hdf5", "gzip")])
@@ -109,9 +115,7 @@ def check_that_a_fault_is_found(whole: Path, seed: int, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_repair_and_encoding_again_restore_everything(whole: Path, tmp_path: Path, seed: int) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
+def test_repair_and_encoding_again_restore_everything(whole: Path, root: Path, seed: int) -> None:
     chance = random.Random(1000 + seed)
     files = faulty_files(root)
     apply(files[seed * len(files) // 12], chance.choice(list(FAULTS)), chance)
@@ -120,9 +124,7 @@ def test_repair_and_encoding_again_restore_everything(whole: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(210))
-def test_repair_and_re_encoding_undo_every_random_fault(whole: Path, tmp_path: Path, seed: int) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
+def test_repair_and_re_encoding_undo_every_random_fault(whole: Path, root: Path, seed: int) -> None:
     damage(root, seed)
     check_that_repair_restores(whole, root)
 
@@ -144,9 +146,7 @@ def check_that_repair_restores(whole: Path, root: Path) -> None:
     assert torch.equal(open_store(root / "text").read_text(TEXTS).states, expected_text.states)
 
 
-def test_a_changed_copy_of_the_header_is_rewritten(whole: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
+def test_a_changed_copy_of_the_header_is_rewritten(root: Path) -> None:
     path = next(path for path in (root / "zarr.json", root / "index.h5") if path.exists())
     path.write_bytes(path.read_bytes().replace(b"sha256:1", b"sha256:2"))
     assert [fault.where for fault in verify(root).faults] == [path.name]
@@ -155,15 +155,8 @@ def test_a_changed_copy_of_the_header_is_rewritten(whole: Path, tmp_path: Path) 
     assert open_store(root, expect=FINGERPRINT).clip_ids == IDS
 
 
-def test_only_the_bad_clip_is_encoded_again(whole: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
-    store = open_store(root)
-    row = store.read([IDS[5]]).patches.numpy().tobytes()
-    path = next(p for p in faulty_files(root) if row in p.read_bytes())
-    content = bytearray(path.read_bytes())
-    content[content.find(row)] ^= 1
-    path.write_bytes(content)
+def test_only_the_bad_clip_is_encoded_again(root: Path) -> None:
+    damage_row(open_store(root), IDS[5])
     assert verify(root).bad_clips == (IDS[5],)
     assert repair(root).dropped == (IDS[5],)
     assert open_store(root).missing() == (IDS[5],)
@@ -173,24 +166,12 @@ def test_only_the_bad_clip_is_encoded_again(whole: Path, tmp_path: Path) -> None
     assert verify(root).ok
 
 
-def test_a_damaged_ledger_line_is_refused_by_line_number(whole: Path, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
-    lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
-    (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
-    with pytest.raises(DamagedStore, match=r"ledger.jsonl line 2 is damaged; run `egopatch features repair"):
-        open_store(root)
-
-
-def test_commands_in_messages_quote_paths_with_spaces(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "my store"
-    shutil.copytree(whole, root)
+def test_damage_is_reported_with_a_command_that_quotes_the_path(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root.rename(root.with_name("my store"))
     lines = (root / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (root / "ledger.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"P", b"Q", 1), *lines[2:]]))
     command = f"run `egopatch features repair '{root}'`"
-    with pytest.raises(DamagedStore, match=re.escape(command)):
+    with pytest.raises(DamagedStore, match=f"ledger.jsonl line 2 is damaged; {re.escape(command)}"):
         open_store(root)
     assert main(["verify", str(root)]) == 1
     assert command in capsys.readouterr().out
@@ -200,10 +181,8 @@ def test_commands_in_messages_quote_paths_with_spaces(
 
 
 def test_verify_info_and_repair_commands_report_damage(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
     assert main(["verify", str(root)]) == 0
     assert re.search(r"10 clips and 3 texts in 5 shards, .*\nevery committed clip reads", capsys.readouterr().out)
     assert main(["info", str(root), "--json"]) == 0
@@ -240,11 +219,7 @@ def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixt
     assert "verify" in capsys.readouterr().err
 
 
-def test_repair_json_lists_faults_and_dropped_clips(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "store"
-    shutil.copytree(whole, root)
+def test_repair_json_lists_faults_and_dropped_clips(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = next(path for path in faulty_files(root) if holds_data(path) and "text" not in path.parts)
     path.write_bytes(b"")
     assert main(["repair", str(root), "--json"]) == 0
@@ -299,9 +274,7 @@ def test_a_shard_rewritten_with_fewer_clips_has_no_fault(tmp_path: Path, format:
     assert verify(root).ok
 
 
-def test_repair_removes_leftovers_of_dead_writers(tmp_path: Path, format: str) -> None:
-    root = tmp_path / "store"
-    fill(create_store(root, SPEC, FINGERPRINT, IDS, format))
+def test_repair_removes_leftovers_of_dead_writers(root: Path) -> None:
     (root / "staging" / f"{1:08d}-0123").mkdir()
     assert verify(root).ok
     repair(root)
@@ -311,11 +284,8 @@ def test_repair_removes_leftovers_of_dead_writers(tmp_path: Path, format: str) -
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_shard_whose_clips_are_dropped_during_verify_has_no_fault(tmp_path: Path, format: str, kept: int) -> None:
-    root = tmp_path / "store"
-    store = create_store(root, SPEC, FINGERPRINT, IDS, format)
-    fill(store)
-    audit = audit_store(LocalStorage(root))
+def test_a_shard_whose_clips_are_dropped_during_verify_has_no_fault(store: Store, kept: int) -> None:
+    audit = audit_store(LocalStorage(store.path))
     for shard in (0, 1):
         store.rewrite_shard(shard, without=store.catalog.ids_of(shard)[kept:])
     assert [faults for _, faults in check_shards(audit)] == [[], [], []]
@@ -365,11 +335,9 @@ def test_repair_keeps_a_failure_added_by_a_concurrent_writer(
     ("number", "remedy"), [(errno.EACCES, "give this user"), (errno.EMFILE, "raise the"), (errno.ESTALE, "check the")]
 )
 def test_a_file_that_cannot_be_opened_is_not_reported_as_damaged(
-    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
 ) -> None:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
-    fill(store)
-    shard, open_file = format_named(format).file_names(SPEC, 1)[0], os.open
+    shard, open_file = format_named(store.format).file_names(SPEC, 1)[0], os.open
 
     def refuse(path: Any, *args: Any) -> int:
         if str(path).endswith(shard):
