@@ -17,6 +17,7 @@ from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import read_frames
 from tests.extract.video.odd_videos import FILES
 from tests.extract.video.videos import FPS, frame_numbers, write_video
+from tests.features.faults import limited
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +99,8 @@ def test_full_disk_keeps_existing_files(
     file = tmp_path / named
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
+    with limited(resource.RLIMIT_FSIZE, 100):
         assert main(["frames", str(video), "--video.frames", "2", "--out", str(tmp_path / out)]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         line == f"extract frames: failed: {file}: File too large; free some space there and run the same command again"

@@ -33,6 +33,7 @@ from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, config_of, contents, ledger_lines, options, signal_all, start_job, videos
+from tests.features.faults import limited
 
 
 def committed(store: Path) -> int:
@@ -202,26 +203,19 @@ def test_full_disk_is_reported_in_one_line_and_the_job_resumes(
 ) -> None:
     """A limit on the size of files stands for the disk, and fails in the same calls."""
     patches = max(path.stat().st_size for path in (made / "store" / "patches").glob("c*"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    unlimited, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     make = SharedSlots.__init__
 
     def make_without_limit(self: SharedSlots, *args: Any) -> None:
         """Shared memory for frames, which counts towards this limit although it is not on disk."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        try:
+        with limited(resource.RLIMIT_FSIZE, unlimited):
             make(self, *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
     monkeypatch.setattr(SharedSlots, "__init__", make_without_limit)
 
     def run_with(limit: int) -> str:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
+        with limited(resource.RLIMIT_FSIZE, limit):
             assert main(["run", *options(bare)]) == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         (line,) = capsys.readouterr().err.splitlines()
         return line
 

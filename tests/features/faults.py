@@ -2,10 +2,12 @@
 
 import os
 import random
+import resource
 import signal
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +95,17 @@ def fork(action: Callable[[], object]) -> Child:
         finally:
             os._exit(code)
     return Child(child)
+
+
+@contextmanager
+def limited(kind: int, value: int) -> Iterator[None]:
+    """Inside the block this process may have no more than `value` of a resource, such as RLIMIT_FSIZE."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
 
 
 class Picky(ValueError):

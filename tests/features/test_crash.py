@@ -7,7 +7,7 @@ middle of, its k-th operation on the file system, for every k until it gets thro
 import errno
 import os
 import random
-import re
+import resource
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from egopatch.features import Failure, ShardWork, Store, StoreError, create_stor
 from egopatch.features.io.file_lease import lease_path
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip
-from tests.features.faults import count_operations, fork, killed_at, report_operations
+from tests.features.faults import count_operations, fork, killed_at, limited, report_operations
 
 BAD = IDS[2]
 
@@ -171,22 +171,13 @@ def test_a_full_disk_gives_one_clear_error_and_loses_nothing(
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("limit", [0, 100, 600, 900])
 def test_a_file_size_limit_is_reported_as_a_full_disk(tmp_path: Path, format: str, limit: int) -> None:
-    resource = pytest.importorskip("resource")
     root = tmp_path / "store"
     store = create_store(root, SPEC, FINGERPRINT, IDS, format)
     rows = {name: clip(IDS.index(name)) for name in IDS[:4]}
 
-    def limited() -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        try:
-            store.write_shard(0, rows, dict.fromkeys(rows, "x"))
-        except StoreError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            (tmp_path / "message").write_text(str(error))
-
-    assert fork(limited).wait() == 0
-    assert re.match("no space left while (writing|taking the lease of) shard 0", (tmp_path / "message").read_text())
+    message = "^no space left while (writing|taking the lease of) shard 0"
+    with limited(resource.RLIMIT_FSIZE, limit), pytest.raises(StoreError, match=message):
+        store.write_shard(0, rows, dict.fromkeys(rows, "x"))
     assert verify(root).ok
     assert open_store(root).clip_ids == ()
     store.write_shard(0, rows, dict.fromkeys(rows, "x"))

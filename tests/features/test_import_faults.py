@@ -19,6 +19,7 @@ from egopatch.features.tools.export import export
 from egopatch.features.tools.feature_files import WRITERS, write_lmdb
 from egopatch.features.tools.importing import import_features
 from tests.features.conftest import FINGERPRINT, SPEC, fill
+from tests.features.faults import limited
 from tests.features.test_import_export import NAMES, write
 
 
@@ -322,14 +323,9 @@ def test_an_export_onto_a_full_disk_prints_one_line(
 ) -> None:
     store = import_features(write(tmp_path / "files"), tmp_path / "store")
     monkeypatch.setattr(feature_files, "free_bytes", lambda path: 0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        code = main(["export", str(store.path), "--to", kind, "--out", str(tmp_path / "out")])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with limited(resource.RLIMIT_FSIZE, 100):
+        assert main(["export", str(store.path), "--to", kind, "--out", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert code == 1
     assert line.startswith(f"features export: failed: no space left while exporting to {tmp_path / 'out'} (")
     assert line.endswith("); nothing is kept: free some space and run the same command again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]

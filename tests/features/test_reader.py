@@ -19,6 +19,7 @@ from egopatch.features.storage import objects
 from egopatch.features.storage.folder import LocalFile
 from egopatch.features.tools.repair import repair
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill, maker
+from tests.features.faults import limited
 
 WAIT_S = 20.0  # only a test that fails waits this long
 
@@ -181,12 +182,8 @@ def test_ids_may_come_from_a_generator(make_local: Callable[..., Store]) -> None
 
 
 def test_a_store_of_many_shards_keeps_to_the_limit_of_open_files(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     ids = tuple(str(n) for n in range(40))
     store = create_store(tmp_path / "store", replace(SPEC, shard=1), FINGERPRINT, ids)
     fill(store)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-    try:
+    with limited(resource.RLIMIT_NOFILE, 128):
         assert len(open_store(store.path).read(ids).cls) == 40
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -30,6 +30,7 @@ from egopatch.train.report.kept_picture import draw_prediction, mark_kept
 from egopatch.train.report.table import is_synthetic
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.run_folder import RunError
+from tests.features.faults import limited
 from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run, write_tiny
 
@@ -335,13 +336,8 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
         before = file.read_bytes()
         with Image.open(file) as image:
             assert image.format == form
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
-            with pytest.raises(OSError, match="File too large") as caught:
-                draw_prediction(file, prediction, tiny)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with limited(resource.RLIMIT_FSIZE, 100), pytest.raises(OSError, match="File too large") as caught:
+            draw_prediction(file, prediction, tiny)
         assert caught.value.filename == str(file)
         assert file.read_bytes() == before
     assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"a.jpg", "b.PNG"}

@@ -23,6 +23,7 @@ from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.rundir.run_folder import RunError, save_weights, weights_epoch
 from egopatch.train.steps.stacked_heads import StackedHeads
 from egopatch.train.sweeps.sweep import run_sweep
+from tests.features.faults import limited
 from tests.train.kills import after_each_batch, killed_after
 from tests.train.tiny import events, losses, same_weights, with_run, written
 
@@ -221,13 +222,8 @@ def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
     fit(undisturbed, "x")
     killed_after(9, lambda: fit(tiny, "x"))
     files = {item.name for item in tiny.run.dir.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny.run.dir / file).stat().st_size - 1, limits[1]))
-    try:
-        code = main(["fit", "--config", config_file])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1
+    with limited(resource.RLIMIT_FSIZE, (tiny.run.dir / file).stat().st_size - 1):
+        assert main(["fit", "--config", config_file]) == 1
     assert capsys.readouterr().err == (
         f"train fit: failed: no space left while writing to {tiny.run.dir} (File too large); the last saved state is "
         "intact: free some space and run the same command again\n"

@@ -33,6 +33,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
 from tests.extract.video.test_planes import rgb_of
 from tests.extract.video.videos import write_video
+from tests.features.faults import limited
 
 CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
 SMALL = VideoConfig(frames=2, size=32)
@@ -115,13 +116,9 @@ def test_frame_runs_of_several_sizes_fit_in_one_slot() -> None:
 
 
 def test_refused_shared_memory_error_names_the_option_to_lower() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with pytest.raises(OSError, match=r"no room for 0.03 GB of frames .*File too large.*; lower engine.decoders"):
-            SharedSlots(4, 1 << 23, "frames", "engine.decoders")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"no room for 0.03 GB of frames .*File too large.*; lower engine.decoders"
+    with limited(resource.RLIMIT_FSIZE, 1 << 20), pytest.raises(OSError, match=message):
+        SharedSlots(4, 1 << 23, "frames", "engine.decoders")
 
 
 @pytest.mark.slow
@@ -161,15 +158,9 @@ def test_taking_more_slots_than_exist_raises_an_assertion_error() -> None:
 
 
 def test_memory_beyond_the_limit_fails_in_one_line_and_leaks_nothing() -> None:
-    files, (soft, hard) = open_files(), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, hard))
-    try:
-        with pytest.raises(
-            OSError, match=r"no room for 2199.02 GB of rows \(Cannot allocate memory\); lower store.shard, or"
-        ):
-            SharedSlots(2, 1 << 40, "rows", "store.shard")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    files, message = open_files(), r"no room for 2199.02 GB of rows \(Cannot allocate memory\); lower store.shard, or"
+    with limited(resource.RLIMIT_AS, 1 << 40), pytest.raises(OSError, match=message):
+        SharedSlots(2, 1 << 40, "rows", "store.shard")
     gc.collect()
     assert open_files() == files
 
