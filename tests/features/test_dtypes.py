@@ -149,12 +149,6 @@ def test_coarse_tokens_stay_float16_beside_quantised_patches(tmp_path: Path) -> 
     assert torch.equal(read.coarse[0], row["coarse"].half().float())
 
 
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    spec = StoreSpec.for_patches(2, (2, 3), 8, "float64")  # type: ignore[arg-type]
-    with pytest.raises(StoreError, match="array dtype 'float64' is unknown; expected one of float16"):
-        create_store(tmp_path / "store", spec, FINGERPRINT, IDS)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_read_fills_the_given_buffers(tmp_path: Path, format: str, threads: int) -> None:

@@ -330,6 +330,7 @@ def _with(old: ArraySpec, *new: ArraySpec) -> StoreSpec:
             r"'cls' has row shape \(9,\); expected \(8,\) beside patches",
         ),
         (lambda: _with(CLS, CLS, ArraySpec("coarse", (4, 8), "float16")), {}, r"'coarse' has row shape .*\[T, M, E\]"),
+        (lambda: _with(CLS, replace(CLS, dtype="float64")), {}, "array dtype 'float64' is unknown; expected one of"),
         (lambda: _with(PATCHES, replace(PATCHES, dtype="int8")), {}, "has dtype int8, which needs an array 'scale'"),
         (lambda: _with(CLS), {}, "array 'cls' is missing; a store of patches needs cls, patches, saliency"),
         (lambda: _with(SPEC.array("patches")), {}, "array 'patches' is missing"),
