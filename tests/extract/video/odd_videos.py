@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from tests.extract.video.videos import B_FRAMES, FPS, write_audio, write_video
+from tests.extract.video.videos import B_FRAMES, FPS, holding, write_audio, write_video
 
 FILES = Path(__file__).resolve().parents[2] / "data" / "videos"
 TS_PACKET = 188
@@ -189,11 +189,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda to: write_video(to / "a.h264", options=B_FRAMES),
         r"has frames without times, like a raw stream; put it into a container: ffmpeg -i a\.h264 -c copy a\.mp4",
     ),
-    "text": (lambda to: _text(to / "a.mp4"), "cannot be decoded: Invalid data found"),
+    "text": (holding(b"not a video\n" * 100), "cannot be decoded: Invalid data found"),
     "audio in mp4": (lambda to: write_audio(to / "a.mp4"), r"it has no picture track \(tracks: audio\)"),
 }
-
-
-def _text(path: Path) -> Path:
-    path.write_text("not a video\n" * 100)
-    return path

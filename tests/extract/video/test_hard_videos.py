@@ -27,6 +27,7 @@ from tests.extract.video.videos import (
     claim_duration,
     cut_off,
     frame_numbers,
+    holding,
     show_turned,
     start_at,
     without_packets,
@@ -187,10 +188,6 @@ def test_too_short_clip_is_repeated_padded_or_refused_as_configured(count: int, 
         read_frames(clip, VideoConfig(frames=5, short="quarantine"))
 
 
-def missing(to: Path) -> Path:
-    return to / "a.mp4"
-
-
 def other_case(to: Path) -> Path:
     (to / "A.MP4").touch()
     return to / "a.mp4"
@@ -206,28 +203,8 @@ def annexed(to: Path) -> Path:
     return to / "a.mp4"
 
 
-def archive(to: Path) -> Path:
-    (to / "a.tar.gz").write_bytes(b"\x1f\x8b")
-    return to / "a.tar.gz"
-
-
 def folder(to: Path) -> Path:
     (to / "a.mp4").mkdir()
-    return to / "a.mp4"
-
-
-def empty(to: Path) -> Path:
-    (to / "a.mp4").touch()
-    return to / "a.mp4"
-
-
-def pointer(to: Path) -> Path:
-    (to / "a.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    return to / "a.mp4"
-
-
-def garbage(to: Path) -> Path:
-    (to / "a.mp4").write_bytes(np.random.default_rng(0).bytes(4096))
     return to / "a.mp4"
 
 
@@ -248,16 +225,19 @@ def noise(index: int, size: tuple[int, int]) -> np.ndarray:
 
 FASTSTART = {"movflags": "faststart"}
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (missing, "does not exist; put the file there or correct its path"),
+    "missing": (lambda to: to / "a.mp4", "does not exist; put the file there or correct its path"),
     "other case": (other_case, "does not exist, but 'A.MP4' is there; use one spelling in both places"),
     "other form": (other_form, r"does not exist, but 'caf\\xe9.mp4' is there; use one spelling in both places"),
     "link to nothing": (annexed, r"is a link to \.git/annex/a, which does not exist; fetch that file"),
     "in no folder": (lambda to: to / "none" / "a.mp4", "does not exist; put the file there"),
-    "archive": (archive, "a.tar.gz is an archive; unpack it and name a video in it"),
+    "archive": (holding(b"\x1f\x8b", "a.tar.gz"), "a.tar.gz is an archive; unpack it and name a video in it"),
     "a folder": (folder, "cannot be read: Is a directory"),
-    "empty": (empty, r"is empty \(0 bytes\)"),
-    "pointer of LFS": (pointer, "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it"),
-    "garbage": (garbage, "cannot be decoded: Invalid data found"),
+    "empty": (holding(b""), r"is empty \(0 bytes\)"),
+    "pointer of LFS": (
+        holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "a.mp4 is a pointer of Git LFS, not the file itself; run `git lfs pull` to fetch it",
+    ),
+    "garbage": (holding(np.random.default_rng(0).bytes(4096)), "cannot be decoded: Invalid data found"),
     "index cut off": (lambda to: cut_off(write_video(to / "a.mp4"), 0.4), "moov atom not found"),
     "index half cut off": (
         lambda to: cut_off(write_video(to / "a.mp4"), 0.81),

@@ -73,6 +73,16 @@ def write_video(
     return path
 
 
+def holding(content: bytes, name: str = "a.mp4") -> Callable[[Path], Path]:
+    """Writes a file that holds this, and no video, into a folder."""
+
+    def write(to: Path) -> Path:
+        (to / name).write_bytes(content)
+        return to / name
+
+    return write
+
+
 def write_audio(path: Path) -> Path:
     """One second of silence."""
     with av.open(str(path), "w") as file:
