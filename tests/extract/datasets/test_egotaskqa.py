@@ -206,29 +206,27 @@ def test_every_malformed_record_of_every_file_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_duplicate_key_is_reported_with_its_record(tmp_path: Path) -> None:
-    released(tmp_path)
-    twice = json.dumps(RECORD).replace('"answer":', '"answer": "Close Fridge", "answer":')
-    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", f"[{json.dumps(VERIFY)}, {twice}]")
-    file = "ROOT/qa/direct/formatted_val_qas_encode.json"
-    assert faults(tmp_path) == [f"{file}:record 2: key 'answer' is used twice in one object; expected each key once"]
+TWICE = json.dumps(RECORD).replace('"answer":', '"answer": "Close Fridge", "answer":')
 
 
-def test_file_without_questions_is_refused(tmp_path: Path) -> None:
-    released(tmp_path)
-    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [])
-    assert faults(tmp_path) == [
-        "ROOT/qa/direct/formatted_val_qas_encode.json: contains no question; expected a list of question records"
-    ]
-
-
-def test_encoded_answer_outside_the_answer_set_is_refused(tmp_path: Path) -> None:
-    released(tmp_path)
-    write(tmp_path / "qa/direct/formatted_val_qas_encode.json", [RECORD, {**VERIFY, "answer_encode": 4}])
-    assert faults(tmp_path) == [
-        "ROOT/qa/direct/formatted_val_qas_encode.json:record 2: 'answer_encode' is 4; expected 0 to 3, the "
-        "classes of the answer set"
-    ]
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (
+            f"[{json.dumps(VERIFY)}, {TWICE}]",
+            ":record 2: key 'answer' is used twice in one object; expected each key once",
+        ),
+        ([], ": contains no question; expected a list of question records"),
+        (
+            [RECORD, {**VERIFY, "answer_encode": 4}],
+            ":record 2: 'answer_encode' is 4; expected 0 to 3, the classes of the answer set",
+        ),
+    ],
+)
+def test_invalid_file_is_refused_with_its_reason(tmp_path: Path, content: Any, fault: str) -> None:
+    file = "qa/direct/formatted_val_qas_encode.json"
+    write(released(tmp_path) / file, content)
+    assert faults(tmp_path) == [f"ROOT/{file}{fault}"]
 
 
 def test_capitalised_answer_set_is_matched_case_insensitively(tmp_path: Path) -> None:
