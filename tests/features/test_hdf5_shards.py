@@ -2,7 +2,9 @@
 
 import fcntl
 import re
+import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,38 +92,6 @@ def test_a_shard_locked_by_another_program_can_be_read(store: Store) -> None:
         assert verify(store.path).ok
 
 
-def _external_link(path: Path) -> None:
-    with h5py.File(path.with_name("elsewhere.h5"), "w") as file:
-        file["patches"] = np.zeros((4, 2, 6, 8), "f2")
-    with h5py.File(path, "a") as file:
-        del file["patches"]
-        file["patches"] = h5py.ExternalLink("elsewhere.h5", "patches")
-
-
-def _soft_link(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        file.move("patches", "other")
-        file["patches"] = h5py.SoftLink("/other")
-
-
-def _external_storage(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        del file["patches"]
-        file.create_dataset("patches", (4, 2, 6, 8), "f2", external=[("/etc/passwd", 0, 4 * 2 * 6 * 8 * 2)])
-
-
-def _four_tebibytes(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        del file["patches"]
-        file.create_dataset("patches", (2**38, 2, 6, 8), "f2", chunks=(1, 2, 6, 8), fletcher32=True)
-
-
-def _a_bomb(path: Path) -> None:
-    with h5py.File(path, "r+") as file:
-        dataset = file["patches"]
-        dataset.id.write_direct_chunk((0, 0, 0, 0), zlib.compress(bytes(2**24)) + b"four")
-
-
 def test_a_shard_open_with_locks_in_this_process_can_be_read(store: Store) -> None:
     written = fill(store)
     with h5py.File(store.path / SHARD) as mine:
@@ -139,7 +109,9 @@ def test_a_row_that_decompresses_to_more_than_a_row_is_refused(tmp_path: Path) -
             True,
             True,
         )
-    _a_bomb(store.path / SHARD)
+    with h5py.File(store.path / SHARD, "r+") as file:
+        bomb = zlib.compress(bytes(2**24)) + b"four"
+        file["patches"].id.write_direct_chunk((0, 0, 0, 0), bomb)
     with pytest.raises(
         DamagedStore, match=r"clip .*P4.*: the bytes of patches .* differ from those that were committed"
     ):
@@ -147,32 +119,44 @@ def test_a_row_that_decompresses_to_more_than_a_row_is_refused(tmp_path: Path) -
     assert verify(store.path).bad_clips == (IDS[4],)
 
 
-def _a_group(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        del file["patches"]
-        file.create_group("patches")
-
-
-def _compressed(path: Path) -> None:
-    with h5py.File(path, "a") as file:
-        del file["patches"]
-        file.create_dataset("patches", (4, 2, 6, 8), "f2", chunks=(1, 2, 6, 8), fletcher32=True, compression="gzip")
+ROWS, LIKE_OURS = (4, 2, 6, 8), {"chunks": (1, 2, 6, 8), "fletcher32": True}
 
 
 @pytest.mark.parametrize(
     ("attack", "message"),
     [
-        (_external_link, "does not contain patches itself; links to other files are not followed"),
-        (_soft_link, "does not contain patches itself; links to other files are not followed"),
-        (_external_storage, "keeps patches in other files; external storage is not followed"),
-        (_four_tebibytes, "has patches of shape, dtype and chunk ((274877906944, 2, 6, 8)"),
-        (_a_group, "keeps patches in other files; external storage is not followed"),
-        (_compressed, "has patches with filters that differ from codec 'none'"),
+        (
+            lambda file: file.update(patches=h5py.ExternalLink("elsewhere.h5", "patches")),
+            "does not contain patches itself; links to other files are not followed",
+        ),
+        (
+            lambda file: file.update(patches=h5py.SoftLink("/other")),
+            "does not contain patches itself; links to other files are not followed",
+        ),
+        (
+            lambda file: file.create_dataset("patches", ROWS, "f2", external=[("/etc/passwd", 0, 4 * 2 * 6 * 8 * 2)]),
+            "keeps patches in other files; external storage is not followed",
+        ),
+        (
+            lambda file: file.create_dataset("patches", (2**38, 2, 6, 8), "f2", **LIKE_OURS),
+            "has patches of shape, dtype and chunk ((274877906944, 2, 6, 8)",
+        ),
+        (
+            lambda file: file.create_group("patches"),
+            "keeps patches in other files; external storage is not followed",
+        ),
+        (
+            lambda file: file.create_dataset("patches", ROWS, "f2", compression="gzip", **LIKE_OURS),
+            "has patches with filters that differ from codec 'none'",
+        ),
     ],
 )
-def test_hostile_files_are_refused(store: Store, attack, message: str) -> None:
+def test_hostile_files_are_refused(store: Store, attack: Callable[[h5py.File], object], message: str) -> None:
     fill(store)
-    attack(store.path / SHARD)
+    shutil.copy(store.path / SHARD, (store.path / SHARD).with_name("elsewhere.h5"))
+    with h5py.File(store.path / SHARD, "a") as file:
+        file.move("patches", "other")
+        attack(file)
     with pytest.raises(DamagedStore, match=f"clip 'vid.P4.*{re.escape(SHARD)} {re.escape(message)}"):
         open_store(store.path).read([IDS[4]])
     report = verify(store.path)
