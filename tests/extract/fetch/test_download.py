@@ -40,6 +40,13 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+def interrupted(server: Server, file: Path, etag: str | None = '"one"') -> None:
+    """Begin to download /a, and give up after 600,000 bytes."""
+    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=etag)
+    with pytest.raises(DownloadError, match=r"interrupted after 600000 bytes; run the same command again to resume"):
+        fetch(server.link("/a"), file, None)
+
+
 def test_file_is_downloaded_and_verified(server: Server, file: Path) -> None:
     server.files["/a"] = Served(CONTENT)
     shown: list[tuple[int, int | None]] = []
@@ -59,9 +66,7 @@ def test_a_dropped_connection_is_resumed_with_a_range(server: Server, file: Path
 
 
 def test_later_run_resumes_an_interrupted_download(server: Server, file: Path) -> None:
-    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
-    with pytest.raises(DownloadError, match=r"interrupted after 600000 bytes; run the same command again to resume"):
-        fetch(server.link("/a"), file, None)
+    interrupted(server, file)
     assert not file.exists()
     assert part_of(file).read_bytes() == CONTENT[:600_000]
     fetch(server.link("/a"), file, None)
@@ -79,27 +84,21 @@ def test_download_restarts_if_the_server_ignores_ranges(server: Server, file: Pa
 
 @pytest.mark.parametrize("etag", ['"two"', None])
 def test_download_restarts_if_the_file_changed_on_the_server(server: Server, file: Path, etag: str | None) -> None:
-    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=etag and '"one"')
-    with pytest.raises(DownloadError):
-        fetch(server.link("/a"), file, None)
+    interrupted(server, file, etag and '"one"')
     server.files["/a"] = Served(CONTENT[::-1] + b"more", etag=etag)
     fetch(server.link("/a"), file, None)
     assert file.read_bytes() == CONTENT[::-1] + b"more"
 
 
 def test_partial_download_of_another_link_is_not_resumed(server: Server, file: Path) -> None:
-    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0], etag=None)
-    with pytest.raises(DownloadError):
-        fetch(server.link("/a"), file, None)
+    interrupted(server, file, etag=None)
     server.files["/b"] = Served(CONTENT[::-1], etag=None)
     fetch(server.link("/b"), file, None)
     assert file.read_bytes() == CONTENT[::-1]
 
 
 def test_fully_received_partial_file_is_finished_without_restarting(server: Server, file: Path) -> None:
-    server.files["/a"] = Served(CONTENT, drops=[600_000, 0, 0, 0])
-    with pytest.raises(DownloadError):
-        fetch(server.link("/a"), file, None)
+    interrupted(server, file)
     part_of(file).write_bytes(CONTENT)
     fetch(server.link("/a"), file, sha256(CONTENT))
     assert file.read_bytes() == CONTENT

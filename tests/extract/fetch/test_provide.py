@@ -82,13 +82,6 @@ def test_interrupted_unpacking_is_repeated(published: Published) -> None:
     assert clip.is_file()
 
 
-def test_dropped_connection_is_resumed_within_one_run(published: Published) -> None:
-    published.server.files["/Net.pth"].drops = [150_000]
-    assert main(published.args) == 0
-    assert (published.root / "weights/Net.pth").read_bytes() == published.contents["/Net.pth"]
-    assert "bytes=150000-" in published.server.ranges
-
-
 def test_a_file_changed_on_disk_is_refused(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(published.args) == 0
     path = published.root / "weights/Net.pth"
