@@ -164,49 +164,35 @@ def test_questions_are_encoded_without_tf32(bare: Path, monkeypatch: pytest.Monk
     assert seen == ["high", "highest"]  # the first only tries, on a CPU, how long a text may be
 
 
-def test_gpu_out_of_memory_is_reported_in_one_line(
-    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def too_big(*_: Any) -> None:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 4.25 MiB"
-            " is free. Including non-PyTorch memory, this process has 79.00 GiB memory in use.\nSee documentation"
-        )
-
-    monkeypatch.setattr("egopatch.extract.run.encode_with_engine", too_big)
-    for batch, tried in (("4", "--encoder.batch 2"), ("1", "a smaller --encoder.depth")):
-        assert main(["run", *options(bare, "--encoder.batch", batch)]) == 1
-        (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
-        assert line.startswith("extract run: failed: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
-        assert f"is free, with encoder.batch {batch}; try {tried}, or free" in line
+# Kind of error, what a user should see of its text, and what follows that. CUDA cannot even start on a full GPU.
+LACKING = (
+    torch.OutOfMemoryError,
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 4.25 MiB is free",
+    ". Including non-PyTorch memory, this process has 79.00 GiB memory in use.\nSee documentation",
+)
+FULL = (torch.AcceleratorError, "CUDA error: out of memory", "\nSearch for `cudaErrorMemoryAllocation' in ...\n")
 
 
-FULL = "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ...\n"  # when CUDA cannot even start there
+@pytest.mark.parametrize(
+    ("place", "failure", "batch", "remedy"),
+    [
+        ("run.encode_with_engine", LACKING, 4, "with encoder.batch 4; try --encoder.batch 2, or free"),
+        ("run.encode_with_engine", LACKING, 1, "with encoder.batch 1; try a smaller --encoder.depth, or free"),
+        ("run.encode_with_engine", FULL, 4, "with encoder.batch 4; try --encoder.batch 2, or free"),
+        ("texts.full_float32", FULL, 4, "while questions were encoded; free"),
+        ("encoders.TextEncoder.to", FULL, 4, "while questions were encoded; free"),
+    ],
+)
+def test_a_gpu_without_enough_memory_is_reported_in_one_line(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    place: str, failure: tuple[type[Exception], str, str], batch: int, remedy: str,
+) -> None:  # fmt: skip
+    kind, said, more = failure
 
+    def fail(*_: Any) -> None:
+        raise kind(said + more)
 
-def test_full_gpu_is_reported_in_one_line(
-    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> None:
-        raise torch.AcceleratorError(FULL)
-
-    monkeypatch.setattr("egopatch.extract.run.encode_with_engine", full)
-    assert main(["run", *options(bare)]) == 1
+    monkeypatch.setattr(f"egopatch.extract.{place}", fail)
+    assert main(["run", *options(bare, "--encoder.batch", str(batch))]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
-    assert line.startswith("extract run: failed: CUDA error: out of memory, with encoder.batch 4; try")
-
-
-@pytest.mark.parametrize("step", ["to", "forward"])
-def test_gpu_too_full_for_the_questions_is_reported_in_one_line(
-    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
-) -> None:
-    def full(*_: Any) -> None:
-        raise torch.AcceleratorError(FULL)
-
-    if step == "to":
-        monkeypatch.setattr(TextEncoder, "to", full)
-    else:
-        monkeypatch.setattr("egopatch.extract.texts.full_float32", full)
-    assert main(["run", *options(bare)]) == 1
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
-    assert line.startswith("extract run: failed: CUDA error: out of memory, while questions were encoded; free")
+    assert line.startswith(f"extract run: failed: {said}, {remedy}")
