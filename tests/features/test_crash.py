@@ -102,14 +102,11 @@ def crash_at_every(points: Iterator[int], root: Path, format: str) -> int:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_job_killed_at_some_file_operations_resumes_without_loss(in_memory: Path, format: str) -> None:
-    assert crash_at_every(iter(range(1, 1000, 29)), in_memory, format) >= 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_job_killed_at_every_file_operation_resumes_without_loss(in_memory: Path, format: str) -> None:
-    assert crash_at_every(iter(range(1000)), in_memory, format) >= 120
+@pytest.mark.parametrize(("step", "kills"), [(29, 4), pytest.param(1, 120, marks=pytest.mark.slow)])
+def test_a_job_killed_at_a_file_operation_resumes_without_loss(
+    in_memory: Path, format: str, step: int, kills: int
+) -> None:
+    assert crash_at_every(iter(range(0, 1000, step)), in_memory, format) >= kills
 
 
 @pytest.mark.slow

@@ -149,7 +149,10 @@ class StoreMachine(RuleBasedStateMachine):
         assert report.clips == len(self.values)
 
 
-def run(format: str, examples: int, steps: int) -> None:
+@pytest.mark.usefixtures("in_memory")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("examples", "steps"), [(6, 12), pytest.param(80, 25, marks=pytest.mark.slow)])
+def test_store_matches_a_dict_under_random_operations(format: str, examples: int, steps: int) -> None:
     machine = type("Machine", (StoreMachine,), {"format": format})
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(
@@ -158,16 +161,3 @@ def run(format: str, examples: int, steps: int) -> None:
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=checks, database=None
         ),
     )
-
-
-@pytest.mark.usefixtures("in_memory")
-@pytest.mark.parametrize("format", FORMATS)
-def test_store_matches_a_dict_under_random_operations(format: str) -> None:
-    run(format, examples=6, steps=12)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("in_memory")
-@pytest.mark.parametrize("format", FORMATS)
-def test_store_matches_a_dict_under_many_random_operations(format: str) -> None:
-    run(format, examples=80, steps=25)
