@@ -5,7 +5,7 @@ import pytest
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.worker.job_stats import jobs_path
-from tests.extract.job import CLIPS, options
+from tests.extract.job import CLIPS, options, slowly
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["standin", *options(root)]) == 0
     assert main(["run", *options(root)]) == 0
     return root
+
+
+@pytest.fixture(scope="session")
+def single(made: Path) -> Path:
+    """The store of one undisturbed job with one shard per clip."""
+    assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
+    return made / "single"
 
 
 @pytest.fixture

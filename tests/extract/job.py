@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config
+from egopatch.features import open_store
 
 CLIPS = 20
 # Journals may contain the same lines in another order, and their heads follow them. Leases and locks come and go: a job
@@ -24,6 +27,16 @@ def options(root: Path, *more: str) -> list[str]:
         *("--encoder.checkpoint", str(root / "weights.pth"), "--text.model", str(root / "tokenizer")),
         *("--store.path", str(root / "store"), "--encoder.batch", "4", "--engine.decoders", "1", *more),
     ]
+
+
+def slowly(root: Path, *more: str) -> list[str]:
+    """A job that can be interrupted at many points: one shard per clip."""
+    return options(root, "--store.shard", "1", "--encoder.batch", "1", *more)
+
+
+def committed(store: Path) -> int:
+    """How many clips a store holds, if there is one."""
+    return len(open_store(store).clip_ids) if (store / "store.json").exists() else 0
 
 
 def config_of(root: Path, *more: str) -> Config:
@@ -46,6 +59,14 @@ def start_job(args: list[str], command: str = "run") -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+    """Return when `condition` holds; fail if it does not hold soon."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
 
 
 def signal_all(job: "subprocess.Popen[str]", number: signal.Signals) -> None:

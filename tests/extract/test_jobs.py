@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,31 +30,20 @@ from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signal
 from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
-from tests.extract.job import CLIPS, config_of, contents, ledger_lines, options, signal_all, start_job, videos
+from tests.extract.job import (
+    CLIPS,
+    committed,
+    config_of,
+    contents,
+    ledger_lines,
+    options,
+    signal_all,
+    slowly,
+    start_job,
+    videos,
+    wait_until,
+)
 from tests.features.faults import limited
-
-
-def committed(store: Path) -> int:
-    return len(open_store(store).clip_ids) if (store / "store.json").exists() else 0
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
-
-
-def slowly(root: Path, *more: str) -> list[str]:
-    """A job that can be interrupted at many points: one shard per clip."""
-    return options(root, "--store.shard", "1", "--encoder.batch", "1", *more)
-
-
-@pytest.fixture(scope="session")
-def single(made: Path) -> Path:
-    """The store of one undisturbed job with one shard per clip."""
-    assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
-    return made / "single"
 
 
 @pytest.mark.slow

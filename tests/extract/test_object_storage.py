@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from egopatch.features import open_store
 from egopatch.features.__main__ import main as features
 from egopatch.features.values.location import parse_location
 from egopatch.train.__main__ import main as train
-from tests.extract.job import CLIPS, options, signal_all, start_job
+from tests.extract.job import CLIPS, options, signal_all, start_job, wait_until
 from tests.features.objects import KEY, SECRET, bucket, environment, objects, server
 
 __all__ = ["bucket", "environment", "server"]
@@ -30,11 +29,8 @@ def test_killed_job_resumes_and_trains_like_one_on_a_local_store(
     url = f"{bucket}/store"
     remote = options(made, "--store.path", url)
     job = start_job([*remote, "--shard", "0/2"])  # so that clips remain, however soon it ends
-    deadline = time.monotonic() + 120
-    while patches_in(bucket) == 0:
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: patches_in(bucket) or job.poll() is not None)
+    assert patches_in(bucket)
     signal_all(job, signal.SIGKILL)
     said = "".join(job.communicate())
     before = open_store(url).clip_ids

@@ -23,8 +23,7 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.engines.ray_engine import _connected, _fit, _gather
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
-from tests.extract.job import CLIPS, contents, ledger_lines, options, start_job
-from tests.extract.test_jobs import committed, slowly, wait_until
+from tests.extract.job import CLIPS, committed, contents, ledger_lines, options, slowly, start_job, wait_until
 
 
 @dataclass
@@ -88,14 +87,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         for one in family:
             if one.is_running():
                 one.kill()
-
-
-@pytest.fixture(scope="session")
-def single(made: Path) -> Path:
-    """The store of one undisturbed job with one shard per clip."""
-    if not (made / "single").exists():
-        assert main(["run", *slowly(made, "--store.path", str(made / "single"))]) == 0
-    return made / "single"
 
 
 def on(cluster: Cluster, root: Path) -> list[str]:

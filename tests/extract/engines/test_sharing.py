@@ -30,6 +30,7 @@ from egopatch.features import Store, StoreError, create_store, open_store
 from egopatch.features.common.child_errors import ChildError
 from egopatch.features.common.signals import Requeue, requeue_on_signals
 from egopatch.features.state.catalog import Catalog
+from tests.extract.job import wait_until
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, fill
 from tests.features.faults import Picky
 
@@ -95,10 +96,7 @@ def test_signalled_workers_finish_the_work_they_started(to_all: bool, tmp_path: 
     """Whether a scheduler signals all processes or only the job's first; a worker that has finished does not matter."""
 
     def stop() -> None:
-        limit = time.monotonic() + 60
-        while {file.name for file in tmp_path.iterdir()} != {"ended 0", "begun 1"}:
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        wait_until(lambda: {file.name for file in tmp_path.iterdir()} == {"ended 0", "begun 1"})
         children = psutil.Process().children() if to_all else []
         for process in [*children, psutil.Process()]:
             if "tracker" not in " ".join(process.cmdline()):

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from egopatch.features import StoreError
 from tests.extract.fetch.loopback import Served
 from tests.extract.fetch.published import TOKENIZER, Published
 from tests.extract.fetch.test_archives import tar
+from tests.extract.job import wait_until
 from tests.json_keys import documented_keys
 
 
@@ -292,9 +292,7 @@ def test_download_interrupted_by_ctrl_c_is_resumed(published: Published) -> None
     command = [sys.executable, "-m", "extract", *published.args]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     part = published.root / "weights/Net.pth.part"
-    deadline = time.monotonic() + 60
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: part.exists() and part.stat().st_size)
     job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=30)
     gate.set()

@@ -24,6 +24,7 @@ from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.state.commit import CommitTarget, ShardCommit, commit_shard
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.errors import NotFinite
+from tests.extract.job import wait_until
 
 IDS = list("abcd")
 SPEC = StoreSpec.for_patches(frames=2, grid=(16, 16), width=128, dtype="float16", shard=4)
@@ -192,22 +193,15 @@ def test_closing_the_pool_does_not_wait_for_its_children(slots: SharedSlots) -> 
     assert time.monotonic() - started < 3  # after which pebble kills those that have ignored its SIGTERM
 
 
-def wait_until_broken(committer: CommitProcesses) -> None:
-    limit = time.monotonic() + 60
-    while committer._pool.active:
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-
-
 def test_death_of_an_idle_child_is_reported_in_one_line(tmp_path: Path, slots: SharedSlots) -> None:
     store, rows = make(tmp_path / "store"), {"a": Rows(slots)(0)}
     with CommitProcesses(slots, 2, "zarr") as committer:
         os.kill(committer.schedule(os.getpid).result(), signal.SIGKILL)
-        wait_until_broken(committer)
+        wait_until(lambda: not committer._pool.active)
         with pytest.raises(ChildProcessError, match="writing cannot be started, or were killed while they were idle"):
             write(store, rows, committer)
     with CommitProcesses(slots, 1, "no format") as committer:
-        wait_until_broken(committer)
+        wait_until(lambda: not committer._pool.active)
         with pytest.raises(ChildProcessError, match="writing cannot be started"):
             write(store, rows, committer)
     assert store.clip_ids == ()
