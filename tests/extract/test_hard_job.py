@@ -12,8 +12,7 @@ import torch
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.feed.on_host import to_input
-from egopatch.extract.video.cache import VideoCache
-from egopatch.extract.video.frames import read_frames, uniform_indices
+from egopatch.extract.video.frames import uniform_indices
 from egopatch.features import open_store
 from egopatch.features.tools.verify import verify
 from tests.extract.job import config_of, contents, ledger_lines, options
@@ -105,22 +104,3 @@ def test_job_stores_good_videos_and_quarantines_bad_ones(hard: Path) -> None:
     assert main(["run", *options(hard, *limits)]) == 0
     assert contents(hard / "store") == before
     assert ledger_lines(hard / "store") == committed
-
-
-@pytest.mark.slow
-def test_children_and_this_process_decode_the_same_frames(tmp_path: Path) -> None:
-    from egopatch.extract.datasets import Clip
-    from egopatch.extract.feed.clips import PreparedClip
-    from egopatch.extract.feed.on_host import prepare_clip
-    from egopatch.extract.feed.pool import DecodePool
-    from tests.extract.video.test_hard_videos import VideoConfig
-
-    clip = Clip("a", READABLE["b-frames"].make(tmp_path))
-    video = VideoConfig(frames=4, size=112)
-    with DecodePool(video, 2, prepare_clip) as pool:
-        first, second = pool.map([clip, clip])
-    assert isinstance(first, PreparedClip)
-    assert isinstance(second, PreparedClip)
-    assert np.array_equal(first.frames, second.frames)
-    np.testing.assert_allclose(first.frames, prepare_clip(clip, video, VideoCache()).frames, atol=1e-6)
-    assert first.timestamps.tolist() == read_frames(clip, video).timestamps.tolist()

@@ -37,21 +37,6 @@ def test_variable_frame_rate_is_sampled_by_time_not_by_count() -> None:
     assert uniform_by_time(starts, 2.0, 4).tolist() == [2, 7, 10, 10]
 
 
-def test_read_frames_returns_the_sampled_frames_and_times(tmp_path: Path) -> None:
-    clip = Clip("a", write_video(tmp_path / "a.mp4"))
-    decoded = read_frames(clip, VideoConfig(frames=4))
-    assert [frame.shape for frame in decoded.frames] == [(64, 96, 3)] * 4
-    assert frame_numbers(decoded.frames) == published_rule(30, 4)
-    np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(30, 4)) / 15, atol=1e-3)
-
-
-def test_clip_yields_only_frames_between_its_start_and_end(tmp_path: Path) -> None:
-    video = write_video(tmp_path / "a.mp4")
-    decoded = read_frames(Clip("a", video, 1.0, 2.0), VideoConfig(frames=3))
-    assert frame_numbers(decoded.frames) == [15 + i for i in published_rule(15, 3)]
-    np.testing.assert_allclose(decoded.timestamps, np.array(published_rule(15, 3)) / 15, atol=1e-3)
-
-
 def test_variable_frame_rate_file_is_sampled_by_timestamp(tmp_path: Path) -> None:
     pts = [*range(0, 1000, 100), *range(1000, 6000, 500)]
     clip = Clip("a", write_video(tmp_path / "vfr.mp4", frames=20, pts=pts))
