@@ -116,12 +116,6 @@ def test_names_of_an_unknown_network_are_kept(tmp_path: Path) -> None:
     assert load_checkpoint(path).tensors.keys() == {"model.a", "b"}
 
 
-def test_legacy_files_without_zip_load(tmp_path: Path) -> None:
-    path = tmp_path / "old.pth"
-    torch.save({"state_dict": {"module.a": torch.arange(5.0)}}, path, _use_new_zipfile_serialization=False)
-    assert torch.equal(load_checkpoint(path).tensors["a"], torch.arange(5.0))
-
-
 @pytest.mark.parametrize("names", [("a", "module.a"), ("module.a", "a")])
 def test_tensor_name_with_and_without_module_prefix_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     path = tmp_path / "both.pth"

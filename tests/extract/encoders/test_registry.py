@@ -23,7 +23,7 @@ from egopatch.extract.encoders import (
     open_checkpoint,
     open_text_checkpoint,
 )
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint
 from egopatch.extract.encoders.checkpoints.package import MINILM
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import lite
@@ -31,7 +31,6 @@ from egopatch.extract.encoders.networks.network import Network, VideoOptions
 from egopatch.extract.video.transforms import Transform
 from egopatch.features import open_store
 from egopatch.features.values.spec import PatchTokens
-from tests.extract.encoders.networks import tiny
 
 
 class Colours(VideoEncoder):
@@ -94,11 +93,6 @@ def test_published_networks_need_a_checkpoint(arch: str) -> None:
         match=f"encoder.checkpoint is not set, and no package provides the weights of {arch}; set it to the path",
     ):
         open_checkpoint(arch, None)
-
-
-def test_size_that_the_checkpoint_was_not_trained_on_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"video\.size is 96, but .* was trained on 64; set video\.size to 64"):
-        load_video_encoder("egovlpv2", tiny(tmp_path), 3, 2, size=96)
 
 
 def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
