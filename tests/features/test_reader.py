@@ -24,11 +24,14 @@ from tests.features.faults import limited
 WAIT_S = 20.0  # only a test that fails waits this long
 
 
-def test_different_shards_are_opened_at_the_same_time(
-    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def store(make: Callable[..., Store]) -> Store:
+    """A full store of which nothing has been read."""
     fill(make())
-    store = open_store(make().path)
+    return open_store(make().path)
+
+
+def test_different_shards_are_opened_at_the_same_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     file_format = type(store._reader._file_format)
     both = threading.Barrier(2)
     opened: list[int] = []
@@ -48,11 +51,7 @@ def test_different_shards_are_opened_at_the_same_time(
         assert np.array_equal(row, clip(index)["patches"].half())
 
 
-def test_a_shard_that_cannot_be_opened_is_tried_again(
-    make: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(make())
-    store = open_store(make().path)
+def test_a_shard_that_cannot_be_opened_is_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     file_format = type(store._reader._file_format)
     plain, failures = file_format.open, [DamagedStore("the network is down")] * 2
 
@@ -96,15 +95,6 @@ def test_reads_continue_while_another_thread_refreshes_the_catalog(
             assert np.array_equal(reading.result(WAIT_S).patches[0], clip(place)["patches"].half())
 
 
-def test_a_row_replaced_by_another_process_reads_as_its_new_value(make: Callable[..., Store]) -> None:
-    fill(make())
-    store, later = open_store(make().path), open_store(make().path)
-    replaces = later.catalog.ledger.versions([IDS[0]])
-    later.write_shard(0, {IDS[0]: clip(50)}, {IDS[0]: "sha256:50"}, replaces=replaces)
-    assert np.array_equal(store.read([IDS[0]]).patches[0], clip(50)["patches"].half())
-    assert np.array_equal(store.read([IDS[1]]).patches[0], clip(1)["patches"].half())
-
-
 def test_a_file_with_a_stale_handle_is_not_damaged(
     make_local: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,13 +119,11 @@ def test_a_file_with_a_stale_handle_is_not_damaged(
     assert type(caught.value) is StoreError
 
 
-def test_ctrl_c_while_opening_a_shard_stays_a_keyboard_interrupt(make: Callable[..., Store]) -> None:
+def test_ctrl_c_while_opening_a_shard_stays_a_keyboard_interrupt(store: Store) -> None:
     class Interrupted(dict):
         def __setitem__(self, *_: object) -> None:
             raise KeyboardInterrupt
 
-    fill(make())
-    store = open_store(make().path)
     store._reader._indexes = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         store.read([IDS[0]])

@@ -36,6 +36,11 @@ def filled(make: Make) -> Store:
     return open_store(store.path)
 
 
+@pytest.fixture
+def store(make: Make) -> Store:
+    return filled(make)
+
+
 def work_on(store: Store, *ids: str) -> ShardWork:
     (work,) = store.missing_shards(replace=ids)
     assert work.ids == ids
@@ -65,8 +70,7 @@ def check(path: Path | str, seeds: dict[str, int]) -> None:
 OLD = {name: n for n, name in enumerate(FIRST)}
 
 
-def test_a_row_is_replaced_together_with_its_origin(make: Make) -> None:
-    store = filled(make)
+def test_a_row_is_replaced_together_with_its_origin(store: Store) -> None:
     refresh(store)
     check(store.path, OLD | {FIRST[0]: 90})
     found = open_store(store.path)
@@ -74,8 +78,7 @@ def test_a_row_is_replaced_together_with_its_origin(make: Make) -> None:
     assert found.sources(FIRST[:2]) == {FIRST[0]: "new", FIRST[1]: "hash"}
 
 
-def test_every_row_of_a_shard_is_replaced(make: Make) -> None:
-    store = filled(make)
+def test_every_row_of_a_shard_is_replaced(store: Store) -> None:
     work = work_on(store, *FIRST)
     store.write_shard(
         0, {name: clip(90 + n) for n, name in enumerate(FIRST)}, dict.fromkeys(FIRST, "new"), {}, {}, work.replaces
@@ -84,8 +87,7 @@ def test_every_row_of_a_shard_is_replaced(make: Make) -> None:
     assert set(open_store(store.path).origins().values()) == {None}
 
 
-def test_a_clip_that_fails_to_re_encode_loses_its_old_row(make: Make) -> None:
-    store = filled(make)
+def test_a_clip_that_fails_to_re_encode_loses_its_old_row(store: Store) -> None:
     work = work_on(store, *FIRST[:2])
     rows, failures = {FIRST[1]: clip(91)}, {FIRST[0]: Failure("truncated")}
     store.write_shard(0, rows, {FIRST[1]: "new"}, failures, {}, work.replaces)
@@ -93,15 +95,13 @@ def test_a_clip_that_fails_to_re_encode_loses_its_old_row(make: Make) -> None:
     assert set(open_store(store.path).quarantine) == {FIRST[0]}
 
 
-def test_a_committed_clip_is_not_replaced_by_mistake(make: Make) -> None:
-    store = filled(make)
+def test_a_committed_clip_is_not_replaced_by_mistake(store: Store) -> None:
     with pytest.raises(ValueError, match="is already committed"):
         store.write_shard(0, {FIRST[0]: clip(90)}, {FIRST[0]: "new"})
     check(store.path, OLD)
 
 
-def test_the_second_of_two_refreshing_jobs_keeps_the_first_jobs_row(make: Make) -> None:
-    store = filled(make)
+def test_the_second_of_two_refreshing_jobs_keeps_the_first_jobs_row(store: Store) -> None:
     other = open_store(store.path)
     mine, theirs = work_on(store, FIRST[0]), work_on(other, FIRST[0])
     refresh(store, 90, mine)
@@ -112,9 +112,8 @@ def test_the_second_of_two_refreshing_jobs_keeps_the_first_jobs_row(make: Make) 
 
 
 def test_a_row_that_is_replaced_while_it_is_read_is_never_a_mixture(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = filled(make)
     reader = open_store(store.path)._reader
     original, arrays = reader._read_committed, []
 
@@ -134,8 +133,7 @@ def test_a_row_that_is_replaced_while_it_is_read_is_never_a_mixture(
         assert torch.equal(torch.from_numpy(row), expected[array.name][0]), array.name
 
 
-def test_a_reader_of_a_removed_clip_gets_a_clear_error(make: Make) -> None:
-    store = filled(make)
+def test_a_reader_of_a_removed_clip_gets_a_clear_error(store: Store) -> None:
     reader = open_store(store.path)
     work = work_on(store, FIRST[0])
     store.write_shard(0, {}, {}, {FIRST[0]: Failure("truncated")}, {}, work.replaces)
@@ -185,10 +183,9 @@ def test_a_kill_at_any_moment_loses_no_other_row(tmp_path: Path, format: str) ->
 
 @pytest.mark.parametrize("opened", ["before", "meanwhile"])
 def test_a_reader_at_any_step_of_a_commit_finds_the_clip(
-    make: Make, monkeypatch: pytest.MonkeyPatch, opened: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, opened: str
 ) -> None:
     """A reader reads at each step of a commit. In a folder, a reader that arrives while files change waits for it."""
-    store = filled(make)
     storage = type(store.catalog.storage)
     before, seen, readers = open_store(store.path), dict[str, str](), list[threading.Thread]()
     # Readers are on their way to the lock, or past it, when the files change.
@@ -254,9 +251,8 @@ def test_a_reader_waits_for_consecutive_replacements_of_a_row(tmp_path: Path, mo
 
 
 def test_a_clip_failing_to_re_encode_is_always_committed_or_quarantined(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = filled(make)
     seen = list[bool]()
 
     def looking(self: object, record: dict, after: object = None) -> object:
