@@ -4,10 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from huggingface_hub import constants
@@ -147,25 +145,6 @@ def test_two_workers_write_the_same_store(fresh: Path) -> None:
     one, two = open_store(fresh / "store"), open_store(fresh / "two")
     assert one.clip_ids == two.clip_ids
     assert torch.equal(one.read(one.clip_ids).patches, two.read(two.clip_ids).patches)
-
-
-@pytest.mark.slow
-def test_a_killed_job_leaves_no_process_behind(fresh: Path) -> None:
-    shutil.rmtree(fresh / "store")
-    job = subprocess.Popen([sys.executable, "-m", "extract", "run", *options(fresh, "--encoder.batch", "1")])
-    process = psutil.Process(job.pid)
-    children: list[psutil.Process] = []
-    deadline = time.monotonic() + 60
-    while len(children) < 2 and time.monotonic() < deadline:  # the tracker and at least one decoder
-        children = process.children(recursive=True)
-        time.sleep(0.05)
-    job.kill()
-    job.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert children
-    assert not alive
-    assert main(["run", *options(fresh)]) == 0
-    assert len(open_store(fresh / "store").clip_ids) == CLIPS
 
 
 @pytest.mark.slow
@@ -341,18 +320,12 @@ def test_quantised_store_reports_its_reconstruction_error(
     assert texts.fingerprint == open_store(made / "store" / "text").fingerprint
 
 
-def test_plan_counts_files_and_shards(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_counts_files_and_shards(made: Path, bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
-    before = json.loads(capsys.readouterr().out)
-    assert (before["shards"], before["todo"], before["seconds_per_clip"]) == (4, CLIPS, None)
-    assert main(["run", *options(bare), "--shard", "1/4"]) == 0
-    capsys.readouterr()
-    store = open_store(bare / "store")
-    rows = [path for array in store.spec.arrays for path in (bare / "store" / array.name).glob("c*")]
-    assert before["files"] == 4 * len(rows)
-    assert main(["plan", *options(bare), "--json", "--probe", "0"]) == 0
-    after = json.loads(capsys.readouterr().out)
-    assert (after["shards"], after["todo"], after["done"]) == (3, CLIPS - 5, 5)
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["shards"], plan["todo"], plan["seconds_per_clip"]) == (4, CLIPS, None)
+    store = open_store(made / "store")
+    assert plan["files"] == sum(len(list((made / "store" / array.name).glob("c*"))) for array in store.spec.arrays)
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -381,7 +354,3 @@ def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.Captu
     assert 0.5 * stages["total_s"] < waits <= stages["total_s"] * 1.01
     assert stages["decode_s"] > 0
     assert stages["write_s"] > 0
-
-
-def test_shared_data_set_has_the_expected_number_of_clips(made: Path) -> None:
-    assert len(load_dataset(config_of(made).data).clips) == CLIPS

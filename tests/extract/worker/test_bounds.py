@@ -8,6 +8,7 @@ STAGES = Stages(total_s=10, decode_s=32, decoders_s=8, handover_s=0.5, encode_s=
 
 def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     found = ceilings(JobStats(committed=400, stages=STAGES))
+    # The encoder computed for four of its nine seconds; it waited for clips in the others.
     assert found == {"decoding": 50, "hand-over": 800, "encoder": 100, "disk": 200}
     line = bound_line(found)
     assert line is not None
@@ -29,11 +30,6 @@ def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
     line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
     assert line is not None
     assert line.startswith("bound by decoding, at most 10.6 clips/s per worker (the others: disk 22); ")
-
-
-def test_waiting_time_does_not_count_as_encoding_time() -> None:
-    """The encoder waits nine seconds, mostly for clips: it is not the bottleneck."""
-    assert ceilings(JobStats(committed=400, stages=STAGES))["encoder"] == 100
 
 
 def test_untimed_clips_do_not_count_towards_the_rate() -> None:
