@@ -28,6 +28,7 @@ from tests.extract.video.videos import (
     cut_off,
     frame_numbers,
     holding,
+    noise,
     show_turned,
     start_at,
     without_packets,
@@ -217,10 +218,6 @@ def damaged_middle(to: Path) -> Path:
     content[middle : middle + 3000] = np.random.default_rng(1).bytes(3000)
     path.write_bytes(content)
     return path
-
-
-def noise(index: int, size: tuple[int, int]) -> np.ndarray:
-    return np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
 
 
 FASTSTART = {"movflags": "faststart"}

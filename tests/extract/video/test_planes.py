@@ -17,14 +17,10 @@ from egopatch.extract.video import planes
 from egopatch.extract.video.frames import read_frames, read_planes
 from egopatch.extract.video.planes import Colours, Planes, even, find_colours
 from egopatch.extract.video.transforms import Window
-from tests.extract.video.videos import show_turned, write_video
+from tests.extract.video.videos import noise, show_turned, write_video
 
 # AVColorSpace of what cameras write: unspecified, BT.709, BT.601, BT.2020.
 MATRICES = {"unspecified": 2, "bt709": 1, "bt470bg": 5, "smpte170m": 6, "bt2020": 9}
-
-
-def noise(index: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    return np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), np.uint8)
 
 
 def rgb_of(run: Pixels) -> NDArray[np.uint8]:

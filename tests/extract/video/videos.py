@@ -30,6 +30,11 @@ def grey(index: int, size: tuple[int, int]) -> np.ndarray:
     return np.full((size[1], size[0], 3), level_of(index), np.uint8)
 
 
+def noise(index: int, size: tuple[int, int]) -> np.ndarray:
+    """[H, W, 3] uint8 that a codec can hardly compress."""
+    return np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+
+
 def write_video(
     path: Path,
     frames: int = 30,
