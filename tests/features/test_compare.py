@@ -16,7 +16,7 @@ from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 from egopatch.features import Fingerprint, Store, StoreSpec, create_store
 from egopatch.features.__main__ import main
-from egopatch.features.tools.compare import compare
+from egopatch.features.tools.compare import Comparison, compare
 from egopatch.features.tools.export import export
 
 CLIPS, FRAMES, SIZE = 8, 4, 64
@@ -178,28 +178,25 @@ def test_per_frame_features_agree_with_their_mean_over_frames(tmp_path: Path) ->
 
 
 def test_compare_names_scale_frame_shift_worst_tokens_and_shape(make: Make, tmp_path: Path) -> None:
-    a = make("a")
-    folder = tmp_path / "files"
+    a, folder = make("a"), tmp_path / "files"
     folder.mkdir()
-    for name in NAMES:
-        patches = a.read([name], torch.float32).patches[0].numpy()
-        np.save(folder / f"{name}.npy", patches * 3)
-    assert compare(a.path, folder).cause == "scale"
-    for name in NAMES:
-        patches = a.read([name], torch.float32).patches[0].numpy()
-        np.save(folder / f"{name}.npy", np.roll(patches, 1, axis=0))
-    found = compare(a.path, folder)
-    assert (found.cause, found.verdict.partition(": frame t")[2]) == ("frames", " of A is frame t + 1 of B")
-    for name in NAMES:
-        patches = a.read([name], torch.float32).patches[0].numpy()
+
+    def compared_with(change: Callable[[np.ndarray], np.ndarray]) -> Comparison:
+        for name in NAMES:
+            np.save(folder / f"{name}.npy", change(a.read([name], torch.float32).patches[0].numpy()))
+        return compare(a.path, folder)
+
+    def louder(patches: np.ndarray) -> np.ndarray:
         patches[2, 3, :5] += 10
-        np.save(folder / f"{name}.npy", patches)
-    found = compare(a.path, folder)
+        return patches
+
+    assert compared_with(lambda patches: patches * 3).cause == "scale"
+    found = compared_with(lambda patches: np.roll(patches, 1, axis=0))
+    assert (found.cause, found.verdict.partition(": frame t")[2]) == ("frames", " of A is frame t + 1 of B")
+    found = compared_with(louder)
     assert found.worst_tokens[0].name == "frame 2 patch 3"
     assert {measure.name for measure in found.worst_channels} <= {f"channel {d}" for d in range(5)}
-    for name in NAMES:
-        np.save(folder / f"{name}.npy", np.zeros((2, 16, 7), np.float32))
-    assert compare(a.path, folder).cause == "shape"
+    assert compared_with(lambda patches: np.zeros((2, 16, 7), np.float32)).cause == "shape"
 
 
 def test_compare_command_prints_verdict_json_and_errors(
