@@ -58,25 +58,15 @@ def video(tmp_path: Path) -> Path:
     return write_video(tmp_path / "a.mp4")
 
 
-def test_transformed_input_matches_in_process_computation(video: Path) -> None:
-    expected = prepare_clip(Clip("a", video), SMALL, VideoCache())
-    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
-        for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(7)])):
-            assert isinstance(result, PreparedClip)
-            assert result.clip.clip_id == str(number)
-            np.testing.assert_allclose(result.frames, expected.frames, rtol=0, atol=1e-6)
-            assert result.source == expected.source
-            result.release()
-
-
-def test_clips_that_share_a_task_have_slots_of_their_own(video: Path, tmp_path: Path) -> None:
+def test_input_that_children_transform_matches_that_of_this_process(video: Path, tmp_path: Path) -> None:
     other = write_video(tmp_path / "other.mp4", frames=12)
-    expected = {path: prepare_clip(Clip("a", path), SMALL, VideoCache()).frames for path in (video, other)}
+    expected = {path: prepare_clip(Clip("a", path), SMALL, VideoCache()) for path in (video, other)}
     clips = [Clip(str(i), (video, other)[i % 3 % 2]) for i in range(80)]
     with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
         for clip, result in zip(clips, pool.map(clips, ahead=2, together=TOGETHER), strict=True):
             assert isinstance(result, PreparedClip)
-            np.testing.assert_allclose(result.frames, expected[clip.video], rtol=0, atol=1e-6)
+            assert (result.clip, result.source) == (clip, expected[clip.video].source)
+            np.testing.assert_allclose(result.frames, expected[clip.video].frames, rtol=0, atol=1e-6)
             result.release()
 
 
