@@ -1,7 +1,6 @@
 """Items and batches equal `Store.read` in any kind of worker, and memory in use is never overwritten."""
 
 import gc
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from egopatch.features import AbsentClip, DamagedStore, Store, StoreError, StoreSpec, create_store, torch_dataset
-from egopatch.features.state import ledger
+from egopatch.features import (
+    AbsentClip,
+    DamagedStore,
+    Store,
+    StoreError,
+    StoreSpec,
+    create_store,
+    open_store,
+    torch_dataset,
+)
+from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.origin import Origin
-from egopatch.features.store.reader import RowReader
-from egopatch.features.values.spec import ArraySpec
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.faults import damage_row
 
@@ -98,18 +104,6 @@ def test_forked_workers_never_overwrite_memory_in_use(store: Store, dtype: torch
     assert not any(memory[0] for memory in clips._mapped.values())
 
 
-@pytest.mark.slow
-def test_spawned_workers_return_every_clip(tmp_path: Path) -> None:
-    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, "hdf5")
-    fill(store)
-    clips = torch_dataset(store)
-    loader = DataLoader(clips, 4, num_workers=1, collate_fn=clips.collate, multiprocessing_context="spawn")
-    batches = list(loader)  # all are held at once
-    assert [name for batch in batches for name in batch["clip_id"]] == list(IDS)
-    for batch in batches:
-        check(store, batch)
-
-
 def test_memory_of_exited_workers_is_released(store: Store) -> None:
     clips = torch_dataset(store)
     for _ in range(3):
@@ -160,39 +154,31 @@ def test_video_times_add_the_start_of_each_clip(tmp_path: Path) -> None:
         store.video_times(["nobody"])
 
 
-def test_video_times_read_only_timestamps_of_the_requested_clips(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An export reads the times of a few clips at a time."""
+def test_video_times_read_only_timestamps_of_the_requested_clips(tmp_path: Path) -> None:
+    """An export reads the times of a few clips at a time: what is damaged elsewhere does not matter."""
     store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:8])
     for first in (0, 4):
         rows = {name: clip(n) for n, name in enumerate(IDS[first : first + 4])}
         origins = dict.fromkeys(rows, Origin("a.mp4", 1, 2.0, 4.0))
         store.write_shard(first // 4, rows, dict.fromkeys(rows, "sha"), origins=origins)
-    arrays, texts = [], []
-    read, decode = RowReader.read_into, ledger.decode_origins
-
-    def read_into(self: RowReader, targets: Sequence[tuple[np.ndarray, ArraySpec]], *rest: Any) -> None:
-        arrays.extend(array.name for _, array in targets)
-        read(self, targets, *rest)
-
-    def decode_origins(text: str, clips: int) -> list[Origin | None]:
-        texts.append(text)
-        return decode(text, clips)
-
-    monkeypatch.setattr(RowReader, "read_into", read_into)
-    monkeypatch.setattr(ledger, "decode_origins", decode_origins)
-    store.video_times(IDS[:2])
-    assert arrays == ["timestamps"] * 2
-    assert len(texts) == 1  # of one commit
+    damage_row(store, IDS[0])
+    journal = raw_ledger_journal(store.catalog.storage)
+    *others, last = [line.entry for line in journal.read().lines]
+    journal.rewrite(lambda _: [*others, last | {"origins": "damaged"}])
+    store = open_store(store.path)
+    assert store.video_times(IDS[:2]).shape == (2, 2)
+    with pytest.raises(DamagedStore, match="'origins' of a commit is"):
+        store.video_times(IDS[4:6])
 
 
-def test_a_store_in_a_bucket_refuses_forked_workers(bucket: str) -> None:
+def test_a_store_in_a_bucket_is_read_by_spawned_workers_and_refuses_forked_ones(bucket: str) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(store)
     clips = torch_dataset(store)
     loader = partial(DataLoader, clips, 4, num_workers=1, collate_fn=clips.collate, timeout=60)
-    for batch in loader(multiprocessing_context="spawn"):
+    batches = list(loader(multiprocessing_context="spawn"))  # all are held at once
+    assert [name for batch in batches for name in batch["clip_id"]] == list(IDS)
+    for batch in batches:
         check(store, batch)
     with pytest.raises(StoreError, match=r"/store cannot be used in a forked process: requests would hang.*'spawn'"):
         next(iter(loader(multiprocessing_context="fork")))
