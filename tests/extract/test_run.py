@@ -47,8 +47,9 @@ def test_run_resolves_each_config_entry_once(bare: Path, monkeypatch: pytest.Mon
     assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
 
 
-def test_truncated_questions_are_reported(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", *options(bare, "--text.max_length", "4")]) == 0
+def test_truncated_questions_are_reported(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(fresh / "store" / TEXT_FOLDER)
+    assert main(["run", *options(fresh, "--text.max_length", "4")]) == 0
     assert (
         "question texts have 4 tokens (text.max_length) or more; only the first 4 are read" in capsys.readouterr().out
     )
@@ -96,25 +97,23 @@ def test_clips_that_end_later_than_their_videos_are_reported(
 
 
 def test_stored_questions_need_no_text_network(
-    bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", *options(bare)]) == 0
-    assert "nothing is missing" not in capsys.readouterr().out
     for function in ("load_tokenizer", "load_text_encoder"):
         monkeypatch.delattr(f"egopatch.extract.texts.{function}")
-    assert main(["run", *options(bare)]) == 0
+    assert main(["run", *options(fresh)]) == 0
     assert capsys.readouterr().out.endswith("; this run encoded 0 clips, nothing is missing\n")
     # Nor if clips are missing; the tokenizer is still checked against that of the store.
-    (bare / "store" / "text").rename(bare / "text")
-    shutil.rmtree(bare / "store")
-    (bare / "store").mkdir()
-    (bare / "text").rename(bare / "store" / "text")
-    assert main(["run", *options(bare)]) == 0
+    (fresh / "store" / "text").rename(fresh / "text")
+    shutil.rmtree(fresh / "store")
+    (fresh / "store").mkdir()
+    (fresh / "text").rename(fresh / "store" / "text")
+    assert main(["run", *options(fresh)]) == 0
     assert f"this run encoded {CLIPS} clips\n" in capsys.readouterr().out
-    with (bare / "tokenizer" / "tokenizer.json").open("a") as file:
+    with (fresh / "tokenizer" / "tokenizer.json").open("a") as file:
         file.write(" ")
     monkeypatch.undo()
-    assert main(["run", *options(bare)]) == 2
+    assert main(["run", *options(fresh)]) == 2
     assert "was created with different settings (tokenizer: store has" in capsys.readouterr().err
 
 
