@@ -159,7 +159,7 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         print(others_line(result.others))
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
-    if line := bound_line(ceilings(stats)):
+    if line := bound_line(ceilings(stats), stats.stages.starting):
         print(line)
     for array, error in result.reconstruction_error.items():
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")

@@ -45,7 +45,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     lines = ["stale clips: not checked: the annotations cannot be read"] if check is None else check.lines()
     if line := machines_line(machines):
         lines.append(line)
-    if line := bound_line(rates):
+    if line := bound_line(rates, jobs[-1].stages.starting if jobs else 0.0):
         lines.append(f"the last job was {line}")
     for line in lines:
         print(name_experiment(line, args))

@@ -46,6 +46,11 @@ class Stages:
     handover_s: float = 0.0
     busy_s: float = 0.0
 
+    @property
+    def starting(self) -> float:
+        """Share of the time that passed before the first clip was decoded."""
+        return self.start_s / max(self.total_s, 1e-9)
+
     def __add__(self, other: "Stages") -> "Stages":
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         return Stages(*(a + b for a, b in zip(mine, others, strict=True)))
@@ -55,7 +60,7 @@ class Stages:
             return f"{seconds / max(self.total_s, 1e-9):.1%}"
 
         return (
-            f"of {self.total_s:.1f} s: encoding {share(self.encode_s)}, starting {share(self.start_s)}, waiting for"
+            f"of {self.total_s:.1f} s: encoding {share(self.encode_s)}, starting {self.starting:.1%}, waiting for"
             f" decoders {share(self.wait_decode_s)}, for the disk {share(self.wait_write_s)};"
             f" in parallel: decoding {self.decode_s:.1f} s, writing {self.write_s:.1f} s"
         )

@@ -344,7 +344,8 @@ def test_bfloat16_without_cpu_support_prints_advice(
 
 def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *options(bare)]) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("time: "))
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("time: "))
     for stage in ("encoding", "starting", "waiting for decoders", "for the disk", "decoding", "writing"):
         assert stage in line
     (job,) = map(json.loads, jobs_path(bare / "store").read_text().splitlines())
@@ -354,3 +355,8 @@ def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.Captu
     assert 0.5 * stages["total_s"] < waits <= stages["total_s"] * 1.01
     assert stages["decode_s"] > 0
     assert stages["write_s"] > 0
+    assert ("bound by its start" in out) == (stages["start_s"] >= 0.5 * stages["total_s"])
+    job["stages"]["start_s"] = job["stages"]["total_s"]
+    jobs_path(bare / "store").write_text(json.dumps(job) + "\n")
+    assert main(["status", *options(bare)]) == 0
+    assert "the last job was bound by its start" in capsys.readouterr().out

@@ -18,6 +18,15 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     assert line.endswith(REMEDIES["decoding"])
 
 
+def test_a_job_that_mostly_started_is_not_told_to_add_hardware() -> None:
+    rates = ceilings(JobStats(committed=400, stages=STAGES))
+    assert bound_line(rates, Stages(total_s=10, start_s=4.9).starting) == bound_line(rates)
+    assert bound_line(rates, Stages(total_s=10, start_s=8).starting) == (
+        "bound by its start, which any job has once; a longer one is bound by decoding, at most 50.0 clips/s per "
+        "worker (the others: encoder 100, disk 200, hand-over 800)"
+    )
+
+
 def test_bfloat16_is_recommended_only_for_gpus() -> None:
     assert "on a GPU, encoder.dtype bfloat16" in REMEDIES["encoder"]
 
