@@ -95,14 +95,18 @@ class CheckpointReport:
     def lines(self) -> list[str]:
         """The report as lines of text."""
         fused = "no fused blocks" if self.fusion is None else f"fused from block {self.fusion}"
-        answers = "no classifier (pretraining)" if self.answers is None else f"classifier of {self.answers} answers"
+        answers = (
+            "no classifier (pretraining)"
+            if self.answers is None
+            else f"classifier of {counted(self.answers, 'answer')}"
+        )
         lines = [
             f"{self.path}: {self.network}, {self.bytes:,} bytes, tensors under {self.container}",
             f"sha256 {self.sha256}",
-            f"{self.blocks} video blocks, {fused}; {self.text_layers} text layers; {answers}",
-            f"{self.frames} frames of {self.size}x{self.size} pixels, {self.grid[0]}x{self.grid[1]} patches, "
-            f"{self.width} channels",
-            f"{self.tensors} tensors, {self.parameters:,} parameters; "
+            f"{counted(self.blocks, 'video block')}, {fused}; {counted(self.text_layers, 'text layer')}; {answers}",
+            f"{counted(self.frames, 'frame')} of {self.size}x{self.size} pixels, "
+            f"{self.grid[0]}x{self.grid[1]} patches, {self.width} channels",
+            f"{counted(self.tensors, 'tensor')}, {self.parameters:,} parameters; "
             f"{counted(len(self.unused), 'tensor is', 'tensors are')} not used here",
         ]
         listed = {

@@ -33,6 +33,7 @@ from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.on_device import DeviceEncoder
 from egopatch.extract.writing.shard_writer import shards_at_once
 from egopatch.features import Fingerprint, StoreSpec
+from egopatch.features.common.units import counted
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class ExtractionJob:
         if trained is None or frames <= trained:
             return None
         return (
-            f"{self.checkpoint.path} was trained on {trained} frames, but video.frames is {frames}: the positions of "
-            f"the other frames are filled in as its authors do; --video.frames {trained} uses only trained positions"
+            f"{self.checkpoint.path} was trained on {counted(trained, 'frame')}, but video.frames is {frames}: the "
+            f"positions of the other frames are filled in as its authors do; --video.frames {trained} uses only "
+            "trained positions"
         )
 
     def open_batch_encoder(self) -> BatchEncoder:

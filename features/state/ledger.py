@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from egopatch.features.common.units import counted
 from egopatch.features.io.fields import (
     FileSums,
     MalformedRecord,
@@ -334,7 +335,9 @@ def _parse_rows(record: Record, clips: int) -> tuple[int, ...]:
     rows = get_list(record, "rows", int)
     rising = rows == sorted(set(rows))
     if len(rows) != clips or not rows or not rising or rows[0] < 0 or rows[-1] >= MAX_ROWS:
-        raise MalformedRecord(f"'rows' is {rows!r:.60}; expected {clips} rising numbers from 0 to {MAX_ROWS - 1}")
+        raise MalformedRecord(
+            f"'rows' is {rows!r:.60}; expected {counted(clips, 'rising number')} from 0 to {MAX_ROWS - 1}"
+        )
     return tuple(rows)
 
 
@@ -345,7 +348,7 @@ def _parse_checksums(columns: Record, clips: int) -> Mapping[str, bytes]:
         found = {"": b""}
     if any(len(column) != 4 * clips for column in found.values()):
         raise MalformedRecord(
-            f"'crc32c' is {columns!r:.60}; expected eight hexadecimal digits for each of {clips} clips"
+            f"'crc32c' is {columns!r:.60}; expected eight hexadecimal digits a clip, of {counted(clips, 'clip')}"
         )
     return found
 
@@ -353,7 +356,8 @@ def _parse_checksums(columns: Record, clips: int) -> Mapping[str, bytes]:
 def _parse_sources(record: Record, clips: int) -> tuple[str, ...]:
     sources = get_list(record, "sources", str)
     if len(sources) != clips:
-        raise MalformedRecord(f"'sources' has {len(sources)} entries; expected one for each of {clips} clips")
+        entries = counted(len(sources), "entry", "entries")
+        raise MalformedRecord(f"'sources' has {entries}; expected {clips}, one for each clip")
     shared = {source: source for source in sources}  # one object for the many clips of one video
     return tuple(map(shared.__getitem__, sources))
 
@@ -361,7 +365,7 @@ def _parse_sources(record: Record, clips: int) -> tuple[str, ...]:
 def _parse_machines(machines: Record, clips: int) -> tuple[str, ...]:
     names, indexes = get_list(machines, "names", str), get_list(machines, "clips", int)
     if len(indexes) != clips or not set(indexes) <= set(range(len(names))):
-        raise MalformedRecord(f"'machines' is {machines!r:.60}; expected the machine of each of {clips} clips")
+        raise MalformedRecord(f"'machines' is {machines!r:.60}; expected the machine of {counted(clips, 'clip')}")
     names = [sys.intern(name) for name in names]  # the same few in every commit
     return tuple(names[index] for index in indexes)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from egopatch.features.common.units import counted
 from egopatch.features.values.errors import DamagedStore
 
 _SECONDS = (float, type(None))
@@ -65,8 +66,8 @@ def decode_origins(text: str, clips: int) -> list[Origin | None]:
         origins = []
     if len(origins) != clips:
         raise DamagedStore(
-            f"'origins' of a commit is {text!r:.60}; expected file, start and end of {clips} clips: another program "
-            "wrote the ledger; encode again into another store"
+            f"'origins' of a commit is {text!r:.60}; expected file, start and end of {counted(clips, 'clip')}: "
+            "another program wrote the ledger; encode again into another store"
         )
     return origins
 

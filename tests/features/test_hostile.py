@@ -94,7 +94,7 @@ LINES = [
     (
         "ledger.jsonl",
         {"kind": "commit", "shard": 0, "ids": ["a"], "rows": [10**15], "crc32c": {}, "sources": [""]},
-        r"'rows' is \[1000000000000000\]; expected 1 rising numbers from 0 to 99999999",
+        r"'rows' is \[1000000000000000\]; expected 1 rising number from 0 to 99999999",
     ),
     (
         "ledger.jsonl",
@@ -105,12 +105,12 @@ LINES = [
     (
         "ledger.jsonl",
         {"kind": "commit", "shard": 0, "ids": ["a"], "rows": [0], "crc32c": {"cls": "00"}},
-        "'crc32c' is .*; expected eight hexadecimal digits for each of 1 clips",
+        "'crc32c' is .*; expected eight hexadecimal digits a clip, of 1 clip",
     ),
     (
         "ledger.jsonl",
         {"kind": "commit", "shard": 0, "ids": ["a"], "rows": [0], "crc32c": {}, "sources": []},
-        "'sources' has 0 entries; expected one for each of 1 clips",
+        "'sources' has 0 entries; expected 1, one for each clip",
     ),
     ("ids.jsonl", {"row": 1}, "'kind' is missing"),
     ("ids.jsonl", {"kind": "grow", "ids": "ab", "files": {}}, "'ids' is 'ab'; expected a list"),

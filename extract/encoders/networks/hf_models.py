@@ -27,6 +27,7 @@ from egopatch.extract.encoders.checkpoints.folder import FolderCheckpoint
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth
 from egopatch.extract.encoders.networks.network import SaliencyKind, VideoOptions
+from egopatch.features.common.units import counted
 from egopatch.features.values.spec import PatchTokens
 
 # Frames that a CPU runs through a vision model at a time; a whole batch would take gigabytes.
@@ -357,7 +358,8 @@ def _check_input(checkpoint: Checkpoint, model: PreTrainedModel, family: Family,
         )
     if not family.any_frames and num_frames != config.num_frames:
         raise CheckpointError(
-            f"video.frames is {num_frames}; {where}, takes the {config.num_frames} frames it was trained on"
+            f"video.frames is {num_frames}; {where}, was trained on {counted(config.num_frames, 'frame')} "
+            "and takes no other number"
         )
 
 
@@ -391,8 +393,8 @@ def _probe(checkpoint: Checkpoint, encoder: HfEncoder) -> None:
     except Exception as error:  # every model refuses in its own way
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{checkpoint.path}: this {kind} model does not take {encoder.num_frames} frames of {encoder.size} pixels "
-            f"({reason})"
+            f"{checkpoint.path}: this {kind} model does not take {counted(encoder.num_frames, 'frame')} of "
+            f"{encoder.size} pixels ({reason})"
         ) from error
     steps = encoder.steps if encoder.family.video else 1
     expected = (1, encoder.prefix + steps * math.prod(encoder.grid), encoder.width)

@@ -209,7 +209,7 @@ def test_bfloat16_tokens_stay_close_to_float32(folder_of: Callable[[str], Path])
         ("dinov2", {"depth": 4}, r"depth is 4; expected 1 to 3, the number of its blocks"),
         ("vjepa2", {"size": 48}, r"video.size is 48; .*, a vjepa2 model, takes only 32: set video.size to 32"),
         ("vjepa2", {"num_frames": 5}, r"video.frames is 5; .* makes one token from 2 frames: use a multiple of 2"),
-        ("videomae", {"num_frames": 8}, r"video.frames is 8; .* takes the 4 frames it was trained on"),
+        ("videomae", {"num_frames": 8}, r"video.frames is 8; .* was trained on 4 frames and takes no other"),
         ("siglip", {"saliency": "attention"}, r"has no CLS token whose attention could be taken; expected cls or norm"),
         ("videomae", {"size": 48}, r"this videomae model does not take 4 frames of 48 pixels"),
     ],

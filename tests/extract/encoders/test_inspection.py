@@ -11,7 +11,13 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from egopatch.extract.encoders.checkpoints.standin import write_standin
-from egopatch.extract.encoders.inspection import UNUSED, _expected, convert_checkpoint, inspect_checkpoint
+from egopatch.extract.encoders.inspection import (
+    UNUSED,
+    CheckpointReport,
+    _expected,
+    convert_checkpoint,
+    inspect_checkpoint,
+)
 from egopatch.extract.encoders.layers.spacetime import VideoSizes
 from tests.extract.encoders.networks import (
     CONTAINERS,
@@ -55,6 +61,16 @@ def test_inspect_lists_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 tensor is missing or of the wrong shape; .* norm\.bias"):
         convert_checkpoint(path, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_one_frame_block_and_layer_are_singular() -> None:
+    path = Path("one.pth")
+    found = CheckpointReport(path, 9, "", "bare", "EgoVLP", 8, 1, None, 1, 1, (1, 1), 16, 1, 1, 7, (), (), (), ())
+    assert found.lines()[2:5] == [
+        "1 video block, no fused blocks; 1 text layer; classifier of 1 answer",
+        "1 frame of 16x16 pixels, 1x1 patches, 8 channels",
+        "1 tensor, 7 parameters; 0 tensors are not used here",
+    ]
 
 
 def test_scalar_tensor_is_reported_with_the_wrong_shape(tmp_path: Path) -> None:
