@@ -5,6 +5,7 @@ looked up by name, so a package is imported only if a config names what it offer
 """
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,25 @@ EGOPATCH, CALL = "egopatch", "an earlier call"
 def of_this_package(value: object) -> bool:
     """Whether the class of `value` is defined in this package."""
     return type(value).__module__.partition(".")[0] == EGOPATCH
+
+
+def call_fault(function: object, *arguments: str) -> str | None:
+    """What prevents a call of `function` with these arguments, given by their names; None if nothing does.
+
+    Without this, the TypeError of such a call would have a traceback that shows none of the function's lines.
+    """
+    expected = f"expected a function of ({', '.join(arguments)})"
+    if not callable(function):
+        return f"is of type {type(function).__name__}; {expected}"
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # it is not written in Python
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return f"takes {signature}; {expected}"
+    return None
 
 
 @contextmanager

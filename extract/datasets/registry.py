@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from egopatch.configs.plugins import Plugins, traceback_kept
+from egopatch.configs.plugins import Plugins, call_fault, traceback_kept
 from egopatch.configs.schema import ConfigError, DataConfig
 from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
 from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, Question, texts_of
@@ -33,9 +33,7 @@ def _within(data: DataConfig, name: str | None) -> Path | None:
 
 
 def _fault(name: str, load: object) -> str | None:
-    if callable(load):
-        return None
-    return f"is of type {type(load).__name__}; expected a function from DataConfig to Dataset"
+    return call_fault(load, "data")
 
 
 _PLUGINS: Plugins[Loader] = Plugins("data.name", "egopatch.datasets", LOADERS.keys(), _fault)
@@ -51,7 +49,7 @@ def register_dataset(name: str, load: Loader, replace: bool = False) -> None:
         replace: Whether to replace what an earlier call registered under the name.
 
     Raises:
-        ConfigError: The name is taken, or `load` cannot be called.
+        ConfigError: The name is taken, or `load` cannot be called with one argument.
     """
     _PLUGINS.register(name, load, replace)
 

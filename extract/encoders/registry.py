@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from egopatch.configs.plugins import Plugins, traceback_kept
+from egopatch.configs.plugins import Plugins, call_fault, traceback_kept
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.layers.compiling import compile_encoder
@@ -32,10 +32,29 @@ NETWORKS: dict[str, Network] = {
 }
 
 
+# The functions of a network, with their arguments, and those that may be None.
+_CALLS = {
+    "build_video": ("checkpoint", "options"),
+    "build_text": ("checkpoint", "depth"),
+    "transform": ("checkpoint", "size"),
+    "text_weights": ("model",),
+    "open_checkpoint": ("path",),
+    "locate": ("path",),
+}
+_OPTIONAL = ("text_weights", "locate")
+
+
 def _fault(name: str, network: object) -> str | None:
     if not isinstance(network, Network):
         return f"is of type {type(network).__name__}; expected an extract.encoders.Network"
-    return None if network.name == name else f"is a Network called {network.name!r}; expected the same name"
+    if network.name != name:
+        return f"is a Network called {network.name!r}; expected the same name"
+    for field, arguments in _CALLS.items():
+        given = getattr(network, field)
+        absent = given is None and field in _OPTIONAL
+        if not (absent or isinstance(given, Transform)) and (fault := call_fault(given, *arguments)):
+            return f"is a Network whose {field} {fault}" + (", or a Transform" if field == "transform" else "")
+    return None
 
 
 _PLUGINS: Plugins[Network] = Plugins("encoder.arch", "egopatch.encoders", NETWORKS.keys(), _fault)
@@ -133,14 +152,21 @@ def input_transform(arch: str | Network, path: Path | None, size: int) -> Transf
         size: Side of the input in pixels.
 
     Raises:
-        CheckpointError, ConfigError: As for `open_checkpoint`.
+        CheckpointError, ConfigError: As for `open_checkpoint`; or a network from outside this package returns another
+            object.
     """
     network = _network_of(arch)
     if isinstance(network.transform, Transform):
         return network.transform
     weights = weights_path(network, path)
     with _own_code(network):
-        return network.transform(weights, size)
+        transform = network.transform(weights, size)
+    if not isinstance(transform, Transform):
+        raise ConfigError(
+            f"encoder.arch is {network.name!r}, but its transform returns a {type(transform).__name__}; expected an "
+            "extract.video.transforms.Transform"
+        )
+    return transform
 
 
 def load_video_encoder(

@@ -14,7 +14,7 @@ from egopatch.configs.schema import Config, ConfigError, DataConfig, EncoderConf
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
 from egopatch.extract.datasets.records import answer_vocabulary
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
-from egopatch.extract.encoders import Checkpoint, find_network, load_video_encoder, register_encoder
+from egopatch.extract.encoders import Checkpoint, find_network, input_transform, load_video_encoder, register_encoder
 from egopatch.extract.encoders.networks import lite
 from egopatch.extract.run import extract_features
 from egopatch.train.heads import Head, check_head, register_head
@@ -135,6 +135,20 @@ def test_registering_a_data_set_that_is_not_a_function_is_refused() -> None:
         ConfigError, match=r"^data\.name 'mine' cannot be registered: it is of type int; expected a func"
     ):
         register_dataset("mine", 3)  # type: ignore[arg-type]
+
+
+def test_a_function_that_takes_other_arguments_is_refused_in_one_line() -> None:
+    """Called, each would raise a TypeError whose traceback shows none of its own lines."""
+    with pytest.raises(ConfigError, match=r"it is a Head whose build takes \(_\); expected a function of \(options, s"):
+        register_head(Head("mine", lambda _: nn.Identity()))  # type: ignore[arg-type, misc]
+    with pytest.raises(ConfigError, match=r"cannot be registered: it takes \(\); expected a function of \(data\)"):
+        register_dataset("mine", lambda: None)  # type: ignore[arg-type, misc]
+    wrong = {"build_video": lambda checkpoint: None, "transform": None, "build_text": 3, "locate": lambda: None}
+    for name, function in wrong.items():
+        network = replace(lite.NETWORK, name="mine", **{name: function})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"it is a Network whose {name} .*; expected a function of") as refused:
+            register_encoder(network)
+        assert str(refused.value).endswith("or a Transform") == (name == "transform")
 
 
 def test_a_network_records_the_version_of_its_package(install: Install) -> None:
@@ -294,6 +308,12 @@ def test_a_network_that_builds_the_wrong_type_is_refused(tmp_path: Path) -> None
     network = replace(lite.NETWORK, build_video=lambda _, __: nn.Identity())  # type: ignore[arg-type, return-value]
     with pytest.raises(ConfigError, match="'lite', but its build_video returns a Identity; expected an extract"):
         load_video_encoder(network, Checkpoint(tmp_path, "bare", {}), size=64)
+
+
+def test_a_transform_function_that_returns_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    network = replace(lite.NETWORK, transform=lambda path, size: "whole")  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match=r"'lite', but its transform returns a str; expected an extract\.video"):
+        input_transform(network, tmp_path, 64)
 
 
 def test_a_broken_pipe_in_plugin_code_is_passed_through() -> None:

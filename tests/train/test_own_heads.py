@@ -96,6 +96,27 @@ def traced(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
+@pytest.mark.parametrize("method", ["forward", "measure"])
+def test_a_method_that_takes_other_arguments_is_refused_in_one_line(
+    method: str, own: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, method, lambda self, tokens, states: None, raising=False)
+    argument = "batch" if method == "forward" else "tokens"
+    expected = rf"^the {method} of the head mine takes \(tokens, states\); expected a function of \({argument}\)$"
+    with pytest.raises(ConfigError, match=expected):
+        fit(own(lambda _, sizes: Linear(sizes)), "x")
+
+
+def test_parameters_without_a_shape_are_refused(own: Registered) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        head = Linear(sizes)
+        head.lazy = nn.LazyLinear(sizes.answers)
+        return head
+
+    with pytest.raises(ConfigError, match=r"^the head mine has parameters without a shape, such as lazy\.weight; exp"):
+        fit(own(build), "x")
+
+
 def test_a_config_error_from_a_custom_head_is_passed_through(own: Registered) -> None:
     def build(_: object, sizes: Sizes) -> nn.Module:
         raise ConfigError(f"patches is {sizes.patches}; expected a square")

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from egopatch.configs.plugins import Plugins, of_this_package, traceback_kept
+from egopatch.configs.plugins import Plugins, call_fault, of_this_package, traceback_kept
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
 from egopatch.train.data.batch import Batch
@@ -117,7 +118,10 @@ def _fault(name: str, head: object) -> str | None:
         return f"is of type {type(head).__name__}; expected a train.heads.Head"
     if head.options is not None and not (isinstance(head.options, type) and is_dataclass(head.options)):
         return f"has options {head.options!r}; expected a dataclass, not an instance of one, or None"
-    return None if head.name == name else f"is a Head called {head.name!r}; expected the same name"
+    if head.name != name:
+        return f"is a Head called {head.name!r}; expected the same name"
+    fault = call_fault(head.build, "options", "sizes")
+    return None if fault is None else f"is a Head whose build {fault}"
 
 
 _PLUGINS: Plugins[Head] = Plugins("head.name", "egopatch.heads", HEADS.keys(), _fault)
@@ -236,6 +240,14 @@ def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:
 def _checked(head: Head, module: object, answers: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"the head {head.name} builds a {type(module).__name__}; expected a torch.nn.Module")
+    for method, argument in (("forward", "batch"), ("measure", "tokens")):
+        if hasattr(module, method) and (fault := call_fault(getattr(module, method), argument)):
+            raise ConfigError(f"the {method} of the head {head.name} {fault}")
+    if lazy := [name for name, parameter in module.named_parameters() if is_lazy(parameter)]:
+        raise ConfigError(
+            f"the head {head.name} has parameters without a shape, such as {lazy[0]}; expected none: compute the shape "
+            "from the argument sizes of its build"
+        )
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         shared = first.setdefault(id(parameter), name)

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from egopatch.configs.plugins import traceback_kept
+from egopatch.configs.plugins import call_fault, traceback_kept
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.features.values.spec import PatchTokens
+from egopatch.features.values.spec import Fingerprint, PatchTokens
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,19 +30,28 @@ def check_tokens(name: str, encoder: VideoEncoder) -> None:
         encoder: Its video encoder.
 
     Raises:
-        ConfigError: The encoder lacks an attribute that it has to set.
+        ConfigError: An attribute that the encoder has to set is missing or of the wrong type, its `identity` does not
+            fit in a fingerprint, or its `forward` does not take frames alone.
     """
     _require_attributes(name, encoder, "grid", "width", "depth", "num_frames", "size")
-    _watch(f"the encoder {name}", encoder, partial(_require_tokens, name, encoder))
+    try:
+        Fingerprint(encoder.identity)
+    except ValueError as error:
+        raise ConfigError(
+            f"the {type(encoder).__name__} of the encoder {name} has an identity that is not valid: {error}"
+        ) from error
+    _watch(f"the encoder {name}", encoder, partial(_require_tokens, name, encoder), "frames")
 
 
 def check_states(name: str, encoder: TextEncoder) -> None:
     """As `check_tokens`, for the text encoder of the network."""
     _require_attributes(name, encoder, "width", "depth")
-    _watch(f"the text half of the encoder {name}", encoder, partial(_require_states, name, encoder))
+    _watch(f"the text half of the encoder {name}", encoder, partial(_require_states, name, encoder), "ids", "mask")
 
 
-def _watch(whose: str, encoder: nn.Module, require: Callable[[Tensor, object], None]) -> None:
+def _watch(whose: str, encoder: nn.Module, require: Callable[[Tensor, object], None], *inputs: str) -> None:
+    if fault := call_fault(encoder.forward, *inputs):
+        raise ConfigError(f"the forward of {whose} {fault}")
     # A hook could check what is returned, but not change what is raised.
     encoder.forward = partial(_forward, whose, encoder.forward, require)
 
@@ -62,6 +71,16 @@ def _require_attributes(name: str, encoder: nn.Module, *attributes: str) -> None
             f"the {type(encoder).__name__} of the encoder {name} has no {' and no '.join(missing)}; expected the "
             f"attributes {', '.join(attributes)}: pass them to super().__init__"
         )
+    for attribute in attributes:
+        value = getattr(encoder, attribute)
+        numbers = value if attribute == "grid" else (value,)
+        expected = "a tuple of two whole numbers" if attribute == "grid" else "a whole number"
+        pair = attribute != "grid" or (isinstance(value, tuple) and len(value) == 2)
+        if not pair or any(type(number) is not int or number < 1 for number in numbers):
+            raise ConfigError(
+                f"the {type(encoder).__name__} of the encoder {name} has {attribute} {value!r}; expected {expected} of "
+                "at least 1: correct what it passes to super().__init__"
+            )
 
 
 def _require_tokens(name: str, encoder: VideoEncoder, frames: Tensor, tokens: object) -> None:

@@ -1,5 +1,6 @@
 """A network is one file and one registry entry: this file defines one and runs commands with it."""
 
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,6 +94,36 @@ def test_published_networks_need_a_checkpoint(arch: str) -> None:
         match=f"encoder.checkpoint is not set, and no package provides the weights of {arch}; set it to the path",
     ):
         open_checkpoint(arch, None)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("grid", (0, 2)), ("grid", [2, 2]), ("grid", (2.0, 2.0)), ("grid", 4), ("width", "3")]
+)
+def test_an_encoder_with_an_attribute_of_the_wrong_type_is_refused(attribute: str, value: object) -> None:
+    def build(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
+        encoder = Colours(torch.ones(3), 2, 32)
+        setattr(encoder, attribute, value)
+        return encoder
+
+    network = Network("mine", build, lite.build_bert, WHOLE)
+    expected = "a tuple of two whole numbers" if attribute == "grid" else "a whole number"
+    why = f"the Colours of the encoder mine has {attribute} {value!r}; expected {expected} of at least 1"
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+
+
+def test_an_identity_that_no_fingerprint_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Colours, "identity", {"scales": [1, 2]})
+    network = Network("mine", lambda checkpoint, options: Colours(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
+    with pytest.raises(ConfigError, match=r"encoder mine has an identity that is not valid: fingerprint has 'scales'"):
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+
+
+def test_a_forward_that_takes_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Colours, "forward", lambda self, frames, mask: None)
+    network = Network("mine", lambda checkpoint, options: Colours(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
+    with pytest.raises(ConfigError, match=r"the forward of the encoder mine takes \(frames, mask\); .* \(frames\)"):
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
 
 
 def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
