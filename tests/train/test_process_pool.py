@@ -76,6 +76,7 @@ def test_a_killed_process_is_named() -> None:
         call_in_processes([work], cores=1)
 
 
+@pytest.mark.usefixtures("closing_terminal")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_to_all_processes_interrupts_each_once(number: signal.Signals) -> None:
     handler = signal.getsignal(number)

@@ -8,8 +8,9 @@ from egopatch.features.common.signals import REQUEUE
 from egopatch.interrupt import INTERRUPTED
 from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
 
+pytestmark = pytest.mark.usefixtures("closing_terminal")
 
-@pytest.mark.usefixtures("closing_terminal")
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
     called: list[bool] = []
