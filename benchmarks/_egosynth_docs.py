@@ -1,6 +1,6 @@
 """The tables of docs/egosynth.md, and its sentences about differences, from the results of `egosynth.py`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,47 +136,74 @@ def percents(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{row[name]:.1f}" for name in names]
 
 
+Rows = Sequence[Mapping[str, Any]]
+
+
+def system_table(split: str, rows: Rows) -> list[str]:
+    return table(f"{split}: system", SYSTEM_COLUMNS, list(map(system_cells, rows)))
+
+
+def component_table(split: str, rows: Rows) -> list[str]:
+    columns = ("all", "each seed", "against the whole", "verdict")
+    cells = [[row["part"], *compared(row, "against_whole")] for row in rows]
+    return table(f"{split}: {REFERENCE}", columns, cells, texts=1)
+
+
+def ratio_table(split: str, rows: Rows) -> list[str]:
+    curves: dict[str, list[str]] = {}
+    for row in rows:
+        curves.setdefault(", ".join(row["scores"]), []).append(interval(row["all"]))
+    ratios = [f"{ratio:g}" for ratio in dict.fromkeys(row["ratio"] for row in rows)]
+    return table(f"{split}: kept by, share of patches", ratios, [[name, *curve] for name, curve in curves.items()])
+
+
+def store_table(split: str, rows: Rows) -> list[str]:
+    return table(f"{split}: store", STORE_COLUMNS, list(map(store_cells, rows)), texts=2)
+
+
+def look_table(split: str, rows: Rows) -> list[str]:
+    columns = ("asked about", "other objects", "at random", "precision")
+    cells = [[row["scores"], *percents(row, ("asked", "others", "chance", "precision"))] for row in rows]
+    return table(f"{split}: selected by", columns, cells)
+
+
+def explained_table(split: str, rows: Rows) -> list[str]:
+    cells = [[row["ranked_by"], *percents(row, EXPLAINED)] for row in rows]
+    return table(f"{split}: {REFERENCE}, patches ranked by", EXPLAINED, cells)
+
+
+def wording_table(split: str, rows: Rows) -> list[str]:
+    columns = ("training questions", "test questions", "right, each seed")
+    cells = [[row["wording"], row["train"], row["test"], seeds_of(row)] for row in rows]
+    return table(f"{split}: {REFERENCE}, by wording", columns, cells if len(cells) > 1 else [])
+
+
+def search_table(split: str, rows: Rows) -> list[str]:
+    cells = [[row["system"], *row["setting"].values(), f"{row['val']:.1f}"] for row in rows]
+    return table(f"{split}: searched", [*rows[0]["setting"], "val"], cells)
+
+
+# Heading, text, kind of the results' rows, and what writes those of a split.
+SECTIONS: Sequence[tuple[str, str, str, Callable[[str, Rows], list[str]]]] = (
+    ("Systems", "", "table", system_table),
+    ("Components", "", "ablation", component_table),
+    ("Ratios", "", "ratios", ratio_table),
+    ("Copies of the store", "", "stores", store_table),
+    ("What heads select", "", "looks", look_table),
+    ("What answers depend on", EXPLAINED_CAPTION, "explained", explained_table),
+    ("Wordings", "", "wordings", wording_table),
+    ("Search", "", "search", search_table),
+)
+
+
 def markdown(found: Mapping[str, Any]) -> str:
-    """The tables and findings of docs/egosynth.md."""
-
-    def by_split(kind: str) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-        # Results of earlier versions lack some kinds.
+    """The findings and tables of docs/egosynth.md."""
+    lines = findings(found)
+    for heading, text, kind, write in SECTIONS:
+        tables = []
         for split in SPLITS:
-            yield split, [row for row in found.get(kind, ()) if row["split"] == split]
-
-    lines = []
-    for split, rows in by_split("table"):
-        lines += table(f"{split}: system", SYSTEM_COLUMNS, list(map(system_cells, rows)))
-    for split, rows in by_split("ablation"):
-        columns = ("all", "each seed", "against the whole", "verdict")
-        cells = [[row["part"], *compared(row, "against_whole")] for row in rows]
-        lines += table(f"{split}: {REFERENCE}", columns, cells, texts=1)
-    for split, rows in by_split("ratios"):
-        curves: dict[str, list[str]] = {}
-        for row in rows:
-            curves.setdefault(", ".join(row["scores"]), []).append(interval(row["all"]))
-        ratios = [f"{ratio:g}" for ratio in dict.fromkeys(row["ratio"] for row in rows)]
-        lines += table(
-            f"{split}: kept by, share of patches", ratios, [[name, *curve] for name, curve in curves.items()]
-        )
-    for split, rows in by_split("stores"):
-        lines += table(f"{split}: store", STORE_COLUMNS, list(map(store_cells, rows)), texts=2)
-    for split, rows in by_split("looks"):
-        columns = ("asked about", "other objects", "at random", "precision")
-        cells = [[row["scores"], *percents(row, ("asked", "others", "chance", "precision"))] for row in rows]
-        lines += table(f"{split}: selected by", columns, cells)
-    for split, rows in by_split("explained"):
-        cells = [[row["ranked_by"], *percents(row, EXPLAINED)] for row in rows]
-        lines += table(f"{split}: {REFERENCE}, patches ranked by", EXPLAINED, cells)
-    if found.get("explained"):
-        lines += ["", EXPLAINED_CAPTION]
-    for split, rows in by_split("wordings"):
-        columns = ("training questions", "test questions", "right, each seed")
-        cells = [[row["wording"], row["train"], row["test"], seeds_of(row)] for row in rows]
-        if len(rows) > 1:
-            lines += table(f"{split}: {REFERENCE}, by wording", columns, cells)
-    for split, rows in by_split("search"):
-        options = list(rows[0]["setting"]) if rows else []
-        cells = [[row["system"], *row["setting"].values(), f"{row['val']:.1f}"] for row in rows]
-        lines += table(f"{split}: searched", [*options, "val"], cells)
-    return "\n".join([*lines, "", *findings(found)]).strip()
+            if rows := [row for row in found.get(kind, ()) if row["split"] == split]:
+                tables += write(split, rows)
+        if tables:
+            lines += ["", f"### {heading}", *(["", text] if text else []), *tables]
+    return "\n".join(lines).strip()

@@ -28,7 +28,7 @@ SPLITS = ("direct", "indirect")
 ENCODERS = ("egovlpv2", "egovlp", "lite")
 FULL, SMALL = Path("runs/demo"), Path("runs/demo-small")
 # psa converges with eight heads, much weight decay and, on the stand-in, a high rate without dropout
-# (docs/egosynth.md); the other heads keep these settings.
+# (docs/egosynth_training.md); the other heads keep these settings.
 BASELINE = (
     "--head.heads", "4", "--head.dropout", "0.1",
     "--train.weight_decay", "0.05", "--train.lr", "1e-3",

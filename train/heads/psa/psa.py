@@ -44,7 +44,7 @@ from egopatch.train.ops.rows import RowPicker
 
 # Range of the random scores: small, because they enter the attention logits too and should only rank the patches.
 RANDOM_SPAN = 1e-3
-# Of 2, 0.3 and 0.1, 0.3 had the best mean on val of EgoSynth's hard set (docs/egosynth.md).
+# Of 2, 0.3 and 0.1, 0.3 had the best mean on val of EgoSynth's hard set (docs/egosynth_training.md).
 SHRINKAGE = 0.3
 # Patches of a frame that may join the growing region, as in the paper of MFAS.
 GROWTH = 3
