@@ -6,6 +6,9 @@ synthetic set. Other packages use the names below, and the answer vocabulary in 
 """
 
 from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question
-from egopatch.extract.datasets.registry import load_clips, load_dataset, register_dataset
+from egopatch.extract.datasets.registry import load_clips, load_dataset, register_dataset, require_root
 
-__all__ = ["PARTS", "Clip", "Dataset", "DatasetError", "Question", "load_clips", "load_dataset", "register_dataset"]
+__all__ = [
+    "PARTS", "Clip", "Dataset", "DatasetError", "Question", "load_clips", "load_dataset", "register_dataset",
+    "require_root",
+]  # fmt: skip

@@ -64,10 +64,7 @@ def load_dataset(data: DataConfig) -> Dataset:
         RuntimeError: The function of a data set from outside this package raises another ValueError or OSError.
     """
     plugin = _PLUGINS.find(data.name)
-    if plugin is None and not data.root.is_dir():
-        expected = "set --data.root to the folder of the annotations"
-        hint = "`egopatch extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
-        raise DatasetError([f"data.root is '{data.root}', which does not exist; {expected} ({hint})"])
+    require_root(data)
     if plugin is None:
         dataset = LOADERS[data.name](data)
     else:
@@ -84,6 +81,22 @@ def load_dataset(data: DataConfig) -> Dataset:
     if data.paraphrases and any(question.variants is None for question in dataset.questions.get("train", ())):
         raise ConfigError(f"data.paraphrases is true, but the data set {data.name} has no paraphrases; set it to false")
     return dataset
+
+
+def require_root(data: DataConfig) -> None:
+    """Check that `data.root` exists, which a data set from outside this package may not need.
+
+    Raises:
+        DatasetError: It does not exist.
+    """
+    if data.name not in LOADERS or data.root.is_dir():
+        return
+    hint = "`egopatch extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
+    if data.name == "jsonl":
+        hint = "if it was moved, replace its old path in the config"
+    raise DatasetError(
+        [f"data.root is '{data.root}', which does not exist; set --data.root to the folder of the annotations ({hint})"]
+    )
 
 
 def load_clips(data: DataConfig) -> tuple[Clip, ...]:

@@ -108,7 +108,10 @@ def read_header(storage: Storage) -> Record:
     try:
         decoded = decode_line(storage.read(HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"no store at {root} ({HEADER} is missing); run `extract run` to create one") from None
+        raise StoreError(
+            f"no store at {root} ({HEADER} is missing); run `extract run` to create one, or, if it was moved, replace "
+            "its old path in the config"
+        ) from None
     if decoded is None:
         raise DamagedStore(f"{path} is damaged; run `egopatch features repair {shlex.quote(str(root))}`")
     version = decoded[1].get("version")

@@ -295,7 +295,7 @@ def test_ids_never_become_paths(make_local: Make) -> None:
 
 
 def test_a_missing_store_and_an_unknown_format_are_refused(tmp_path) -> None:
-    with pytest.raises(StoreError, match=r"no store at .*nowhere \(store.json is missing\)"):
+    with pytest.raises(StoreError, match=r"no store at .*nowhere \(store.json is missing\).*replace its old path"):
         open_store(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="format 'tar' is unknown"):
         create_store(tmp_path / "x", SPEC, FINGERPRINT, IDS, "tar")

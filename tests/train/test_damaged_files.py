@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from egopatch.configs.schema import Config, HeadConfig
+from egopatch.configs.schema import Config, DataConfig, HeadConfig
 from egopatch.extract.datasets import DatasetError
 from egopatch.train.__main__ import main
 from egopatch.train.explanation.agreement import Agreement
 from egopatch.train.explanation.record import Explanation, ExplanationError, Ranking, read_explanation
-from egopatch.train.fitting.fit import fit
+from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.trained import head_of
 from egopatch.train.publishing.cards import head_card
 from egopatch.train.publishing.origins import origins
@@ -182,3 +182,17 @@ def test_a_config_with_unreadable_data_does_not_claim_the_run_folder(tiny: Confi
     with pytest.raises(DatasetError, match=r"data\.root is"):
         fit(with_run(tiny, "psa", data_root=tmp_path / "nowhere"), "x")
     require_same_settings(tiny.run.dir, tiny)  # as the corrected command does
+
+
+def test_nothing_is_created_in_the_old_place_of_a_project_that_was_moved(tiny: Config, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    moved = dataclasses.replace(
+        tiny,
+        data=DataConfig(name="jsonl", root=gone / "stores"),
+        run=dataclasses.replace(tiny.run, dir=gone / "stores" / "mine.runs" / "psa"),
+    )
+    source = write_run(tmp_path, "trained", card={"parameters": 1})
+    for command in (lambda: fit(moved, "x"), lambda: evaluate(moved, "x", source=source)):
+        with pytest.raises(DatasetError, match=r"data\.root is .*replace its old path in the config"):
+            command()
+    assert not gone.exists()

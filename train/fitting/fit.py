@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from egopatch.configs.schema import Config
+from egopatch.extract.datasets import require_root
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.common.units import counted
 from egopatch.features.values.errors import require_type
@@ -58,6 +59,8 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
     require_type("config", config, Config, "an experiment: load_config(path)")
     folder = config.run.dir
     check_head(config.head)
+    # Before the run's folder is created, which may be in the same place as the data: a project may have been moved.
+    ranks.broadcast(lambda: require_root(config.data))
     with (
         hold_when_free(folder, ranks, lambda: run_folder.require_same_settings(folder, config)),
         shortage_explained(config.train, folder),
@@ -201,6 +204,7 @@ def test_line(config: Config, metrics: Metrics) -> str:
 def _evaluate_elsewhere(config: Config, command: str, ranks: Distributed, source: Path) -> Metrics:
     """Evaluate the head in `source` on the data set of `config`, into `config.run.dir`."""
     out, card = config.run.dir, ranks.broadcast(lambda: Card.read(source))
+    ranks.broadcast(lambda: require_root(config.data))
     with (
         hold_when_free(out, ranks, lambda: run_folder.require_untrained(out)),
         shortage_explained(config.train, out),
