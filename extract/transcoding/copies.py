@@ -7,14 +7,16 @@ is made again if one of these has changed, or if its own file is gone or has ano
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, VIDEO_FOLDER
+from egopatch.extract.datasets.folder import format_clips
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip, decoder_count
 from egopatch.extract.transcoding.segment import SETTINGS, Segment, write_segment
 from egopatch.features.common.progress import ProgressDisplay
@@ -77,7 +79,7 @@ def transcode(config: Config, out: Path) -> Transcoded:
                     made.append(result)
                     append_synced(journal, json.dumps(_made_of(clip) | asdict(result)).encode() + b"\n")
                 display.advance(1)
-        _write_annotations(config, out, clips)
+        _write_annotations(config, out, clips, _read(journal))
     return Transcoded(tuple(made), len(clips) - len(todo), failed)
 
 
@@ -125,15 +127,21 @@ def _read(journal: int) -> dict[str, dict[str, object]]:
     return records
 
 
-def _write_annotations(config: Config, out: Path, clips: Sequence[Clip]) -> None:
+def _write_annotations(
+    config: Config, out: Path, clips: Sequence[Clip], records: Mapping[str, Mapping[str, Any]]
+) -> None:
     data = config.data
     if data.name == "egotaskqa":
         for name in ANNOTATION_FOLDERS:
             if (data.root / name).is_dir():
                 shutil.copytree(data.root / name, out / name, dirs_exist_ok=True)
         return
-    lines = [json.dumps({"clip_id": c.clip_id, "video": f"{JSONL_VIDEOS}/{c.clip_id}.mp4"}) for c in clips]
-    files = {data.clips: "".join(f"{line}\n" for line in lines).encode()}
+    # An end beyond that of the copy is kept: `extract run` notes it, as it does for the video.
+    copied = [
+        Clip(c.clip_id, Path(JSONL_VIDEOS, f"{c.clip_id}.mp4"), end_s=records.get(c.clip_id, {}).get("clip_end_s"))
+        for c in clips
+    ]
+    files = {data.clips: format_clips(copied).encode()}
     if data.questions is not None:
         files[data.questions] = (data.root / data.questions).read_bytes()
     for name, content in files.items():

@@ -41,12 +41,14 @@ class Segment:
         frames: Number of its frames.
         seconds: Its duration.
         size: Bytes of the file.
+        clip_end_s: End of the clip in the copy's time, if it lies beyond the end of the video and so of the copy.
     """
 
     clip_id: str
     frames: int
     seconds: float
     size: int
+    clip_end_s: float | None = None
 
 
 def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = None, *, folder: Path) -> Segment:
@@ -68,7 +70,9 @@ def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
         if before != version_of(clip.video):
             raise VideoError(f"video {clip.video} changed while it was being read; run the same command again")
         size = temporary.stat().st_size
-    return Segment(clip.clip_id, len(times_s), float(times_s[-1]), size)
+        first_s = float(file.index.starts_s[rows_within(clip, file.index)[0]])
+        end_s = None if clip.end_s is None or clip.end_s <= file.index.end_s else clip.end_s - first_s
+    return Segment(clip.clip_id, len(times_s), float(times_s[-1]), size, end_s)
 
 
 def _write(clip: Clip, file: VideoFile, path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -109,7 +109,7 @@ def test_annotations_are_written_by_one_job_at_a_time(tmp_path: Path, monkeypatc
     monkeypatch.setattr(copies, "_is_copied", lambda *_: True)
     locked: list[bool] = []
 
-    def write_annotations(_: Config, out: Path, __: object) -> None:
+    def write_annotations(_: Config, out: Path, *__: object) -> None:
         with (out / copies.JOURNAL).open("rb") as journal:
             try:
                 fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,6 +155,25 @@ def test_a_video_that_was_replaced_is_copied_again(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     main(["transcode", *options, "--out", str(out)])
     assert "2 clips transcoded" in capsys.readouterr().out
+
+
+def test_copy_of_a_clip_that_ends_later_than_its_video_does_so_too(tmp_path: Path) -> None:
+    """`extract run` then notes the clip of the copy as it notes that of the video."""
+    options, out = data_set(tmp_path / "data"), tmp_path / "out"
+    with (tmp_path / "data" / "clips.jsonl").open("a") as clips:
+        clips.write('{"clip_id": "beyond", "video": "long.mp4", "start_s": 0.7, "end_s": 7.5}\n')
+    for _ in range(2):  # a second job finds the copies, and writes the annotations again
+        main(["transcode", *options, "--out", str(out)])
+        for clip in load_dataset(DataConfig(name="jsonl", root=out)).clips:
+            assert (clip.end_s is None) == (clip.clip_id != "beyond")
+        source, copy = (
+            next(clip for clip in load_dataset(DataConfig(name="jsonl", root=root)).clips if clip.clip_id == "beyond")
+            for root in (tmp_path / "data", out)
+        )
+        expected, got = (read_frames(clip, VideoConfig(frames=4)) for clip in (source, copy))
+        assert frame_numbers(got.frames) == frame_numbers(expected.frames)
+        assert got.missing_s == pytest.approx(expected.missing_s, abs=1e-3)
+        assert got.missing_s > 4
 
 
 def test_folder_in_the_hint_is_shell_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
