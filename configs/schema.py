@@ -84,7 +84,10 @@ class DataConfig:
     @property
     def title(self) -> str:
         """Title of its questions: EgoTaskQA's split, or for other data, which have no splits, `own_title`."""
-        return self.split if self.name == "egotaskqa" else own_title(self.root, self.questions)
+        if self.name == "egotaskqa":
+            return self.split
+        # "." and ".." name no folder.
+        return own_title(self.root.resolve() if self.root.name in ("", "..") else self.root, self.questions)
 
 
 def own_title(root: Path, questions: str | None) -> str:

@@ -314,11 +314,16 @@ def test_help_fits_a_screen_and_help_all_describes_every_option(capsys: pytest.C
     assert all(f"--{name} " in shown for name in option_names())
 
 
-def test_custom_data_is_titled_by_its_folder(tmp_path: Path) -> None:
+def test_custom_data_is_titled_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert DataConfig(name="jsonl", root=Path("data/mine")).title == "data/mine"
     assert DataConfig(name="jsonl", root=tmp_path / "kitchen").title == "kitchen"
     assert DataConfig(name="jsonl", root=tmp_path / "stores", questions="b.jsonl").title == "stores/b.jsonl"
     assert DataConfig(split="indirect").title == "indirect"
+    (tmp_path / "kitchen" / "runs").mkdir(parents=True)
+    for folder, root in (("kitchen", "."), ("kitchen/runs", "..")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert DataConfig(name="jsonl", root=Path(root)).title == "kitchen"
+        assert DataConfig(name="jsonl", root=Path(root), questions="b.jsonl").title == "kitchen/b.jsonl"
 
 
 @pytest.mark.parametrize("name", ["dir", "table"])
