@@ -1,4 +1,4 @@
-"""One of EgoSynth's sets, for `egosynth.py`: its folder, its configs, and the runs trained on it."""
+"""EgoSynth's hard set, for `egosynth.py`: its folder, its configs, and the runs trained on it."""
 
 import json
 import subprocess
@@ -29,11 +29,12 @@ from egopatch.train.sweeps.sweep import run_sweep
 
 
 class Bench:
-    """One set: its own folder below `folder`, its configs, to which `options` are added, and the runs trained on it."""
+    """The set: its own folder below `folder`, its configs, to which `options` are added, and the runs trained on it."""
+
+    name = "egosynth_hard"
 
     def __init__(
         self,
-        name: str,
         clips: int,
         seeds: Sequence[int],
         set_seed: int = 0,
@@ -41,15 +42,13 @@ class Bench:
         folder: Path = Path("runs"),
         options: Sequence[str] = (),
     ) -> None:
-        self.name, self.clips, self.seeds, self.set_seed, self.options = name, clips, list(seeds), set_seed, options
-        self.root = folder / (f"egosynth_{name}" + (f"_{set_seed}" if set_seed else ""))
-        chosen = [label for label in SYSTEMS if label in systems or not systems]
-        # The demo has no MFAS.
-        self.systems = [label for label in chosen if self.file(SYSTEMS[label].encoder).exists()]
+        self.clips, self.seeds, self.set_seed, self.options = clips, list(seeds), set_seed, options
+        self.root = folder / (self.name + (f"_{set_seed}" if set_seed else ""))
+        self.systems = [label for label in SYSTEMS if label in systems or not systems]
 
     def file(self, encoder: str) -> Path:
         """The config of an encoder."""
-        return Path("configs") / (f"demo/{encoder}.yaml" if self.name == "demo" else f"egosynth_hard_{encoder}.yaml")
+        return Path("configs") / f"egosynth_hard_{encoder}.yaml"
 
     def config(self, encoder: str, split: str, *options: str) -> Config:
         """The config as the command line would read it, with all paths below the set's own folder."""
@@ -68,8 +67,8 @@ class Bench:
     def encode(self, encoders: Collection[str]) -> None:
         """Render the set and make the stores of these encoders, unless they exist."""
         if not (self.root / "data" / "events.jsonl").exists():
-            hard, seed = ["--hard"] if self.name == "hard" else [], ["--seed", str(self.set_seed)]
-            command("extract", "synth", "--out", str(self.root / "data"), "--clips", str(self.clips), *hard, *seed)
+            rendered = ["--hard", "--clips", str(self.clips), "--seed", str(self.set_seed)]
+            command("extract", "synth", "--out", str(self.root / "data"), *rendered)
         for encoder in encoders:
             done = self.root / "stores" / f"{encoder}.done"
             if done.exists():

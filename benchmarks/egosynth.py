@@ -1,13 +1,13 @@
-"""EgoSynth: every system with its interval, every part of psa switched off, and accuracy against the selection ratio.
+"""EgoSynth's hard set: every system with its interval, psa without each part, accuracy against the selection ratio.
 
-    python benchmarks/egosynth.py                                    the plain set of `make demo`: the table
-    python benchmarks/egosynth.py --set hard --parts table ratios stores ablation
+    python benchmarks/egosynth.py                                    the table of systems
+    python benchmarks/egosynth.py --parts search table ratios stores ablation
 
-A set is rendered and encoded once, then every system trains with every seed, by the commands and configs that a user
+The set is rendered and encoded once, then every system trains with every seed, by the commands and configs that a user
 has. What is finished is not done again, so the same command resumes after any interruption. Intervals are over
 seeds and clips, comparisons are paired by question (train/scores/statistics.py). Checkpoints are chosen on
-val; nothing is chosen on test. Writes benchmarks/results/egosynth.json or egosynth_hard.json, for the ratios a picture
-in docs/pictures/, and the tables and findings of docs/egosynth.md between its markers.
+val; nothing is chosen on test. Writes benchmarks/results/egosynth_hard.json, for the ratios a picture in
+docs/pictures/, and the tables and findings of docs/egosynth.md between its markers.
 """
 
 import argparse
@@ -175,7 +175,6 @@ def draw(bench: Bench, path: Path, table: Sequence[Mapping[str, Any]]) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=["demo", "hard"], default="demo")
     parser.add_argument("--parts", choices=[*PARTS], nargs="*", default=["table"], help="to train; none: gather only")
     parser.add_argument("--splits", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -186,10 +185,8 @@ def main(args: Sequence[str] | None = None) -> None:
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     parser.add_argument("--gpu", default=here, help="GPU that trained the runs; needed where another machine gathers")
     parser.add_argument("--systems", choices=list(SYSTEMS), nargs="+", default=list(SYSTEMS), help="rows to train")
-    add_result_arguments(parser, "egosynth.json", "few clips, one seed, one epoch, three systems and the ratios")
+    add_result_arguments(parser, "egosynth_hard.json", "few clips, one seed, one epoch, three systems and the ratios")
     options = parser.parse_args(args)
-    if options.set != "demo":
-        options.result = f"egosynth_{options.set}.json"
     if options.set_seed:
         options.result = None
     if options.quick:
@@ -197,13 +194,13 @@ def main(args: Sequence[str] | None = None) -> None:
         options.systems = ["majority", "question-only", REFERENCE]
     with tempfile.TemporaryDirectory() as folder:
         place: dict[str, Any] = {"folder": Path(folder), "options": ("--train.epochs", "1")} if options.quick else {}
-        bench = Bench(options.set, options.clips, options.seeds, options.set_seed, options.systems, **place)
+        bench = Bench(options.clips, options.seeds, options.set_seed, options.systems, **place)
         bench.encode(dict.fromkeys(SYSTEMS[label].encoder for label in bench.systems))
         for part in options.parts:
             PARTS[part](bench, options.splits)
         found = gather(bench)
     result = {
-        "what": f"EgoSynth, {options.set} set of {options.clips} clips; percent on test with 95% intervals over seeds "
+        "what": f"EgoSynth, hard set of {options.clips} clips; percent on test with 95% intervals over seeds "
         "and clips, checkpoint chosen on val",
         "command": shlex.join(["python", "benchmarks/egosynth.py", *(sys.argv[1:] if args is None else args)]),
         "machine": stamp("av") | {"gpu": options.gpu},
@@ -213,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> None:
     out = write_result(options, result)
     if out is not None and options.result is not None and out == RESULTS / options.result:
         draw(bench, PICTURES / f"{out.stem}_ratios.png", found["table"])
-        write_part(options.set, markdown(found))
+        write_part("hard", markdown(found))
 
 
 if __name__ == "__main__":

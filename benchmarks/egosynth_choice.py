@@ -50,6 +50,8 @@ ONLY = "all"  # the set has no other split
 class ChoiceBench(Bench):
     """A bench with the set's only config and its own paths."""
 
+    name = "egosynth_choice"
+
     def file(self, encoder: str) -> Path:
         return CONFIG
 
@@ -73,12 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
         options.clips, options.seeds = 24, [0]
         systems = {label: SYSTEMS[label] for label in (*list(BLIND)[:1], REFERENCE, PARTS[0])}
         with tempfile.TemporaryDirectory() as folder:
-            bench = ChoiceBench(
-                "choice", options.clips, options.seeds, folder=Path(folder), options=("--train.epochs", "1")
-            )
+            bench = ChoiceBench(options.clips, options.seeds, folder=Path(folder), options=("--train.epochs", "1"))
             rows = measure(bench, systems)
     else:
-        rows = measure(ChoiceBench("choice", options.clips, options.seeds), SYSTEMS)
+        rows = measure(ChoiceBench(options.clips, options.seeds), SYSTEMS)
     found = {
         "what": f"EgoSynth's multiple-choice set of {options.clips} clips; percent on test with 95% intervals over "
         "seeds and clips, checkpoint chosen on val",

@@ -117,7 +117,7 @@ def test_selected_patches_matter_more_to_answers_than_random_ones(
     assert (places.pointing, places.agreement and places.agreement.asked) == (100, 100)
     assert selection.pointing is not None
     assert selection.pointing < 50
-    rows = Bench("demo", 1, [0]).explained({"folders": [trained.run.dir]})
+    rows = Bench(1, [0]).explained({"folders": [trained.run.dir]})
     assert [row["ranked_by"] for row in rows] == list(by_name)
     assert rows[0]["deletion"] == pytest.approx(selection.deletion_area, abs=0.01)
     assert (rows[-1]["pointing"], rows[-1]["recall"]) == (100, 100)
