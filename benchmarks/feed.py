@@ -39,8 +39,8 @@ from benchmarks._machine import add_result_arguments, stamp, write_result  # noq
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
-from egopatch.extract.feed.cut import cut_clip  # noqa: E402
+from egopatch.extract.feed.clips import PreparedClip, read_clip  # noqa: E402
+from egopatch.extract.feed.cut import finish_cut  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.video.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
@@ -58,7 +58,8 @@ NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 @cache
 def _kept(clip: Clip, transform: Transform) -> PreparedClip:
-    return cut_clip(clip, VIDEO, VideoCache(), transform=transform, most=1 << 30)
+    finish = partial(finish_cut, size=VIDEO.size, transform=transform, most=1 << 30)
+    return read_clip(clip, VIDEO, VideoCache(), [finish], as_planes=True)
 
 
 def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform) -> PreparedClip:
@@ -145,10 +146,10 @@ def children_cpu() -> float:
 
 def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) -> dict[str, float]:
     """CPU milliseconds a clip of children and parent in the best round, and the pipeline's rate in that round."""
-    from egopatch.extract.feed.decoders import open_decoders
+    from egopatch.extract.feed.decoders import FrameKind, open_decoders
 
     best: dict[str, float] = {}
-    with open_decoders(VIDEO, EGOVLP_TRANSFORM, 1, BATCH + 4, cut) as pool:
+    with open_decoders(VIDEO, [FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut)], 1, BATCH + 4) as pool:
         feed(pool, clips[:2], None)  # the child has started
         for number in range(rounds):
             # New names, so that nothing is cached about these files.

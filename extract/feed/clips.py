@@ -91,7 +91,7 @@ class PreparedClip:
     memory_used: int = 0
     others: tuple[Frames, ...] = ()
 
-    def shared(self, kinds: Sequence[int]) -> "list[PreparedClip]":
+    def for_encoders(self, kinds: Sequence[int]) -> "list[PreparedClip]":
         """The clip for each of several encoders; its memory is released when the last of them releases it.
 
         Args:
@@ -105,7 +105,19 @@ class PreparedClip:
 def read_clip(
     clip: Clip, video: VideoConfig, cache: VideoCache, finishes: Sequence[Finish], as_planes: bool = False
 ) -> PreparedClip:
-    """Decode one clip, and let each of `finishes` turn it into one kind of frames; see `on_host.prepare_clip`."""
+    """Decode one clip in this process, and let each of `finishes` turn it into one kind of frames.
+
+    Args:
+        clip: The clip.
+        video: How to sample and decode.
+        cache: Keeps what other clips of its video can use.
+        finishes: The first one's result becomes `frames`, those of the others `others`.
+        as_planes: Whether they take frames as they were decoded, without conversion to RGB.
+
+    Raises:
+        VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
+        OSError: The file can no longer be read.
+    """
     started = time.perf_counter()
     before = version_of(clip.video) if clip.video.exists() else None
     decoded = (read_planes if as_planes else read_frames)(clip, video, cache)

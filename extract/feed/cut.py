@@ -4,29 +4,16 @@ Children that do this need no torch, whose import would cost each of them a seco
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import clock_stopped
-from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import Cut, Frames, Pixels, PreparedClip, read_clip
-from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.feed.clips import Cut, Frames, Pixels
 from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.planes import Planes, even
 from egopatch.extract.video.transforms import Transform
-
-
-def cut_clip(clip: Clip, video: VideoConfig, cache: VideoCache, *, transform: Transform, most: int) -> PreparedClip:
-    """Decode one clip in this process and cut its frames to what `transform` looks at; see `on_host.prepare_clip`.
-
-    If the frames have more than `most` bytes, they are transformed here, which makes them small.
-    """
-    finish = partial(finish_cut, size=video.size, transform=transform, most=most)
-    return read_clip(clip, video, cache, [finish], as_planes=True)
 
 
 def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:

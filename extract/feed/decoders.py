@@ -1,7 +1,7 @@
 """Starts a job's decoder children, and decides what they leave in shared memory and how much of it they get."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 
 import psutil
@@ -9,65 +9,59 @@ import psutil
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.feed.clips import ALIGNMENT, Finish, PreparedClip, read_clip
-from egopatch.extract.feed.cut import cut_clip, finish_cut
-from egopatch.extract.feed.on_host import finish_on_host, prepare_clip
+from egopatch.extract.feed.cut import finish_cut
+from egopatch.extract.feed.on_host import finish_on_host
 from egopatch.extract.feed.pool import DecodePool, slots_for
 from egopatch.extract.video.transforms import Transform
 
 LARGEST_SIDE = 1080  # a slot holds a square of pixels of up to this side
 
 
-def open_decoders(
-    video: VideoConfig, transform: Transform, workers: int, clips: int, cut: bool
-) -> DecodePool[PreparedClip]:
-    """Children that leave clips in slots of shared memory.
+@dataclass(frozen=True)
+class FrameKind:
+    """The frames that an encoder takes.
+
+    Attributes:
+        size: Side of the network's input in pixels.
+        transform: Transform of the network.
+        cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
+            that exceed their part of a slot are transformed by the child.
+    """
+
+    size: int
+    transform: Transform
+    cut: bool
+
+
+def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, clips: int) -> DecodePool[PreparedClip]:
+    """Children that decode each clip once and leave its frames in a slot of shared memory, once for each of `kinds`.
+
+    Cut pixels take at most a quarter of the free memory, for all kinds and slots together.
 
     Args:
-        video: Number and size of frames, and limits.
-        transform: Transform of the network.
+        video: Number of frames, and limits.
+        kinds: The kinds of frames, each different; the first becomes a clip's `frames`, the others its `others`.
         workers: Number of child processes.
         clips: Number of clips in memory if they come one by one: those decoded ahead, those whose frames are in use
             while the next one is awaited, and that one.
-        cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Slots
-            take at most a quarter of the free memory together; pixels that exceed a slot are transformed by the child.
     """
-    slots = slots_for(clips, workers)
-    most, slot_bytes = _sizes(video, slots, cut)
-    prepare = partial(cut_clip, transform=transform, most=most) if cut else partial(prepare_clip, transform=transform)
-    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes))
-
-
-def open_decoders_of_several(
-    encoders: Sequence[tuple[VideoConfig, Transform, bool]], workers: int, clips: int
-) -> tuple[DecodePool[PreparedClip], list[int]]:
-    """As `open_decoders`, for several encoders whose frames differ only in size, each with its own `cut`.
-
-    Returns:
-        The children; and for each encoder the kind of frames that it takes, for `PreparedClip.shared`.
-    """
-    finishes: list[Finish] = []
     slots, slot_bytes = slots_for(clips, workers), 0
-    distinct = list(dict.fromkeys((video.size, transform, cut) for video, transform, cut in encoders))
-    video = encoders[0][0]
-    for size, transform, cut in distinct:
-        most, needed = _sizes(replace(video, size=size), slots * len(distinct), cut)
+    finishes: list[Finish] = []
+    for kind in kinds:
+        most, needed = _sizes(video.frames, kind, slots * len(kinds))
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
-        finish = partial(finish_cut, most=most) if cut else finish_on_host
-        finishes.append(partial(finish, size=size, transform=transform))
-    kinds = [distinct.index((video.size, transform, cut)) for video, transform, cut in encoders]
-    as_planes = all(cut for _, _, cut in distinct)  # if one encoder needs RGB, frames are converted once for all
+        finish = partial(finish_cut, most=most) if kind.cut else finish_on_host
+        finishes.append(partial(finish, size=kind.size, transform=kind.transform))
+    as_planes = all(kind.cut for kind in kinds)  # if one encoder needs RGB, frames are converted once for all
     prepare = partial(read_clip, finishes=finishes, as_planes=as_planes)
-    return DecodePool(video, workers, prepare, _frame_slots(slots, slot_bytes)), kinds
+    memory = SharedSlots(slots, slot_bytes, "frames between decoders and encoder", "engine.decoders")
+    return DecodePool(video, workers, prepare, memory)
 
 
-def _frame_slots(count: int, slot_bytes: int) -> SharedSlots:
-    return SharedSlots(count, slot_bytes, "frames between decoders and encoder", "engine.decoders")
-
-
-def _sizes(video: VideoConfig, clips: int, cut: bool) -> tuple[int, int]:
+def _sizes(frames: int, kind: FrameKind, clips: int) -> tuple[int, int]:
     """Largest number of bytes of pixels that a clip leaves untransformed, and number of bytes of its slot."""
-    finished = 4 * video.frames * 3 * video.size**2
-    if not cut:
+    finished = 4 * frames * 3 * kind.size**2
+    if not kind.cut:
         return 0, finished
-    most = min(video.frames * 3 * LARGEST_SIDE**2, psutil.virtual_memory().available // 4 // clips)
-    return most, max(finished, most) + ALIGNMENT * video.frames
+    most = min(frames * 3 * LARGEST_SIDE**2, psutil.virtual_memory().available // 4 // clips)
+    return most, max(finished, most) + ALIGNMENT * frames

@@ -1,7 +1,6 @@
 """Frames -> the normalised tensor that a network expects, on the CPU and without torchvision."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -9,24 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from egopatch.configs.schema import VideoConfig
-from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import PreparedClip, read_clip
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
-
-
-def prepare_clip(
-    clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform = EGOVLP_TRANSFORM
-) -> PreparedClip:
-    """Decode and transform one clip in this process; `cache` keeps what other clips of its video can use.
-
-    Raises:
-        VideoError: As `extract.video.frames.read_frames`, or the file was changed meanwhile.
-        OSError: The file can no longer be read.
-    """
-    return read_clip(clip, video, cache, [partial(finish_on_host, size=video.size, transform=transform)])
 
 
 def finish_on_host(decoded: DecodedClip[NDArray[np.uint8]], size: int, transform: Transform) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from egopatch.extract.encoders import (
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.decoders import open_decoders
+from egopatch.extract.feed.decoders import FrameKind, open_decoders
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.video.nvdec import require_gpu_decoder
@@ -82,6 +82,11 @@ class ExtractionJob:
         return self.device.type != "cpu"
 
     @property
+    def frame_kind(self) -> FrameKind:
+        """The frames that the encoder takes; if this machine's cores encode, the children apply the transform."""
+        return FrameKind(self.config.video.size, self.transform, cut=self.encodes_on_device)
+
+    @property
     def frames_line(self) -> str | None:
         """One line of advice if clips have more frames than the network was trained on; else None."""
         trained, frames = self.encoder.trained_frames, self.encoder.num_frames
@@ -105,11 +110,8 @@ class ExtractionJob:
         return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
 
     def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:
-        """`count` child processes that decode for the encoder; at most `clips` clips are not yet released at a time.
-
-        If this machine's cores encode, the children also apply the network's transform.
-        """
-        return open_decoders(self.config.video, self.transform, count, clips, self.encodes_on_device)
+        """`count` child processes that decode for the encoder; at most `clips` clips are not yet released at a time."""
+        return open_decoders(self.config.video, [self.frame_kind], count, clips)
 
 
 def resolve_job(config: Config, device: str | None = None, network: Network | None = None) -> ExtractionJob:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from egopatch.extract.datasets import Clip
 from egopatch.extract.datasets.origins import origin_of
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.decoders import open_decoders_of_several
-from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
+from egopatch.extract.feed.decoders import open_decoders
+from egopatch.extract.feed.pool import TOGETHER, UndecodedClip
 from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch
 from egopatch.extract.worker.device import describe_machine
 from egopatch.extract.worker.job import ExtractionJob
@@ -124,14 +124,15 @@ def fill_stores(
         StoreError: A shard cannot be written.
     """
     started = time.perf_counter()
+    kinds = list(dict.fromkeys(target.job.frame_kind for target in targets))
+    kind_of = [kinds.index(target.job.frame_kind) for target in targets]
     with ExitStack() as stack:
         with ExitStack() as opened:
             encoders = [opened.enter_context(target.job.open_batch_encoder()) for target in targets]
             # Decoding runs ahead by the next batch, and by two tasks for each child: one in progress and one waiting.
             ahead = max(encoder.size for encoder in encoders) + 2 * decoders
             slots = ahead + sum(encoder.held for encoder in encoders)
-            opening, kinds = _open_decoders([target.job for target in targets], decoders, slots)
-            pool = stack.enter_context(opening)
+            pool = stack.enter_context(open_decoders(targets[0].job.config.video, kinds, decoders, slots))
             stack.push(opened.pop_all())  # the encoders end before the decoders, whose memory they use
         fillings = []
         for target, encoder in zip(targets, encoders, strict=True):
@@ -145,24 +146,14 @@ def fill_stores(
         for result in results:
             lacking = requested.popleft()
             shares: Sequence[Result] = [result] * len(lacking)
-            if kinds and isinstance(result, PreparedClip):
-                shares = result.shared([kinds[number] for number in lacking])
+            if len(targets) > 1 and isinstance(result, PreparedClip):
+                shares = result.for_encoders([kind_of[number] for number in lacking])
             for number, share in zip(lacking, shares, strict=True):
                 fillings[number].add(share)
         for filling in fillings:
             filling.finish()
     total_s = time.perf_counter() - started
     return [filling.stats(total_s, results, decoders) for filling in fillings]
-
-
-def _open_decoders(
-    jobs: Sequence[ExtractionJob], decoders: int, slots: int
-) -> tuple[DecodePool[PreparedClip], list[int]]:
-    """The children, and the kind of frames that each of several jobs takes."""
-    if len(jobs) == 1:
-        return jobs[0].open_decoders(decoders, slots), []
-    encoders = [(job.config.video, job.transform, job.encodes_on_device) for job in jobs]
-    return open_decoders_of_several(encoders, decoders, slots)
 
 
 def _merged(fillings: Sequence["_Filling"], clips: Mapping[str, Clip], requested: deque[list[int]]) -> Iterator[Clip]:

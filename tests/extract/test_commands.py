@@ -23,7 +23,7 @@ from tests.json_keys import documented_keys
 
 
 def test_store_holds_the_output_of_the_encoder(made: Path) -> None:
-    from egopatch.extract.feed.on_host import prepare_clip
+    from tests.extract.feed.prepared import prepare_clip
 
     config = config_of(made)
     dataset = load_dataset(config.data)

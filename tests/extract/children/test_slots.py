@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
 from egopatch.extract.feed.clips import PreparedClip, SharedClip
 from egopatch.extract.feed.cut import _cut
-from egopatch.extract.feed.decoders import open_decoders
-from egopatch.extract.feed.on_host import prepare_clip, to_input
+from egopatch.extract.feed.decoders import FrameKind, open_decoders
+from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.cache import VideoCache
@@ -31,12 +32,14 @@ from egopatch.extract.video.frames import DecodedClip, read_frames
 from egopatch.extract.video.planes import even
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare
+from tests.extract.feed.prepared import prepare_clip
 from tests.extract.video.test_planes import rgb_of
 from tests.extract.video.videos import write_video
 from tests.features.faults import limited
 
 CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
 SMALL = VideoConfig(frames=2, size=32)
+CUT = FrameKind(SMALL.size, EGOVLP_TRANSFORM, cut=True)
 
 
 def memories() -> int:
@@ -62,7 +65,7 @@ def test_input_that_children_transform_matches_that_of_this_process(video: Path,
     other = write_video(tmp_path / "other.mp4", frames=12)
     expected = {path: prepare_clip(Clip("a", path), SMALL, VideoCache()) for path in (video, other)}
     clips = [Clip(str(i), (video, other)[i % 3 % 2]) for i in range(80)]
-    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=False) as pool:
+    with open_decoders(SMALL, [replace(CUT, cut=False)], 1, 3) as pool:
         for clip, result in zip(clips, pool.map(clips, ahead=2, together=TOGETHER), strict=True):
             assert isinstance(result, PreparedClip)
             assert (result.clip, result.source) == (clip, expected[clip.video].source)
@@ -72,7 +75,7 @@ def test_input_that_children_transform_matches_that_of_this_process(video: Path,
 
 def test_cut_pixels_match_the_decoded_frames(video: Path) -> None:
     decoded = read_frames(Clip("a", video), SMALL)
-    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
+    with open_decoders(SMALL, [CUT], 1, 3) as pool:
         (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, PreparedClip)
     (run,) = result.frames
@@ -85,7 +88,7 @@ def test_cut_pixels_match_the_decoded_frames(video: Path) -> None:
 
 def test_frames_too_large_for_a_slot_arrive_transformed(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "LARGEST_SIDE", 8)
-    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 3, cut=True) as pool:
+    with open_decoders(SMALL, [CUT], 1, 3) as pool:
         (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, PreparedClip)
     expected = to_input(read_frames(Clip("a", video), SMALL).frames, 32)
@@ -129,7 +132,7 @@ def test_closed_pool_leaves_no_files_or_memory_open(video: Path) -> None:
     gc.collect()
     files, before = open_files(), memories()
     for _ in range(2):
-        with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
+        with open_decoders(SMALL, [CUT], 1, 2) as pool:
             for result in pool.map([Clip("a", video)]):
                 assert memories() == before + 1
                 assert isinstance(result, PreparedClip)
@@ -166,7 +169,7 @@ def test_temporary_file_is_used_where_memfd_is_unavailable(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = memories()
-    with open_decoders(SMALL, EGOVLP_TRANSFORM, 1, 2, cut=True) as pool:
+    with open_decoders(SMALL, [CUT], 1, 2) as pool:
         assert memories() == before
         (result,) = pool.map([Clip("a", video)])
         assert isinstance(result, PreparedClip)

@@ -284,7 +284,7 @@ def test_run_stores_the_tokens_of_the_lite_encoder(
 ) -> None:
     """`plan` and `run` store what the encoder computes from the transformed frames."""
     from egopatch.extract.datasets import load_dataset
-    from egopatch.extract.feed.on_host import prepare_clip
+    from tests.extract.feed.prepared import prepare_clip
 
     store = tmp_path / "store"
     options = [*LITE, "--data.root", str(data), "--store.path", str(store)]

@@ -13,20 +13,22 @@ import psutil
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
-from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.cut import cut_clip
+from egopatch.extract.feed.clips import PreparedClip, read_clip
+from egopatch.extract.feed.cut import finish_cut
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargparse")
+CUT = partial(finish_cut, size=32, transform=EGOVLP_TRANSFORM, most=1 << 20)
+cut_clip = partial(read_clip, finishes=[CUT], as_planes=True)
 
 
 def die_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
     if clip.clip_id == "killed":
         time.sleep(0.5)  # until the parent knows that this child took the task, it counts as idle
         os.kill(os.getpid(), signal.SIGKILL)
-    return cut_clip(clip, video, cache, transform=EGOVLP_TRANSFORM, most=1 << 20)
+    return cut_clip(clip, video, cache)
 
 
 def count_looks(clip: Clip, video: VideoConfig, cache: VideoCache) -> int:
@@ -41,7 +43,7 @@ def count_looks(clip: Clip, video: VideoConfig, cache: VideoCache) -> int:
 
 def about_this_child(clip: Clip, video: VideoConfig, cache: VideoCache) -> tuple[float, int, list[str]]:
     """CPU seconds to the first frames, bytes of memory, modules that should not be here."""
-    cut_clip(clip, video, cache, transform=EGOVLP_TRANSFORM, most=1 << 30)
+    cut_clip(clip, video, cache, finishes=[partial(CUT, most=1 << 30)])
     # CPU time, because the machine may be busy.
     return time.process_time(), psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
 
@@ -61,9 +63,8 @@ def decode_many(video: Path) -> None:
     """Decode a thousand clips with few open files; print the files and memory that all but the first ones add."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     config = VideoConfig(frames=2, size=32)
-    prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
     before = (0, 0)
-    with DecodePool(config, 2, prepare, SharedSlots(5, 1 << 20, "frames", "")) as pool:
+    with DecodePool(config, 2, cut_clip, SharedSlots(5, 1 << 20, "frames", "")) as pool:
         for number, result in enumerate(pool.map([Clip(str(i), video) for i in range(1000)])):
             assert isinstance(result, PreparedClip), result
             result.release()
@@ -78,8 +79,7 @@ def _open_files() -> int:
 
 def wait_for_the_end(video: Path) -> None:
     """Have children with slots, print their numbers, and wait to be killed."""
-    prepare = partial(cut_clip, transform=EGOVLP_TRANSFORM, most=1 << 20)
-    with DecodePool(VideoConfig(frames=2, size=32), 2, prepare, SharedSlots(5, 1 << 20, "frames", "")) as pool:
+    with DecodePool(VideoConfig(frames=2, size=32), 2, cut_clip, SharedSlots(5, 1 << 20, "frames", "")) as pool:
         results = list(pool.map([Clip(str(i), video) for i in range(4)]))
         assert all(isinstance(result, PreparedClip) for result in results), results
         print(pool._shared.path, *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)

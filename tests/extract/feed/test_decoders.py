@@ -17,6 +17,7 @@ from tests.extract.video.videos import write_video
 
 FREE = 10**9
 VIDEO = VideoConfig(frames=4, size=32)
+CUT = decoders.FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut=True)
 
 
 @pytest.fixture
@@ -30,15 +31,15 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def test_pixels_get_at_most_a_quarter_of_the_free_memory(made: list[tuple[int, int]]) -> None:
-    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=True)
-    decoders.open_decoders_of_several([(VIDEO, EGOVLP_TRANSFORM, True)] * 2, 2, 40)
     padding = decoders.ALIGNMENT * (VIDEO.frames + 1)
-    for count, size in made:
-        assert FREE / 5 < count * size < FREE / 4 + count * padding
+    for kinds in ([CUT], [CUT, replace(CUT, size=64)]):
+        decoders.open_decoders(VIDEO, kinds, 2, 40)
+        count, size = made.pop()
+        assert FREE / 5 < count * size < FREE / 4 + count * len(kinds) * padding
 
 
 def test_transformed_input_gets_slots_of_exactly_its_size(made: list[tuple[int, int]]) -> None:
-    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=False)
+    decoders.open_decoders(VIDEO, [replace(CUT, cut=False)], 2, 40)
     assert made[0][1] == 4 * 4 * 3 * 32 * 32
 
 
@@ -46,7 +47,7 @@ def test_ample_memory_gives_slots_for_the_largest_frames(
     made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
-    decoders.open_decoders(VIDEO, EGOVLP_TRANSFORM, 2, 40, cut=True)
+    decoders.open_decoders(VIDEO, [CUT], 2, 40)
     assert made[0][1] == 4 * 3 * decoders.LARGEST_SIDE**2 + 4 * decoders.ALIGNMENT
 
 
@@ -54,11 +55,10 @@ def test_ample_memory_gives_slots_for_the_largest_frames(
 def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bool], tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     other = replace(EGOVLP_TRANSFORM, short_side=48)
-    encoders = [(VIDEO, transform, cut) for transform, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
-    pool, kinds = decoders.open_decoders_of_several(encoders, 1, 2)
-    with pool:
+    kinds = [decoders.FrameKind(32, t, cut) for t, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
+    with decoders.open_decoders(VIDEO, kinds, 1, 2) as pool:
         (found,) = pool.map([Clip("a", path)])
     assert isinstance(found, PreparedClip)
-    first, second = (part.frames for part in found.shared(kinds))
+    first, second = (part.frames for part in found.for_encoders([0, 1]))
     assert [run.cut.colours is not None for run in first] == [all(cuts)]
     assert isinstance(second, tuple) == cuts[1]

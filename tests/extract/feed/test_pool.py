@@ -19,10 +19,10 @@ from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.on_host import prepare_clip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoError
+from tests.extract.feed.prepared import prepare_clip
 from tests.extract.video.videos import write_video
 
 SMALL = VideoConfig(frames=2, size=32)

@@ -16,6 +16,7 @@ from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreCo
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.pool import UndecodedClip
+from egopatch.extract.worker import pipeline
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.extract.worker.pipeline import encode_shards
@@ -104,6 +105,7 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
     def run(
         encoder: Encoder, decoders: Decoders, on_progress: Callable[[int, int], None] = lambda *_: None
     ) -> JobStats:
+        monkeypatch.setattr(pipeline, "open_decoders", lambda *_: decoders)
         monkeypatch.setattr(torch, "get_num_threads", lambda: BATCH)  # one core per clip of a batch, on any machine
         config = Config(
             video=VideoConfig(frames=2, size=16),
@@ -116,7 +118,7 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
         job = SimpleNamespace(
             config=config,
             device=torch.device("cpu"),
-            open_decoders=lambda count, clips: decoders,
+            frame_kind=None,
             open_batch_encoder=lambda: CoreEncoder(encoder, BATCH, "float32"),  # type: ignore[arg-type]
         )
         return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]

@@ -1,0 +1,16 @@
+"""Clips that this process decodes and transforms as a child does for a CPU."""
+
+from functools import partial
+
+from egopatch.configs.schema import VideoConfig
+from egopatch.extract.datasets import Clip
+from egopatch.extract.feed.clips import PreparedClip, read_clip
+from egopatch.extract.feed.on_host import finish_on_host
+from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
+
+
+def prepare_clip(
+    clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform = EGOVLP_TRANSFORM
+) -> PreparedClip:
+    return read_clip(clip, video, cache, [partial(finish_on_host, size=video.size, transform=transform)])
