@@ -31,20 +31,23 @@ ROUNDING_S = 1.0
 
 @dataclass
 class _Shard:
-    """A leased shard in progress; each of its `expected` clips becomes a row or a failure."""
+    """A leased shard in progress; each of the `to_decode` clips that have not arrived becomes a row or a failure."""
 
     encoded: EncodedShard
-    expected: int
-    decoded: int = 0
+    to_decode: int
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Clips of one shard that are encoded together; no clip if the `last` ones of a shard all failed."""
+    """Clips of one shard that are being encoded together; no clip if the `last` ones of a shard all failed.
 
-    shard: _Shard
+    `wait` waits for their rows.
+    """
+
+    shard: EncodedShard
     clips: list[PreparedClip]
     last: bool
+    wait: Callable[[], EncodedBatch]
 
 
 Result = PreparedClip | UndecodedClip
@@ -197,10 +200,10 @@ class _Filling:
         self._writer = writer
         self._clips = clips
         self._on_progress = on_progress
-        self._underway: deque[_Shard] = deque()
-        self._waiting: list[PreparedClip] = []
+        self._leased: deque[_Shard] = deque()
+        self._gathered: list[PreparedClip] = []
+        self._encoding: _Batch | None = None
         self._cut_short: dict[str, float] = {}
-        self._behind: tuple[_Batch, Callable[[], EncodedBatch]] | None = None
 
     def wanted(self) -> Iterator[Clip]:
         """The clips to decode, shard by shard; a shard is leased before its first clip."""
@@ -208,31 +211,31 @@ class _Filling:
             # Another job may have committed some of them since the work was listed.
             ids = [clip_id for clip_id in work.ids if clip_id in to_encode]
             if ids:
-                self._underway.append(_Shard(EncodedShard(work, self._machine), len(ids)))
+                self._leased.append(_Shard(EncodedShard(work, self._machine), len(ids)))
                 yield from (self._clips[clip_id] for clip_id in ids)
             else:
                 self._writer.release(work.shard)
 
     def add(self, result: PreparedClip | UndecodedClip) -> None:
         """Take the next clip; batches end where shards do, so that they do not depend on the shard before."""
-        shard = self._underway[0]
-        shard.decoded += 1
+        shard = self._leased[0]
+        shard.to_decode -= 1
         if isinstance(result, UndecodedClip):
             shard.encoded.failures[result.clip.clip_id] = Failure(result.reason, result.traceback)
         else:
             self._encoder.add(result)
-            self._waiting.append(result)
+            self._gathered.append(result)
             if result.missing_s > ROUNDING_S:
                 self._cut_short[result.clip.clip_id] = result.missing_s
-        last = shard.decoded == shard.expected
-        if last or len(self._waiting) == self._encoder.size:
+        last = not shard.to_decode
+        if last or len(self._gathered) == self._encoder.size:
             # Rows are taken one batch late, so that the encoder computes while the next batch is gathered.
-            batch, self._waiting = _Batch(shard, self._waiting, last), []
-            following = batch, self._encoder.start()
+            batch = _Batch(shard.encoded, self._gathered, last, self._encoder.start())
+            self._gathered = []
             self._take_rows()
-            self._behind = following
+            self._encoding = batch
         if last:
-            self._underway.popleft()
+            self._leased.popleft()
 
     def finish(self) -> None:
         """Wait until all is written."""
@@ -262,11 +265,11 @@ class _Filling:
         )
 
     def _take_rows(self) -> None:
-        """Take the rows of the previous batch, and write its shard if they are the shard's last ones."""
-        if self._behind is None:
+        """Take the rows of the batch that is being encoded, and write its shard if they are the shard's last ones."""
+        if self._encoding is None:
             return
-        (batch, wait), self._behind = self._behind, None
-        shard, encoded = batch.shard.encoded, wait()
+        batch, self._encoding = self._encoding, None
+        shard, encoded = batch.shard, batch.wait()
         shard.rows.update(encoded.rows)
         shard.finite.update(encoded.finite)
         for clip in batch.clips:
