@@ -120,21 +120,20 @@ class DecodePool(Generic[Prepared]):
             if not tasks:
                 return
             task, results = tasks.popleft(), []
-            try:
-                finished = self._result_of(task)
-            except _Killed as killed:
-                if len(task.clips) > 1:  # trying each clip alone shows which one it was
-                    tasks.extendleft(
-                        self._schedule([clip], [slot])
-                        for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
-                    )
-                    continue
-                results = [self._received(UndecodedClip(task.clips[0], str(killed)), task.slots[0])]
-            else:
-                clip_s += (finished.seconds / len(task.clips) - clip_s) / AVERAGED_TASKS
+            outcome = self._result_of(task)
+            if isinstance(outcome, _TaskResult):
+                clip_s += (outcome.seconds / len(task.clips) - clip_s) / AVERAGED_TASKS
                 results = [
-                    self._received(result, slot) for result, slot in zip(finished.results, task.slots, strict=True)
+                    self._received(result, slot) for result, slot in zip(outcome.results, task.slots, strict=True)
                 ]
+            elif len(task.clips) == 1:
+                results = [self._received(UndecodedClip(task.clips[0], outcome), task.slots[0])]
+            else:  # trying each clip alone shows which one it was
+                tasks.extendleft(
+                    self._schedule([clip], [slot])
+                    for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
+                )
+                continue
             unfinished -= len(task.clips)
 
     def _submit(self, clips: list[Clip]) -> "_Task":
@@ -152,11 +151,10 @@ class DecodePool(Generic[Prepared]):
             slots.give_back(slot)  # the child has ended or reported its error, so it no longer writes
         return result  # type: ignore[return-value]
 
-    def _result_of(self, task: "_Task") -> "_TaskResult":
-        """The result of a task.
+    def _result_of(self, task: "_Task") -> "_TaskResult | str":
+        """The result of a task; if its child was killed, the reason, which is right if the task has one clip.
 
         Raises:
-            _Killed: The child ended while it worked on the task.
             ChildProcessError: No child can be started.
         """
         try:
@@ -164,13 +162,11 @@ class DecodePool(Generic[Prepared]):
         except ProcessExpired as error:
             clip = task.clips[0]
             if error.exitcode == OUT_OF_MEMORY:
-                reason = _too_large(clip, self._video)
-            elif error.exitcode == OUT_OF_TIME:
+                return _too_large(clip, self._video)
+            if error.exitcode == OUT_OF_TIME:
                 limit = self._video.timeout_s
-                reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
-            else:
-                reason = f"the decoder of video {clip.video} died with exit code {error.exitcode}"
-            raise _Killed(reason) from error
+                return f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
+            return f"the decoder of video {clip.video} died with exit code {error.exitcode}"
         except BrokenProcessPool as error:
             raise self._children.start_error() from error
 
@@ -189,10 +185,6 @@ def slots_for(clips: int, workers: int) -> int:
     is taken next.
     """
     return clips + (2 * workers + 1) * (TOGETHER - 1)
-
-
-class _Killed(Exception):
-    """A child ended while it worked on a task; the message is the reason if the task has one clip."""
 
 
 @dataclass(frozen=True)
