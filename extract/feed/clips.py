@@ -4,7 +4,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,11 +164,8 @@ class SharedClip:
     @classmethod
     def write(cls, prepared: PreparedClip, memory: NDArray[np.uint8]) -> "SharedClip":
         """Copy the frames of `prepared` into `memory`, which is large enough; they are copied only here."""
-        kinds = (prepared.frames, *prepared.others)
-        runs: list[Sequence[NDArray | Planes]] = []
-        for frames in kinds:
-            runs += [list(frames)] if isinstance(frames, np.ndarray) else [list(run.frames) for run in frames]
         places: list[_Place] = []
+        runs = _runs(prepared)
         for run in runs:
             start = -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
             first = run[0]
@@ -181,23 +178,29 @@ class SharedClip:
                     frame.copy_to(target)
                 else:
                     np.copyto(target, frame)
-        left, *others = (
-            frames[:0] if isinstance(frames, np.ndarray) else tuple(replace(run, frames=()) for run in frames)
-            for frames in kinds
-        )
-        return cls(replace(prepared, frames=left, others=tuple(others)), tuple(places))
+        return cls(_with_runs(prepared, (run[:0] for run in runs)), tuple(places))
 
     def read(self, memory: NDArray[np.uint8], release: Callable[[], None]) -> PreparedClip:
         """The clip with its frames in `memory`, not copied."""
-        arrays, prepared = (place.within(memory) for place in self.places), self.prepared
-        first, *others = (
-            next(arrays)
-            if isinstance(frames, np.ndarray)
-            else tuple(replace(run, frames=next(arrays)) for run in frames)
-            for frames in (prepared.frames, *prepared.others)
-        )
-        used = self.places[-1].end
-        return replace(prepared, frames=first, others=tuple(others), release=release, memory=memory, memory_used=used)
+        runs, used = (place.within(memory) for place in self.places), self.places[-1].end
+        return _with_runs(self.prepared, runs, release=release, memory=memory, memory_used=used)
+
+
+def _runs(prepared: PreparedClip) -> list[Any]:
+    """The frames of each kind in runs of one size, each a sequence of arrays or `Planes`."""
+    runs: list[Any] = []
+    for frames in (prepared.frames, *prepared.others):
+        runs += [frames] if isinstance(frames, np.ndarray) else [run.frames for run in frames]
+    return runs
+
+
+def _with_runs(prepared: PreparedClip, runs: Iterator[Any], **changes: Any) -> PreparedClip:
+    """The clip with other `_runs`, in the same order, and other fields."""
+    first, *others = (
+        next(runs) if isinstance(frames, np.ndarray) else tuple(replace(run, frames=next(runs)) for run in frames)
+        for frames in (prepared.frames, *prepared.others)
+    )
+    return replace(prepared, frames=first, others=tuple(others), **changes)
 
 
 class _AfterAll:
