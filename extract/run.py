@@ -221,7 +221,7 @@ class _OpenedStore:
         clips_left = _count(still_missing(self.works, store))
         if self.works:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
-            record_job(config.store.path, stats, config.engine.name, config.engine.workers, config.video.decoder)
+            record_job(config, stats)
         catalog = store.catalog
         # A store may also have clips that the annotations no longer name.
         ids = {clip.clip_id for clip in dataset.clips}

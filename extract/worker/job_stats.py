@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from egopatch.configs.schema import Config
 from egopatch.features.storage.interface import Journal
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.values.location import Location, parse_location
@@ -114,27 +115,27 @@ def jobs_path(store: Path | str) -> Location:
     return location.with_name(location.name + ".jobs.jsonl") if isinstance(location, Path) else location / _JOBS
 
 
-def record_job(store: Path | str, stats: JobStats, engine: str, workers: int | str, decoder: str) -> None:
-    """Append one line to `jobs_path(store)`."""
+def record_job(config: Config, stats: JobStats) -> None:
+    """Append one line to the `jobs_path` of `store.path`."""
     line = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
-        "engine": engine,
-        "workers": workers,
-        "decoder": decoder,
+        "engine": config.engine.name,
+        "workers": config.engine.workers,
+        "decoder": config.video.decoder,
         "committed": stats.committed,
         "untimed": stats.untimed,
         "quarantined": stats.quarantined,
         "skipped": list(stats.skipped),
         "stages": {name: round(seconds, 3) for name, seconds in dataclasses.asdict(stats.stages).items()},
     }
-    path = jobs_path(store)
+    path = jobs_path(config.store.path)
     if isinstance(path, Path):
         with path.open("a+b") as file:
             torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
             file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
     else:
-        _jobs_journal(store).append(line)
+        _jobs_journal(config.store.path).append(line)
 
 
 def read_jobs(store: Path | str) -> list[dict[str, Any]]:

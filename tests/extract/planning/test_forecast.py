@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from egopatch.configs.schema import ConfigError
+from egopatch.configs.schema import Config, ConfigError, StoreConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.planning.forecast import ClipCost, forecast, format_duration, given_cost, measured_cost
 from egopatch.extract.worker.job_stats import JobStats, Stages, jobs_path, read_jobs, record_job
@@ -68,7 +68,7 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
     assert measured_cost(store) is None
     for clips, seconds in ((30, 60.0), (10, 20.0)):
         stages = Stages(total_s=seconds, encode_s=seconds, decode_s=seconds / 2, write_s=seconds / 4)
-        record_job(store, JobStats(committed=clips, stages=stages), engine="joblib", workers=2, decoder="pyav")
+        record_job(Config(store=StoreConfig(path=store)), JobStats(committed=clips, stages=stages))
     found = measured_cost(store)
     assert found is not None
     assert (found.encode_s, found.decode_s, found.write_s) == (2.0, 1.0, 0.5)
@@ -81,10 +81,10 @@ def test_costs_are_the_mean_over_all_jobs(tmp_path: Path) -> None:
 def test_clips_of_dead_workers_do_not_lower_the_measured_cost(tmp_path: Path) -> None:
     store = tmp_path / "store"
     all_died = JobStats(committed=10, untimed=10)
-    record_job(store, all_died, engine="joblib", workers=2, decoder="pyav")
+    record_job(Config(store=StoreConfig(path=store)), all_died)
     assert measured_cost(store) is None
     one_died = JobStats(committed=70, stages=Stages(total_s=60.0, encode_s=60.0), untimed=40)
-    record_job(store, one_died, engine="joblib", workers=2, decoder="pyav")
+    record_job(Config(store=StoreConfig(path=store)), one_died)
     found = measured_cost(store)
     assert found is not None
     assert found.encode_s == 2.0
@@ -93,12 +93,12 @@ def test_clips_of_dead_workers_do_not_lower_the_measured_cost(tmp_path: Path) ->
 
 def test_truncated_line_of_the_job_log_is_skipped(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    record_job(store, JobStats(committed=30), engine="joblib", workers=2, decoder="pyav")
+    record_job(Config(store=StoreConfig(path=store)), JobStats(committed=30))
     with jobs_path(store).open("r+b") as file:
         whole = file.read()
         file.write(whole[: len(whole) // 2])
     assert [job["committed"] for job in read_jobs(store)] == [30]
-    record_job(store, JobStats(committed=10), engine="joblib", workers=2, decoder="pyav")
+    record_job(Config(store=StoreConfig(path=store)), JobStats(committed=10))
     assert [job["committed"] for job in read_jobs(store)] == [30, 10]
 
 
