@@ -83,8 +83,9 @@ class BackgroundShardWriter:
         self._max_errors = max_errors
         self._at_once = shards_at_once()
         quantised = any(array.dtype in QUANTISED for array in store.spec.arrays)
-        shared = slots is not None and store.catalog.storage.in_place and not quantised
-        self._children = CommitProcesses(slots, self._at_once, store.format) if slots and shared else None
+        self._children: CommitProcesses | None = None
+        if slots is not None and store.catalog.storage.in_place and not quantised:
+            self._children = CommitProcesses(slots, self._at_once, store.format)
         self._leasing = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._writing = ThreadPoolExecutor(self._at_once, thread_name_prefix="shards")
         self._leases: dict[int, ExitStack] = {}
