@@ -22,12 +22,12 @@ from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
 from egopatch.extract.encoders.layers.graphs import EAGER_BATCHES, ReplayedEncoder, capture_cuda
-from egopatch.extract.errors import JobFailed
-from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
+from egopatch.extract.feed.clips import Cut, PreparedClip
 from egopatch.extract.feed.on_device import DeviceTransform
 from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.device import full_float32
+from egopatch.extract.worker.pinned import PinnedSlots, pin_in_thread, unpin
 from egopatch.extract.worker.results import ResultMemory
 from egopatch.features.common.units import counted
 from egopatch.features.values.spec import PatchTokens, StoredDtype
@@ -37,7 +37,6 @@ _COPYING = 8  # clips whose copies to the device may be on their way
 _MARKED = 4  # clips whose copies share one event
 _SIDE_BY_SIDE = 4  # clips of one size that are transformed in one call,
 _SMALL = 1 << 27  # if their float32 pixels have at most this many bytes; a larger clip keeps the GPU busy alone
-_PINNED_STEP = 1 << 20
 
 
 @dataclass
@@ -61,10 +60,13 @@ class _Group:
 
 @dataclass
 class _Received:
-    """Clips copied to the device for the next batch: in `groups`, or as runs in `others` if they are in no group."""
+    """Clips copied to the device for the next batch: in `groups`, or run by run in `others`.
+
+    `others` holds a clip's place in the batch -> its runs, each with its cut, or None if it is finished input.
+    """
 
     groups: list[_Group] = field(default_factory=list)
-    others: dict[int, list[tuple[Tensor, Pixels | None]]] = field(default_factory=dict)
+    others: dict[int, list[tuple[Tensor, Cut | None]]] = field(default_factory=dict)
     clips: int = 0
 
 
@@ -94,14 +96,16 @@ class DeviceEncoder(BatchEncoder):
     ) -> None:
         super().__init__(encoder, batch, dtype)
         self._device = next(encoder.parameters()).device
-        self._streams = torch.get_device_module(self._device)
-        self._streams.set_device(self._device)  # otherwise pinning memory would start a context on the first GPU
-        self._compute = self._streams.current_stream(self._device)
-        self._in, self._out = (torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in "io")
+        self._backend = torch.get_device_module(self._device)  # torch.cuda or torch.cpu
+        self._backend.set_device(self._device)  # otherwise pinning memory would start a context on the first GPU
+        self._compute = self._backend.current_stream(self._device)
+        self._in, self._out = (
+            torch.cuda.Stream(self._device) if self._on_cuda else torch.cpu.Stream() for _ in range(2)
+        )
         self._transform = DeviceTransform(transform, encoder.size, self._device)
-        self._pinned_slots = _PinnedSlots() if self._on_cuda else None
-        pin, unpin = (partial(_pin_there, self._device), _unpin) if self._on_cuda else (_nothing, _nothing)
-        self._results = ResultMemory(batches, batch * self._row_bytes(), pin, unpin)
+        self._pinned_slots = PinnedSlots() if self._on_cuda else None
+        pinning = (partial(pin_in_thread, self._device), unpin) if self._on_cuda else (_nothing, _nothing)
+        self._results = ResultMemory(batches, batch * self._row_bytes(), *pinning)
         self.slots = self._results.slots
         self._frames: Tensor | None = None
         self._encode: Callable[[], PatchTokens] = self._encode_eagerly
@@ -117,7 +121,7 @@ class DeviceEncoder(BatchEncoder):
         return self._device.type == "cuda"
 
     def __exit__(self, *_: object) -> None:
-        self._streams.synchronize(self._device)  # copies may still read memory that is about to be freed
+        self._backend.synchronize(self._device)  # copies may still read memory that is about to be freed
         del self._encode  # a reference cycle, which would keep the memory until a collection
         self._results.close()
         if self._pinned_slots:
@@ -136,24 +140,24 @@ class DeviceEncoder(BatchEncoder):
         if self._pinned_slots and clip.memory is not None:
             self._pinned_slots.cover(clip.memory, clip.memory_used)
         received, place = self._received, self._received.clips
-        with self._streams.stream(self._in):
+        with self._backend.stream(self._in):
             if isinstance(clip.frames, tuple) and len(clip.frames) == 1:
                 run = clip.frames[0]
                 frames = torch.from_numpy(np.asarray(run.frames))
                 self._require_frames(len(frames))
-                group = self._group_for(run, frames)
+                group = self._group_for(frames, run.cut)
                 group.pixels[len(group.places)].copy_(frames, non_blocking=True)
                 group.places.append(place)
             else:
-                runs: list[tuple[NDArray, Pixels | None]] = (
+                runs: list[tuple[NDArray, Cut | None]] = (
                     [(clip.frames, None)]
                     if isinstance(clip.frames, np.ndarray)
-                    else [(np.asarray(run.frames), run) for run in clip.frames]
+                    else [(np.asarray(run.frames), run.cut) for run in clip.frames]
                 )
                 self._require_frames(sum(len(frames) for frames, _ in runs))
                 received.others[place] = [
-                    (torch.from_numpy(frames).to(self._device, non_blocking=True, copy=True), run)
-                    for frames, run in runs
+                    (torch.from_numpy(frames).to(self._device, non_blocking=True, copy=True), cut)
+                    for frames, cut in runs
                 ]
         received.clips += 1
         self._unmarked.append(clip)
@@ -166,18 +170,18 @@ class DeviceEncoder(BatchEncoder):
         if count != self._encoder.num_frames:
             raise ValueError(f"a clip has {counted(count, 'frame')}; this encoder takes {self._encoder.num_frames}")
 
-    def _group_for(self, run: Pixels, frames: Tensor) -> _Group:
+    def _group_for(self, frames: Tensor, cut: Cut) -> _Group:
         """A group with room for these frames."""
         for group in reversed(self._received.groups):
-            if (group.pixels.shape[1:], group.cut) == (frames.shape, run.cut):
+            if (group.pixels.shape[1:], group.cut) == (frames.shape, cut):
                 if group.is_full:
                     break
                 return group
         # The number depends only on the size, so that a clip's bits do not depend on other clips.
-        window = run.cut.window
+        window = cut.window
         count = min(_SIDE_BY_SIDE, max(_SMALL // (4 * len(frames) * 3 * window.height * window.width), 1))
         pixels = torch.empty((count, *frames.shape), dtype=torch.uint8, device=self._device)
-        self._received.groups.append(_Group(pixels, run.cut))
+        self._received.groups.append(_Group(pixels, cut))
         return self._received.groups[-1]
 
     def _held(self) -> int:
@@ -217,7 +221,7 @@ class DeviceEncoder(BatchEncoder):
         self._out.wait_stream(self._compute)
         done = self._event()
         outputs = self._results.like(results)
-        with self._streams.stream(self._out):
+        with self._backend.stream(self._out):
             for name, tensor in results.items():
                 outputs[name].copy_(tensor, non_blocking=True)
             done.record(self._out)
@@ -255,9 +259,9 @@ class DeviceEncoder(BatchEncoder):
                     frames_btchw[place] = inputs[number]
         for place, runs in received.others.items():
             first = 0
-            for tensor, pixels in runs:
+            for tensor, cut in runs:
                 target = frames_btchw[place, first : first + len(tensor)]
-                target.copy_(tensor if pixels is None else self._transform(tensor, pixels.cut))
+                target.copy_(tensor if cut is None else self._transform(tensor, cut))
                 first += len(tensor)
         frames_btchw[received.clips :] = frames_btchw[received.clips - 1]
 
@@ -295,70 +299,6 @@ class _Clock:
             self._events[number].record(self._stream)
         else:
             self._times.append(time.perf_counter())
-
-
-class _PinnedSlots:
-    """Slots that CUDA copies from directly: each is registered at its first use, and only as far as it was used.
-
-    Registering takes the memory for good, and most slots would never be full.
-    """
-
-    def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}
-
-    def cover(self, memory: NDArray[np.uint8], used: int) -> None:
-        """Register the first `used` bytes of a slot, unless this was done before.
-
-        Raises:
-            JobFailed: CUDA refuses.
-        """
-        address = memory.ctypes.data
-        known = self._sizes.get(address, 0)
-        if known >= used:
-            return
-        if known:
-            self._release(address)
-        size = min(-(-used // _PINNED_STEP) * _PINNED_STEP, memory.nbytes)
-        _pin(memory[:size])
-        self._sizes[address] = size
-
-    def release(self) -> None:
-        """Undo all registrations."""
-        for address in tuple(self._sizes):
-            self._release(address)
-
-    def _release(self, address: int) -> None:
-        _unregister(address)
-        del self._sizes[address]
-
-
-def _pin(memory: NDArray[np.uint8]) -> None:
-    """Register memory for copies that need no CPU.
-
-    Raises:
-        JobFailed: CUDA refuses.
-    """
-    result = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-    _require(result, f"pin {memory.nbytes} bytes of memory")
-
-
-def _pin_there(device: torch.device, memory: NDArray[np.uint8]) -> None:
-    """Pin `memory` in another thread, which starts on the first GPU."""
-    torch.cuda.set_device(device)
-    _pin(memory)
-
-
-def _unpin(memory: NDArray[np.uint8]) -> None:
-    _unregister(memory.ctypes.data)
-
-
-def _unregister(address: int) -> None:
-    _require(torch.cuda.cudart().cudaHostUnregister(address), "release pinned memory")
-
-
-def _require(result: Any, what: str) -> None:
-    if result != torch.cuda.cudart().cudaError.success:
-        raise JobFailed(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")
 
 
 def _nothing(_: NDArray[np.uint8]) -> None:
