@@ -45,7 +45,7 @@ def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) 
                 encoder.add(prepared[i % len(prepared)])
             return encoder.start()
 
-        for _ in range(encoder.slow):
+        for _ in range(encoder.slow_batches):
             start()()
         rounds = max(clips // encoder.size, 1)
         started = time.perf_counter()

@@ -13,7 +13,7 @@ from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.datasets.origins import others_line
 from egopatch.extract.engines.job_slice import ALL_SHARDS, Slice
 from egopatch.extract.errors import JobFailed
-from egopatch.extract.worker.bounds import bound_line, ceilings
+from egopatch.extract.worker.bottleneck import bottleneck_line, ceilings
 from egopatch.features.common.command_line import INTERRUPTED, messages_apart, print_result
 from egopatch.features.common.signals import REQUEUE, start_trackers
 from egopatch.features.common.units import counted
@@ -159,7 +159,7 @@ def _report(config: Config, result: "ExtractionResult", args: Sequence[str]) -> 
         print(others_line(result.others))
     if stats.stages.total_s:
         print(f"time: {stats.stages}")
-    if line := bound_line(ceilings(stats), stats.stages.starting):
+    if line := bottleneck_line(ceilings(stats), stats.stages.starting):
         print(line)
     for array, error in result.reconstruction_error.items():
         print(f"{array} in {config.store.dtype}: reconstruction error {error:.2%} of their size (worst clip)")

@@ -10,7 +10,7 @@ from egopatch.configs.schema import Config
 from egopatch.extract.commands.again import after_quarantine
 from egopatch.extract.datasets import Clip, DatasetError, load_clips
 from egopatch.extract.datasets.origins import compare_origins, others_line
-from egopatch.extract.worker.bounds import bound_line, ceilings
+from egopatch.extract.worker.bottleneck import bottleneck_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
 from egopatch.features.common.units import format_bytes
 from egopatch.features.state.counts import count_clips, first_in_quarantine, machines_line, read_ledger
@@ -45,7 +45,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     lines = ["stale clips: not checked: the annotations cannot be read"] if check is None else check.lines()
     if line := machines_line(machines):
         lines.append(line)
-    if line := bound_line(rates, jobs[-1].stages.starting if jobs else 0.0):
+    if line := bottleneck_line(rates, jobs[-1].stages.starting if jobs else 0.0):
         lines.append(f"the last job was {line}")
     for line in lines:
         print(name_experiment(line, args))

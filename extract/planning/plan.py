@@ -15,7 +15,7 @@ from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.planning.forecast import Forecast, forecast, format_duration, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
-from egopatch.extract.worker.bounds import bound_line
+from egopatch.extract.worker.bottleneck import bottleneck_line
 from egopatch.extract.worker.device import arithmetic_advice, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
@@ -170,7 +170,7 @@ def format_plan(plan: Plan) -> str:
             f"time       about {format_duration(plan.hours)}: {plan.seconds_per_clip:.3f} s a clip, measured on "
             f"{plan.probed}"
         )
-    if line := bound_line(plan.ceilings):
+    if line := bottleneck_line(plan.ceilings):
         lines.append(f"bound      {line.removeprefix('bound by ')}")
     if plan.unrecorded:
         lines.append(f"note       {unrecorded_line(plan.unrecorded)}")
@@ -234,7 +234,7 @@ def _probe(job: ExtractionJob, sample: list[Clip]) -> dict[str, float]:
     if not kept:
         return rates
     with shortage_explained(config.encoder), job.open_batch_encoder() as encoder:
-        for _ in range(encoder.slow + 1):
+        for _ in range(encoder.slow_batches + 1):
             warm = encoder.seconds + encoder.handover_s
             for i in range(encoder.size):
                 encoder.add(kept[i % len(kept)])

@@ -50,7 +50,7 @@ class BatchEncoder(ABC):
     Attributes:
         size: See above.
         held: Number of clips whose frames it may use at a time; each is released as soon as possible.
-        slow: Number of batches at the start that take longer than all others.
+        slow_batches: Number of batches at the start that take longer than all others.
         seconds: Time that this process has spent so far on starting batches and on waiting for them.
         handover_s: Time that it has spent on taking clips.
         busy_s: Time for which the encoder has computed.
@@ -58,7 +58,7 @@ class BatchEncoder(ABC):
     """
 
     held: int
-    slow = 1
+    slow_batches = 1
     slots: SharedSlots | None = None
 
     def __init__(self, encoder: VideoEncoder, size: int, dtype: StoredDtype) -> None:

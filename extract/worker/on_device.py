@@ -83,7 +83,7 @@ class DeviceEncoder(BatchEncoder):
     """
 
     held = _COPYING
-    slow = EAGER_BATCHES  # the graph is made in the last of these
+    slow_batches = EAGER_BATCHES  # the graph is made in the last of these
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class DeviceEncoder(BatchEncoder):
         clock.stop()
         self._out.wait_stream(self._compute)
         done = self._event()
-        outputs = self._results.like(results)
+        outputs = self._results.empty_like(results)
         with self._backend.stream(self._out):
             for name, tensor in results.items():
                 outputs[name].copy_(tensor, non_blocking=True)

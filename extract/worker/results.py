@@ -64,7 +64,7 @@ class ResultMemory:
         self._pinned.clear()
         self.slots.close()
 
-    def like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def empty_like(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the host of the same shapes and dtypes, in a free buffer; it is free again when all are dropped.
 
         Raises:

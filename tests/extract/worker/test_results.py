@@ -16,13 +16,13 @@ def nothing(_: np.ndarray) -> None:
 
 def test_a_buffer_is_free_when_its_last_row_is_dropped() -> None:
     memory = ResultMemory(40, 1000, nothing, nothing)
-    first = memory.like(BATCH)
+    first = memory.empty_like(BATCH)
     for name, tensor in BATCH.items():
         assert (first[name].shape, first[name].dtype) == (tensor.shape, tensor.dtype)
         first[name].fill_(1)
     row = {name: tensor[1] for name, tensor in first.items()}
     del first
-    others = [memory.like(BATCH) for _ in range(20)]
+    others = [memory.empty_like(BATCH) for _ in range(20)]
     for other in others:
         for tensor in other.values():
             tensor.fill_(2)
@@ -31,7 +31,7 @@ def test_a_buffer_is_free_when_its_last_row_is_dropped() -> None:
     assert made >= 21
     others.clear()
     for _ in range(50):
-        memory.like(BATCH)
+        memory.empty_like(BATCH)
     assert memory.buffers <= made + 1, "buffers that are free are not used again"
     memory.close()
 
@@ -40,7 +40,7 @@ def test_memory_is_pinned_before_it_is_used_and_unpinned_at_the_end() -> None:
     pinned: list[int] = []
     unpinned: list[int] = []
     memory = ResultMemory(8, 100, lambda m: pinned.append(m.ctypes.data), lambda m: unpinned.append(m.ctypes.data))
-    rows = memory.like(BATCH)
+    rows = memory.empty_like(BATCH)
     assert rows["patches"].data_ptr() in pinned
     memory.close()
     assert sorted(unpinned) == sorted(pinned)
@@ -53,5 +53,5 @@ def test_failure_to_pin_memory_is_raised_to_the_caller() -> None:
 
     memory = ResultMemory(8, 1000, refuse, nothing)
     with pytest.raises(JobFailed, match="cannot pin 1000 bytes"):
-        memory.like(BATCH)
+        memory.empty_like(BATCH)
     memory.close()

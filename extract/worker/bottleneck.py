@@ -31,27 +31,27 @@ def ceilings(stats: JobStats) -> dict[str, float]:
     return {name: stats.timed / spent for name, spent in seconds.items() if spent > 0 and stats.timed}
 
 
-def bound_line(found: Mapping[str, float], starting: float = 0.0) -> str | None:
+def bottleneck_line(rates: Mapping[str, float], starting: float = 0.0) -> str | None:
     """One line: the slowest stage, its ceiling, what raises it, and the other ceilings; None if nothing is known.
 
     A stage a thousand times as fast as the slowest, such as hand-over if a CPU encodes, is left out.
 
     Args:
-        found: Result of `ceilings`.
+        rates: Result of `ceilings`.
         starting: Share of the job's time that passed before its first clip was decoded. From a half on, the line names
             that instead of what raises the slowest stage.
     """
-    if not found:
+    if not rates:
         return None
-    first, *others = sorted(found, key=found.__getitem__)
-    others = [name for name in others if found[name] < 1000 * found[first]]
+    slowest, *others = sorted(rates, key=rates.__getitem__)
+    others = [name for name in others if rates[name] < 1000 * rates[slowest]]
     rest = ", ".join(
-        f"{name} {found[name]:.0f}" if found[name] >= 10 else f"{name} {found[name]:.1f}" for name in others
+        f"{name} {rates[name]:.0f}" if rates[name] >= 10 else f"{name} {rates[name]:.1f}" for name in others
     )
     short = starting >= 0.5
     return (
         ("bound by its start, which any job has once; a longer one is " if short else "")
-        + f"bound by {first}, at most {found[first]:.1f} clips/s per worker"
+        + f"bound by {slowest}, at most {rates[slowest]:.1f} clips/s per worker"
         + (f" (the others: {rest})" if rest else "")
-        + ("" if short else f"; {REMEDIES[first]}")
+        + ("" if short else f"; {REMEDIES[slowest]}")
     )

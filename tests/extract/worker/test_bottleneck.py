@@ -1,6 +1,6 @@
 """The bottleneck of a job is named, with the maximum throughput of each stage."""
 
-from egopatch.extract.worker.bounds import REMEDIES, bound_line, ceilings
+from egopatch.extract.worker.bottleneck import REMEDIES, bottleneck_line, ceilings
 from egopatch.extract.worker.job_stats import JobStats, Stages, stats_of
 
 STAGES = Stages(total_s=10, decode_s=32, decoders_s=8, handover_s=0.5, encode_s=9, busy_s=4, write_s=2)
@@ -10,7 +10,7 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
     found = ceilings(JobStats(committed=400, stages=STAGES))
     # The encoder computed for four of its nine seconds; it waited for clips in the others.
     assert found == {"decoding": 50, "hand-over": 800, "encoder": 100, "disk": 200}
-    line = bound_line(found)
+    line = bottleneck_line(found)
     assert line is not None
     assert line.startswith(
         "bound by decoding, at most 50.0 clips/s per worker (the others: encoder 100, disk 200, hand-over 800); "
@@ -20,8 +20,8 @@ def test_the_slowest_stage_is_named_with_its_remedy() -> None:
 
 def test_a_job_that_mostly_started_is_not_told_to_add_hardware() -> None:
     rates = ceilings(JobStats(committed=400, stages=STAGES))
-    assert bound_line(rates, Stages(total_s=10, start_s=4.9).starting) == bound_line(rates)
-    assert bound_line(rates, Stages(total_s=10, start_s=8).starting) == (
+    assert bottleneck_line(rates, Stages(total_s=10, start_s=4.9).starting) == bottleneck_line(rates)
+    assert bottleneck_line(rates, Stages(total_s=10, start_s=8).starting) == (
         "bound by its start, which any job has once; a longer one is bound by decoding, at most 50.0 clips/s per "
         "worker (the others: encoder 100, disk 200, hand-over 800)"
     )
@@ -36,7 +36,7 @@ def test_a_bucket_is_not_sped_up_by_a_disk() -> None:
 
 
 def test_a_stage_that_takes_no_time_is_not_mentioned() -> None:
-    line = bound_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
+    line = bottleneck_line({"decoding": 10.6, "hand-over": 253043.4, "disk": 22.4})
     assert line is not None
     assert line.startswith("bound by decoding, at most 10.6 clips/s per worker (the others: disk 22); ")
 
@@ -55,4 +55,4 @@ def test_jobs_of_earlier_versions_report_only_the_recorded_stages() -> None:
 
 def test_job_without_clips_has_no_bound() -> None:
     assert ceilings(JobStats(stages=STAGES)) == {}
-    assert bound_line({}) is None
+    assert bottleneck_line({}) is None
