@@ -180,6 +180,18 @@ def test_a_derived_store_trains_with_the_losses_of_its_parent(tiny: Config, tmp_
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
+def test_a_refused_head_leaves_the_folder_to_the_corrected_one(tiny: Config, tmp_path: Path) -> None:
+    derive(tiny.store.path, tmp_path / "small", keep=0.25)
+    small = with_run(tiny, "psa", store_path=tmp_path / "small", train_epochs=1, head_coarse=False)
+    for train in (fit, lambda config, command: run_sweep(config, seeds=[0], command=command)):
+        with pytest.raises(ConfigError, match=r"head\.ratio 0\.5 with .* keeps 6 of 12 patches a frame"):
+            train(with_run(small, "psa", head_ratio=0.5), "x")
+        train(with_run(small, "psa", head_ratio=0.25), "x")
+        # The folder of a run that was trained stays its own.
+        with pytest.raises(ConfigError, match=r"holds a run with different settings"):
+            train(with_run(small, "psa", head_ratio=0.25, train_epochs=2), "x")
+
+
 def test_an_unwritable_run_folder_names_its_option(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

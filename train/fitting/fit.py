@@ -71,8 +71,6 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
             return _evaluate(config, ranks, folder)
         started = time.monotonic()
         experiment = open_experiment(config, ranks=ranks)
-        # Only now: a config whose data cannot be read, such as one with a misspelled path, must not claim a folder.
-        ranks.broadcast(lambda: run_folder.claim(folder, config))
         for line in experiment.data_lines:
             ranks.print_once(line)
         group = RunGroup([config], experiment, config.train.seed, folder / LAST)

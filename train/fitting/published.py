@@ -68,8 +68,8 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
         hold_when_free(folder, ranks, lambda: run_folder.require_untrained(folder)),
         shortage_explained(config.train, folder),
     ):
-        ranks.broadcast(lambda: run_folder.claim(folder, config))
         head = build_head(config, experiment.sizes).to(experiment.device)
+        ranks.broadcast(lambda: run_folder.claim(folder, config))
         train = replace(config.train, ema=0.0)
         heads = StackedHeads([head], [train.seed], train, 0, experiment.device)
         run, batch_size = TrainingRun(config, experiment), config.train.batch

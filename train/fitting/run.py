@@ -43,7 +43,7 @@ class TrainingRun:
     """The log, the best epoch so far, and the results of one run; only the first rank writes.
 
     Args:
-        config: Config of this run; its folder is already claimed.
+        config: Config of this run.
 
     Attributes:
         best: Epoch and accuracies of the best epoch on *val* so far.

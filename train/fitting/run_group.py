@@ -33,10 +33,11 @@ SAVING_SHARE = 0.05
 
 
 class RunGroup:
-    """Runs of one head shape on one reading of the features.
+    """Runs of one head shape on one reading of the features; claims their folders.
 
     Args:
-        configs: Configs of the runs; they differ only in `head.ratio`, `train.seed` and `run.dir`.
+        configs: Configs of the runs; they differ only in `head.ratio`, `train.seed` and `run.dir`. The caller holds the
+            leases of their folders.
         order_seed: Seed of the order of the batches.
         path: File to resume from.
 
@@ -46,7 +47,8 @@ class RunGroup:
         selection: Implementation of `select_attend` and why it was chosen; None for heads that do not select.
 
     Raises:
-        ConfigError: `head.implementation` cannot run here.
+        ConfigError: `head.implementation` cannot run here, the head does not fit the store, or a folder holds a run
+            with other settings.
         RunError: The file is damaged, or was saved with other features, answers or questions, another order or other
             runs; or clips that the runs were trained on have been encoded again.
     """
@@ -54,6 +56,10 @@ class RunGroup:
     def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
         self.runs = [TrainingRun(config, experiment) for config in configs]
         self.heads = build_stacked_heads(configs, experiment, order_seed)
+        self.selection = choose_selection(configs, experiment)
+        # Only now: a config whose data or head is refused must not claim a folder that the corrected one needs.
+        for config in configs:
+            experiment.ranks.broadcast(partial(run_folder.claim, config.run.dir, config))
         self.path = path
         self.position = (0, 0)
         self._experiment, self._order_seed = experiment, order_seed
@@ -69,7 +75,6 @@ class RunGroup:
         else:
             for run in self.runs:
                 run.record_data()
-        self.selection = choose_selection(configs, experiment)
         for run in self.runs:
             run.open_log(self.heads.step, self.resumed)
             if self.selection is not None:

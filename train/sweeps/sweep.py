@@ -232,8 +232,6 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
                     continue
                 if not plan.path.exists() and any(map(_finished, plan.configs)):
                     continue  # another process has just finished some of the runs: plan the others again
-                for config in plan.configs:
-                    run_folder.claim(config.run.dir, config)
                 # A later process reads this file, because only the same runs can resume from the group's position.
                 names = [config.run.dir.name for config in plan.configs]
                 _remove_unsaved(plan.path.parent, names)
