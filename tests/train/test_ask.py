@@ -217,6 +217,10 @@ def test_best_run_picks_the_best_val_head_with_real_weights(tmp_path: Path) -> N
     assert best_run(folders, "direct", Fingerprint({"depth": 6, "frames": 4})) == best
     with pytest.raises(RunError, match=r"and was trained on the features of this store; .*`egopatch demo --small"):
         best_run(folders, "direct", Fingerprint({"depth": 1}))
+    for folder in (best, tmp_path / "runs" / "random", tmp_path / "runs" / "worse"):
+        (folder / "best.safetensors").unlink()
+    with pytest.raises(RunError, match=r"/runs holds only heads that choose among options, such as .*/choice;"):
+        best_run(folders, split="direct")
 
 
 def test_ask_usage_errors_print_one_line(

@@ -32,10 +32,19 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
     Raises:
         RunError: No trained head there reads video and has an answer vocabulary.
     """
+    choosers: list[Run] = []
     for folder in folders:
-        if runs := [run for run in _runs(folder) if _can_answer(run, split, features)]:
+        able = [run for run in _runs(folder) if _is_usable(run, split, features)]
+        if runs := [run for run in able if _has_vocabulary(run)]:
             return max(runs, key=lambda run: (not is_standin(run.card), -math.inf if run.val is None else run.val)).dir
+        choosers += able
     names = " or ".join(map(str, folders))
+    if choosers:
+        raise RunError(
+            f"{names} holds only heads that choose among options, such as {choosers[0].dir}; expected one with an "
+            "answer vocabulary: train it on questions with answers in place of options (data.questions), or name its "
+            "folder with --run"
+        )
     about = "" if features is None else " and was trained on the features of this store"
     raise RunError(
         f"{names} holds no trained head that reads video{about}; train one with `egopatch train fit --config CONFIG`, "
@@ -62,17 +71,20 @@ def _runs(folder: Path) -> list[Run]:
         return []
 
 
-def _can_answer(run: Run, split: str | None, features: Fingerprint | None) -> bool:
+def _is_usable(run: Run, split: str | None, features: Fingerprint | None) -> bool:
     try:
         video = reads_video(str(run.card.get("model")))
     except ConfigError:  # the package that registers the head is not installed here
         return False
-    answers, trained_on = run.card.get("answers") or (), run.card.get("fingerprint")
+    trained_on = run.card.get("fingerprint")
     return (
         video
         and (run.dir / WEIGHTS).is_file()
         and (run.dir / CONFIG).is_file()
-        and not set(answers) <= set(UNKNOWN_ANSWERS)
         and split in (None, run.split)
         and (features is None or (trained_on is not None and not features.differences(Fingerprint(trained_on), "", "")))
     )
+
+
+def _has_vocabulary(run: Run) -> bool:
+    return not set(run.card.get("answers") or ()) <= set(UNKNOWN_ANSWERS)
