@@ -251,6 +251,18 @@ def test_a_repeated_seed_is_counted_once(tmp_path: Path, capsys: pytest.CaptureF
     assert "b: ignored, because it repeats seed 0 of a" in capsys.readouterr().err
 
 
+def test_a_trained_run_comes_before_its_evaluation_in_another_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluated, trained = (write_run(tmp_path, name) for name in ("a", "b"))
+    for name in ("best.safetensors", "log.jsonl"):
+        (evaluated / name).unlink(missing_ok=True)  # as `train evaluate --from` leaves it
+        (trained / name).touch()
+    write_table(NO_ANNOTATIONS, tmp_path)
+    assert "(<b/best.safetensors>)" in (tmp_path / "table.md").read_text()
+    assert "a: ignored, because it repeats seed 0 of b" in capsys.readouterr().err
+
+
 def test_runs_on_different_data_or_questions_are_not_counted_as_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

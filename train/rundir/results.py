@@ -291,7 +291,8 @@ def _run_folders(folder: Path) -> list[Path]:
 def _rows_of(system: str, split: str, runs: list[Run], folder: Path, problems: list[str]) -> list[Row]:
     """One row per setting of one system on one split."""
     settings: dict[str, list[Run]] = {}
-    for run in runs:
+    # Results of `train evaluate --from` come last: they have neither weights nor a log, and may repeat a trained run.
+    for run in sorted(runs, key=lambda run: not (run.dir / WEIGHTS).exists()):
         setting = [run.options, run.features]
         settings.setdefault(json.dumps(setting, sort_keys=True, default=str), []).append(run)
     groups = sorted(settings.values(), key=lambda group: (-len(group), str(group[0].dir)))
