@@ -14,7 +14,7 @@ from egopatch.configs.schema import Config, ConfigError, HeadConfig, TrainConfig
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.datasets.records import Part
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
-from egopatch.features import create_store, open_store
+from egopatch.features import FingerprintMismatch, create_store, open_store
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.explanation.explain import explain
 from egopatch.train.fitting.answers import Answers, PartScorer, score_part
@@ -350,6 +350,23 @@ def test_a_head_trained_elsewhere_is_evaluated_on_another_data_set(choice: Confi
     (begun.run.dir / "last.pt").touch()  # of a training that was interrupted in its first epoch
     with pytest.raises(RunError, match=r"holds a head that was trained there; use another --run.dir"):
         evaluate(begun, source=trained.run.dir)
+    # A refusal names the folder of the head, not the one that its results would go to.
+    older = tmp_path / "older"
+    shutil.copytree(trained.run.dir, older)
+    card = json.loads((older / "card.json").read_text())
+    for changed, message in (
+        (
+            {"fingerprint": card["fingerprint"] | {"depth": 1}},
+            r"older was trained on features .* such as .*/older/config",
+        ),
+        (
+            {"answers": ["<UNK0>", "<UNK1>", "cup"]},
+            r"older has an answer vocabulary but the questions in .* have options;",
+        ),
+    ):
+        (older / "card.json").write_text(json.dumps(card | changed))
+        with pytest.raises((FingerprintMismatch, RunError), match=message):
+            evaluate(with_run(there, "refused"), source=older)
     # Its results count neither as a run of a sweep nor as a finished training.
     elsewhere = with_run(trained, "sweeps/seeds/seed-1")
     evaluate(elsewhere, source=trained.run.dir)

@@ -12,6 +12,7 @@ import torch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import PARTS, Dataset, Question, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.extract.encoders import find_network
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
@@ -242,6 +243,14 @@ def _text_rows(questions: Sequence[Question]) -> dict[str, int]:
 
 
 def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
+    chooses = set(card.answers) <= set(UNKNOWN_ANSWERS)
+    has_options = any(question.options for part in PARTS for question in dataset.questions[part])
+    if chooses != has_options:
+        way, kind = "chooses among options" if chooses else "has an answer vocabulary", "" if has_options else "no "
+        raise RunError(
+            f"the head in {config.run.dir} {way} but the questions in {config.data.root} have {kind}options; expected "
+            "questions of the kind that it was trained on"
+        )
     if card.answers != dataset.answers:
         raise RunError(
             f"the head in {config.run.dir} was trained on {counted(len(card.answers), 'answer')} but "

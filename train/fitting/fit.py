@@ -226,7 +226,8 @@ def _evaluate(config: Config, ranks: Distributed, source: Path, new_card: Card |
     if card.model != config.head.name:
         raise RunError(f"{source} holds a {card.model} head but head.name is {config.head.name!r}; check run.dir")
     config = trained_config(config, card)
-    experiment = open_experiment(config, card, ranks)
+    # Refusals of the head name the folder that it is in.
+    experiment = open_experiment(replace(config, run=replace(config.run, dir=source)), card, ranks)
     if source == config.run.dir:
         experiment.require_trained_on(source)
     _, heads = open_head(config, source, card, experiment.sizes, experiment.device, ranks)
