@@ -4,6 +4,7 @@ Children that do this need no torch, whose import would cost each of them a seco
 """
 
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 from egopatch.extract.children.limits import clock_stopped
 from egopatch.extract.feed.clips import Cut, Frames, Pixels
 from egopatch.extract.video.frames import DecodedClip
-from egopatch.extract.video.planes import Planes, even
-from egopatch.extract.video.transforms import Transform
+from egopatch.extract.video.planes import Colours, Planes, even
+from egopatch.extract.video.transforms import Transform, Window
 
 
 def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:
@@ -29,16 +30,21 @@ def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most:
 
 def _cut(decoded: DecodedClip[Any], transform: Transform) -> tuple[Pixels, ...]:
     """The frames in runs of equal size and kind; nothing is copied."""
-    runs: list[tuple[Cut, list[Any]]] = []
-    for frame in decoded.frames:
-        window = transform.looks_at(*frame.shape[:2])
-        if isinstance(frame, Planes):
-            cut = Cut(frame.shape, even(window), frame.colours)
-            part: NDArray[np.uint8] | Planes = frame.cut(cut.window)
-        else:
-            cut = Cut(frame.shape[:2], window)
-            part = frame[window.top : window.top + window.height, window.left : window.left + window.width]
-        if not runs or runs[-1][0] != cut:
-            runs.append((cut, []))
-        runs[-1][1].append(part)
-    return tuple(Pixels(parts, cut) for cut, parts in runs)
+    runs = []
+    for (size, colours), frames in groupby(decoded.frames, _size_and_colours):
+        window = transform.looks_at(*size)
+        if colours is not None:
+            window = even(window)
+        runs.append(Pixels([_part(frame, window) for frame in frames], Cut(size, window, colours)))
+    return tuple(runs)
+
+
+def _size_and_colours(frame: NDArray[np.uint8] | Planes) -> tuple[tuple[int, int], Colours | None]:
+    height, width = frame.shape[:2]
+    return (height, width), frame.colours if isinstance(frame, Planes) else None
+
+
+def _part(frame: NDArray[np.uint8] | Planes, window: Window) -> Any:
+    if isinstance(frame, Planes):
+        return frame.cut(window)
+    return frame[window.top : window.top + window.height, window.left : window.left + window.width]
