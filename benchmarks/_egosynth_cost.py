@@ -22,7 +22,7 @@ def cost_of(config: Config) -> dict[str, float]:
     Other work on the machine changes CPU time less than wall time.
     """
     experiment = open_experiment(config)
-    head = build_stacked_heads([config], experiment, config.train.seed)
+    head = build_stacked_heads([config], experiment)
     if not head.steps:
         return {}
     plan = plan_batches(experiment.train_table, config.train.batch, config.train.seed, 0)[:TIMED_STEPS]

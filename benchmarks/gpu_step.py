@@ -59,7 +59,7 @@ class Steps:
         for config in configs:
             run_folder.claim(config.run.dir, config)
         self.experiment = experiment
-        self.group = RunGroup(configs, experiment, 0, configs[0].run.dir / LAST)
+        self.group = RunGroup(configs, experiment, configs[0].run.dir / LAST)
         self.plan = plan_batches(experiment.train_table, configs[0].train.batch, 0)
         most = configs[0].train.batch
         self.size = BatchSize.covering(experiment.train_table, self.plan, most) if captured else None

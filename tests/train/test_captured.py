@@ -44,7 +44,7 @@ def epoch(experiment: Experiment, padded: bool, seed: int = 0) -> Iterator[Batch
 def trace(config: Config, experiment: Experiment, padded: bool, seeds: tuple[int, ...] = (0,)) -> list[list[float]]:
     """Losses and norms of the steps of two epochs."""
     configs = [with_run(config, f"seed{seed}", train_seed=seed) for seed in seeds]
-    heads = build_stacked_heads(configs, experiment, 0)
+    heads = build_stacked_heads(configs, experiment)
     steps = [heads.learn(batch) for seed in range(2) for batch in epoch(experiment, padded, seed)]
     return [step.values.flatten().tolist() for step in steps if step is not None]
 
@@ -293,7 +293,7 @@ def test_measure_is_not_called_on_a_head_that_reads_no_video(tiny: Config) -> No
 
     register_head(Head("no-video", lambda _, sizes: Measures(1, sizes.answers), reads_video=False), replace=True)
     config = with_run(tiny, "no-video", head_name="no-video")
-    build_stacked_heads([config], open_experiment(config), 0)
+    build_stacked_heads([config], open_experiment(config))
 
 
 def test_a_head_with_one_parameter_under_two_names_is_refused(tiny: Config) -> None:
@@ -306,4 +306,4 @@ def test_a_head_with_one_parameter_under_two_names_is_refused(tiny: Config) -> N
     register_head(Head("tied", lambda _, sizes: Tied(sizes.answers)), replace=True)
     config = with_run(tiny, "tied", head_name="tied")
     with pytest.raises(ConfigError, match=r"head tied has one parameter under two names, look\.weight and see\.weight"):
-        build_stacked_heads([config], open_experiment(config), 0)
+        build_stacked_heads([config], open_experiment(config))

@@ -277,7 +277,7 @@ def test_settings_unfit_for_multiple_choice_are_refused(choice: Config, tmp_path
     with pytest.raises(
         ConfigError, match=r"label_smoothing is 0\.1, but some questions have fewer than 4 options; use 0"
     ):
-        build_stacked_heads([smooth], experiment, 0)
+        build_stacked_heads([smooth], experiment)
     fit(with_run(choice, "sharp", train_epochs=1), "x")
     assert evaluate(with_run(choice, "sharp", train_label_smoothing=0.1)).all.n  # labels are smoothed in training alone
     other = with_run(write_tiny(tmp_path / "open"), "open", head_name="longest-option")

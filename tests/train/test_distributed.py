@@ -101,7 +101,7 @@ def test_gradients_of_rank_slices_sum_to_those_of_the_batch(alone: dict[str, Con
     experiment = open_experiment(alone[name])
     features, table = experiment.features, experiment.train_table
     for rows in plan_batches(table, 17, seed=0)[:3]:
-        stack = build_stacked_heads([alone[name]], experiment, order_seed=0)
+        stack = build_stacked_heads([alone[name]], experiment)
 
         def learned(batch: Batch, stack: StackedHeads = stack) -> tuple[Tensor, dict[str, Tensor]]:
             stack._head.train()

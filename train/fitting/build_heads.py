@@ -64,7 +64,7 @@ def selected_widths(config: Config, sizes: Sizes) -> list[int]:
     return [sizes.width, kernel_width(sizes.width)] if config.head.coarse else [sizes.width]
 
 
-def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order_seed: int) -> StackedHeads:
+def build_stacked_heads(configs: Sequence[Config], experiment: Experiment) -> StackedHeads:
     """Build untrained heads with their optimiser; prints a note if heads from outside have nothing to learn.
 
     Raises:
@@ -91,7 +91,7 @@ def build_stacked_heads(configs: Sequence[Config], experiment: Experiment, order
             experiment.features.derive(head.coarse.derive)
     ranks.broadcast_tensors([tensor for head in heads for tensor in head.state_dict().values()])
     learns = any(parameter.requires_grad for parameter in heads[0].parameters())
-    plans = (plan_batches(experiment.train_table, train.batch, order_seed, epoch) for epoch in range(train.epochs))
+    plans = (plan_batches(experiment.train_table, train.batch, train.seed, epoch) for epoch in range(train.epochs))
     steps = sum(math.ceil(len(plan) / train.accumulate) for plan in plans) if learns else 0
     stacked = StackedHeads(heads, [config.train.seed for config in configs], train, steps, experiment.device, ranks)
     if not learns and configs[0].head.name not in HEADS:

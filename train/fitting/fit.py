@@ -73,14 +73,14 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         experiment = open_experiment(config, ranks=ranks)
         for line in experiment.data_lines:
             ranks.print_once(line)
-        group = RunGroup([config], experiment, config.train.seed, folder / LAST)
+        group = RunGroup([config], experiment, folder / LAST)
         label = f"train {config.head.name} {config.data.title}"
         if group.selection is not None:
             ranks.print_once("select_attend: {} ({})".format(*group.selection))
         if group.resumed:
             ranks.print_once(f"{label}: resuming after step {group.heads.step} of {group.heads.steps}")
         try:
-            train_together([group], experiment, config.train.seed, label)
+            train_together([group], experiment, label)
             if (why := group.runs[0].failed) is not None:
                 raise RunError(why)
             ranks.print_once(f"{label}: {counted(group.heads.step, 'step')}, {group.summary()}")
@@ -94,12 +94,12 @@ def fit(config: Config, command: str, ranks: Distributed = ALONE) -> Metrics:
         return metrics
 
 
-def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_seed: int, label: str) -> None:
+def train_together(groups: Sequence[RunGroup], experiment: Experiment, label: str) -> None:
     """Train every run group to its end on one reading of the features: each batch is gathered once for all groups.
 
     Args:
-        groups: Run groups with the same batch size and number of epochs; each starts at its own position.
-        order_seed: Seed of the order of the batches.
+        groups: Run groups with the same batch size, number of epochs and seed, hence the same batches; each starts at
+            its own position.
         label: Name of the task in the progress display.
     """
     train, features, table = groups[0].config.train, experiment.features, experiment.train_table
@@ -109,7 +109,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
     epochs = train.epochs if steps else 1
     size = None
     if steps and why_not_captured(groups[0].config, experiment) is None:
-        size = BatchSize.covering(table, plan_batches(table, train.batch, order_seed, epoch=0), train.batch)
+        size = BatchSize.covering(table, plan_batches(table, train.batch, train.seed, epoch=0), train.batch)
     with (
         ProgressDisplay(label, steps, "steps", done=first_step, summary=False, silent=not ranks.first) as display,
         # torchrun repeats a signal, and kills the ranks that do not stop at the same step as the others.
@@ -121,7 +121,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, order_see
             due = [group for group in groups if group.position[0] == epoch and not group.done]
             if not due:
                 continue
-            plan = plan_batches(table, train.batch, order_seed, epoch) if steps else []
+            plan = plan_batches(table, train.batch, train.seed, epoch) if steps else []
             first = min(group.position[1] for group in due)
             for number, batch in enumerate(features.stream(table, plan[first:], size), first):
                 for group in due:

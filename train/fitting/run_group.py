@@ -36,9 +36,8 @@ class RunGroup:
     """Runs of one head shape on one reading of the features; claims their folders.
 
     Args:
-        configs: Configs of the runs; they differ only in `head.ratio`, `train.seed` and `run.dir`. The caller holds the
-            leases of their folders.
-        order_seed: Seed of the order of the batches.
+        configs: Configs of the runs; they differ only in `head.ratio`, `train.seed` and `run.dir`. The first one's seed
+            decides the order of the batches. The caller holds the leases of their folders.
         path: File to resume from.
 
     Attributes:
@@ -53,22 +52,22 @@ class RunGroup:
             runs; or clips that the runs were trained on have been encoded again.
     """
 
-    def __init__(self, configs: Sequence[Config], experiment: Experiment, order_seed: int, path: Path) -> None:
+    def __init__(self, configs: Sequence[Config], experiment: Experiment, path: Path) -> None:
         self.runs = [TrainingRun(config, experiment) for config in configs]
-        self.heads = build_stacked_heads(configs, experiment, order_seed)
+        self.heads = build_stacked_heads(configs, experiment)
         self.selection = choose_selection(configs, experiment)
         # Only now: a config whose data or head is refused must not claim a folder that the corrected one needs.
         for config in configs:
             experiment.ranks.broadcast(partial(run_folder.claim, config.run.dir, config))
         self.path = path
         self.position = (0, 0)
-        self._experiment, self._order_seed = experiment, order_seed
+        self._experiment = experiment
         self._unread: list[LearnedStep] = []
         self._saved_at, self._saving_took = -math.inf, 0.0
         self._scorer = PartScorer(experiment, "val")
         fingerprints = (experiment.fingerprint, experiment.text_fingerprint)
         stores = ("" if stored is None else stored.digest for stored in fingerprints)
-        self._origin = (str(order_seed), *stores, *(config.run.dir.name for config in configs))
+        self._origin = (str(self.config.train.seed), *stores, *(config.run.dir.name for config in configs))
         saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
         if saved is not None:
             self._resume(saved)
@@ -249,7 +248,7 @@ class RunGroup:
             return []
         train, (epoch, batch) = self.config.train, saved.position
         batches = [
-            len(plan_batches(self._experiment.train_table, train.batch, self._order_seed, number))
+            len(plan_batches(self._experiment.train_table, train.batch, train.seed, number))
             for number in range(min(epoch + 1, train.epochs))
         ]
         batches.append(0)  # a state that was saved after the last epoch is at batch 0 of the next one

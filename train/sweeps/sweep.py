@@ -218,7 +218,6 @@ def _train_all(
 
 def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, command: str) -> Outcomes:
     """Train those run groups that no other process holds, on one reading; all must have the same seed."""
-    order_seed = plans[0].configs[0].train.seed
     with ExitStack() as leases:
         groups: list[RunGroup] = []
         try:
@@ -236,9 +235,9 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
                 names = [config.run.dir.name for config in plan.configs]
                 _remove_unsaved(plan.path.parent, names)
                 run_folder.write_whole(plan.path.with_suffix(".json"), json.dumps(names) + "\n")
-                groups.append(RunGroup(plan.configs, experiment, order_seed, plan.path))
+                groups.append(RunGroup(plan.configs, experiment, plan.path))
             if groups:
-                train_together(groups, experiment, order_seed, label)
+                train_together(groups, experiment, label)
                 evaluate_groups(groups, experiment, command)
         finally:
             for group in groups:
