@@ -1,4 +1,4 @@
-"""Answers of heads to a table of questions, and their scores."""
+"""Answers of heads to the questions of one part, and their scores."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from egopatch.train.data.batch import Batch
-from egopatch.train.data.features import Features
-from egopatch.train.data.question_table import FORMS, NO_CLASS, QuestionTable, plan_batches
+from egopatch.train.data.question_table import FORMS, NO_CLASS, plan_batches
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.scores.metrics import Metrics, normalise, same_lower_cased, score
 from egopatch.train.steps.stacked_heads import StackedHeads
@@ -18,7 +17,7 @@ from egopatch.train.steps.stacked_heads import StackedHeads
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers of one head to the questions of a table.
+    """Answers of one head to the Q questions of a part whose clips are encoded.
 
     Attributes:
         classes: [Q] predicted class of each question.
@@ -29,17 +28,17 @@ class Answers:
     kept: np.ndarray | None
 
 
-def answer_table(
-    stacks: Sequence[StackedHeads],
-    features: Features,
-    table: QuestionTable,
-    batch_size: int,
-    keep_patches: bool = True,
+def answer_part(
+    experiment: Experiment, part: str, stacks: Sequence[StackedHeads], keep_patches: bool = True
 ) -> list[list[Answers]]:
-    """Answer `table` with every head of every stack. Its clips must be encoded, and are read only once."""
+    """Let every head of every stack answer the questions of `part` whose clips are encoded; clips are read only once.
+
+    The stacks have one batch size.
+    """
+    features, table = experiment.features, experiment.encoded[part]
     classes = [torch.zeros(len(heads), len(table), dtype=torch.long) for heads in stacks]
     kept: list[list[np.ndarray | None]] = [[None] * len(heads) for heads in stacks]
-    plan = plan_batches(table, batch_size, seed=None)
+    plan = plan_batches(table, stacks[0].train.batch, seed=None)
     rank_answers = [
         (batch.rows, [_answer(heads, batch, number, keep_patches) for heads in stacks])
         for number, batch in enumerate(features.stream(table, plan))

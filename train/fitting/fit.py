@@ -16,7 +16,7 @@ from egopatch.features.common.units import counted
 from egopatch.features.values.errors import require_type
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
-from egopatch.train.fitting.answers import answer_table
+from egopatch.train.fitting.answers import answer_part
 from egopatch.train.fitting.build_heads import why_not_captured
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
@@ -137,8 +137,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, label: st
                     raise Stopped(f"interrupted in epoch {epoch + 1} of {epochs}; run the same command again to resume")
             if not due:
                 continue
-            stacks, table_val = [group.heads for group in due], experiment.encoded["val"]
-            answers = answer_table(stacks, features, table_val, train.batch, keep_patches=False)
+            answers = answer_part(experiment, "val", [group.heads for group in due], keep_patches=False)
             for group, group_answers in zip(due, answers, strict=True):
                 group.end_epoch(group_answers)
         if ranks.any(stopping.is_set()):  # a signal during the last evaluation
@@ -154,9 +153,7 @@ def evaluate_groups(groups: Sequence[RunGroup], experiment: Experiment, command:
         return []
     for group in groups:
         group.restore_best(command)
-    batch_size = groups[0].config.train.batch
-    stacks = [group.heads for group in groups]
-    answers = answer_table(stacks, experiment.features, experiment.encoded["test"], batch_size)
+    answers = answer_part(experiment, "test", [group.heads for group in groups])
     pairs = zip(groups, answers, strict=True)
     return [metrics for group, group_answers in pairs for metrics in group.write_results(group_answers)]
 
@@ -231,7 +228,7 @@ def _evaluate(config: Config, ranks: Distributed, source: Path, new_card: Card |
     if source == config.run.dir:
         experiment.require_trained_on(source)
     _, heads = open_head(config, source, card, experiment.sizes, experiment.device, ranks)
-    ((answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], config.train.batch)
+    ((answers,),) = answer_part(experiment, "test", [heads])
     if new_card is not None and ranks.first:
         # Results of a head that was evaluated into this folder before would be taken for those of the new card.
         (config.run.dir / TEST).unlink(missing_ok=True)

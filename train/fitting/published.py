@@ -8,7 +8,7 @@ from egopatch.extract.encoders.inspection import inspect_checkpoint
 from egopatch.extract.errors import CheckpointError
 from egopatch.features import FingerprintMismatch
 from egopatch.features.common.units import counted
-from egopatch.train.fitting.answers import answer_table, score_part
+from egopatch.train.fitting.answers import answer_part, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
 from egopatch.train.fitting.run import TrainingRun
 from egopatch.train.fitting.shortage import shortage_explained
@@ -72,9 +72,9 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
         ranks.broadcast(lambda: run_folder.claim(folder, config))
         train = replace(config.train, ema=0.0)
         heads = StackedHeads([head], [train.seed], train, 0, experiment.device)
-        run, batch_size = TrainingRun(config, experiment), config.train.batch
-        ((val_answers,),) = answer_table([heads], experiment.features, experiment.encoded["val"], batch_size)
-        ((test_answers,),) = answer_table([heads], experiment.features, experiment.encoded["test"], batch_size)
+        run = TrainingRun(config, experiment)
+        ((val_answers,),) = answer_part(experiment, "val", [heads])
+        ((test_answers,),) = answer_part(experiment, "test", [heads])
         val = score_part(experiment, "val", val_answers)[0]
         # Epoch 0: nothing was trained and no epoch was chosen.
         run.best = {"epoch": 0, **{name: score.accuracy for name, score in val.headline_rows()}}
