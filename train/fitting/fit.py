@@ -20,7 +20,7 @@ from egopatch.train.fitting.answers import answer_part
 from egopatch.train.fitting.build_heads import why_not_captured
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
-from egopatch.train.fitting.run import TrainingRun
+from egopatch.train.fitting.run import write_test_results
 from egopatch.train.fitting.run_group import RunGroup
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.fitting.trained import open_head, trained_config
@@ -233,6 +233,6 @@ def _evaluate(config: Config, ranks: Distributed, source: Path, new_card: Card |
         # Results of a head that was evaluated into this folder before would be taken for those of the new card.
         (config.run.dir / TEST).unlink(missing_ok=True)
         new_card.write(config.run.dir)
-    metrics = TrainingRun(config, experiment).write_results(answers)
+    metrics = write_test_results(config, experiment, answers)
     experiment.print_quarantined()
     return metrics

@@ -10,7 +10,7 @@ from egopatch.features import FingerprintMismatch
 from egopatch.features.common.units import counted
 from egopatch.train.fitting.answers import answer_part, score_part
 from egopatch.train.fitting.experiment import Experiment, open_experiment
-from egopatch.train.fitting.run import TrainingRun
+from egopatch.train.fitting.run import write_card, write_test_results
 from egopatch.train.fitting.shortage import shortage_explained
 from egopatch.train.heads import build_head
 from egopatch.train.processes.distributed import Distributed
@@ -72,14 +72,13 @@ def evaluate_published(config: Config, command: str, ranks: Distributed) -> Metr
         ranks.broadcast(lambda: run_folder.claim(folder, config))
         train = replace(config.train, ema=0.0)
         heads = StackedHeads([head], [train.seed], train, 0, experiment.device)
-        run = TrainingRun(config, experiment)
         ((val_answers,),) = answer_part(experiment, "val", [heads])
         ((test_answers,),) = answer_part(experiment, "test", [heads])
         val = score_part(experiment, "val", val_answers)[0]
         # Epoch 0: nothing was trained and no epoch was chosen.
-        run.best = {"epoch": 0, **{name: score.accuracy for name, score in val.headline_rows()}}
-        run.write_card(command, sum(tensor.numel() for tensor in heads.weights(0).values()))
-        metrics = run.write_results(test_answers)
+        best = {"epoch": 0, **{name: score.accuracy for name, score in val.headline_rows()}}
+        write_card(config, experiment, best, heads.weights(0), command)
+        metrics = write_test_results(config, experiment, test_answers)
         experiment.print_quarantined()
         return metrics
 

@@ -1,4 +1,4 @@
-"""Writes the folder of one run while its head is trained and evaluated."""
+"""Writes the folder of one run: its log and best weights in training, then the model card and the results on *test*."""
 
 import io
 import json
@@ -40,7 +40,7 @@ CONVERGED = 0.95
 
 
 class TrainingRun:
-    """The log, the best epoch so far, and the results of one run; only the first rank writes.
+    """The log and the best epoch so far of one run that is trained; only the first rank writes.
 
     Args:
         config: Config of this run.
@@ -181,60 +181,69 @@ class TrainingRun:
         """Seconds of training so far, without the time between an interruption and resuming."""
         return time.monotonic() - self._started
 
-    def write_card(self, command: str, parameters: int) -> None:
-        """Write the model card of the best epoch."""
-        if not self._writes:
-            return
-        assert self.best is not None
-        Card(
-            model=self.config.head.name,
-            config=run_folder.plain(self.config),
-            fingerprint=_fields(self.experiment.fingerprint),
-            text_fingerprint=_fields(self.experiment.text_fingerprint),
-            answers=self.experiment.dataset.answers,
-            seed=self.config.train.seed,
-            best_epoch=self.best["epoch"],
-            val={name: self.best[name] for name in ("open", "binary", "all")},
-            versions=run_folder.versions() | package_versions(self.config.head.name),
-            command=command,
-            parameters=parameters,
-            synthetic=run_folder.is_rendered(self.config.data.root),
-        ).write(self.config.run.dir)
-
-    def write_results(self, answers: Answers) -> Metrics:
-        """Write the answers to *test*, the selected patches and, last, `test.json`; returns the metrics."""
-        out, experiment = self.config.run.dir, self.experiment
-        metrics, texts = score_part(experiment, "test", answers)
-        if not self._writes:
-            return metrics
-        lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
-        run_folder.write_whole(out / PREDICTIONS, "".join(lines))
-        _write_submission(out, experiment.tables["test"].questions, texts)
-        table = experiment.encoded["test"]
-        if answers.kept is not None:
-            content = io.BytesIO()
-            names = np.array([question.question_id for question in table.questions])
-            np.savez_compressed(content, question_ids=names, kept=answers.kept)
-            run_folder.write_whole(out / SELECTION, content.getvalue())
-        else:  # another head with a selection may have been evaluated into this folder before
-            (out / SELECTION).unlink(missing_ok=True)
-        config = self.config
-        result = {
-            "model": system_name(config),
-            "split": config.data.split,
-            "seed": config.train.seed,
-            **metrics.as_json(),
-            "wrong_form": metrics.wrong_form,
-            "unseen": metrics.quarantined,
-        }
-        run_folder.write_whole(out / TEST, json.dumps(result, indent=2) + "\n")
-        return metrics
-
     def summary(self) -> str:
         """The best epoch so far, for the progress display."""
         if self.best is None:
             return "no val yet"
         return f"best val all {self.best['all']:.2f} (epoch {self.best['epoch']})"
+
+
+def write_card(
+    config: Config, experiment: Experiment, best: Mapping[str, Any], weights: Mapping[str, Tensor], command: str
+) -> None:
+    """Write the model card of a run, on the first rank.
+
+    Args:
+        best: Epoch that was best on *val*, and its accuracies, as `TrainingRun.best`.
+        weights: The head's weights after that epoch.
+        command: Command line.
+    """
+    if not experiment.ranks.first:
+        return
+    Card(
+        model=config.head.name,
+        config=run_folder.plain(config),
+        fingerprint=_fields(experiment.fingerprint),
+        text_fingerprint=_fields(experiment.text_fingerprint),
+        answers=experiment.dataset.answers,
+        seed=config.train.seed,
+        best_epoch=best["epoch"],
+        val={name: best[name] for name in ("open", "binary", "all")},
+        versions=run_folder.versions() | package_versions(config.head.name),
+        command=command,
+        parameters=sum(tensor.numel() for tensor in weights.values()),
+        synthetic=run_folder.is_rendered(config.data.root),
+    ).write(config.run.dir)
+
+
+def write_test_results(config: Config, experiment: Experiment, answers: Answers) -> Metrics:
+    """Write the answers to *test*, the selected patches and, last, `test.json`, on the first rank; returns the
+    metrics.
+    """
+    out = config.run.dir
+    metrics, texts = score_part(experiment, "test", answers)
+    if not experiment.ranks.first:
+        return metrics
+    lines = [json.dumps({"question_id": name, "answer": answer}) + "\n" for name, answer in texts.items()]
+    run_folder.write_whole(out / PREDICTIONS, "".join(lines))
+    _write_submission(out, experiment.tables["test"].questions, texts)
+    if answers.kept is not None:
+        content = io.BytesIO()
+        names = np.array([question.question_id for question in experiment.encoded["test"].questions])
+        np.savez_compressed(content, question_ids=names, kept=answers.kept)
+        run_folder.write_whole(out / SELECTION, content.getvalue())
+    else:  # another head with a selection may have been evaluated into this folder before
+        (out / SELECTION).unlink(missing_ok=True)
+    result = {
+        "model": system_name(config),
+        "split": config.data.split,
+        "seed": config.train.seed,
+        **metrics.as_json(),
+        "wrong_form": metrics.wrong_form,
+        "unseen": metrics.quarantined,
+    }
+    run_folder.write_whole(out / TEST, json.dumps(result, indent=2) + "\n")
+    return metrics
 
 
 def _write_submission(out: Path, questions: Sequence[Question], answers: Mapping[str, str]) -> None:

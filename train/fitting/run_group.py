@@ -18,7 +18,7 @@ from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import Answers, PartScorer
 from egopatch.train.fitting.build_heads import build_stacked_heads, choose_selection, why_not_captured
 from egopatch.train.fitting.experiment import Experiment
-from egopatch.train.fitting.run import TrainingRun
+from egopatch.train.fitting.run import TrainingRun, write_card, write_test_results
 from egopatch.train.rundir import run_folder
 from egopatch.train.rundir.resume import ResumeState, changed_data
 from egopatch.train.rundir.run_folder import RunError
@@ -164,12 +164,16 @@ class RunGroup:
             weights = self.heads.ranks.broadcast(load)
             self.heads.load_weights(number, weights)
             run.log_convergence()
-            run.write_card(command, sum(tensor.numel() for tensor in weights.values()))
+            write_card(run.config, self._experiment, run.best, weights, command)
 
     def write_results(self, answers: Sequence[Answers]) -> list[Metrics]:
         """Write the answers to *test* of each run that has not failed; returns their metrics."""
         pairs = zip(self.runs, answers, strict=True)
-        return [run.write_results(run_answers) for run, run_answers in pairs if run.failed is None]
+        return [
+            write_test_results(run.config, self._experiment, run_answers)
+            for run, run_answers in pairs
+            if run.failed is None
+        ]
 
     def close(self) -> None:
         """Close the logs, and free the memory of the steps' graph."""
