@@ -27,9 +27,8 @@ from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.results import WITHOUT_FEATURES
-from egopatch.train.rundir.resume import DataRecord, record_data
 from egopatch.train.rundir.run_folder import RunError
-from egopatch.train.rundir.trained_on import require_same_clips
+from egopatch.train.rundir.trained_on import DataRecord, record_data, require_same_clips
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from egopatch.train.fitting.build_heads import build_stacked_heads, choose_selec
 from egopatch.train.fitting.experiment import Experiment
 from egopatch.train.fitting.run import TrainingRun, write_card, write_test_results
 from egopatch.train.rundir import run_folder
-from egopatch.train.rundir.resume import ResumeState, changed_data
+from egopatch.train.rundir.resume import ResumeState
 from egopatch.train.rundir.run_folder import RunError
+from egopatch.train.rundir.trained_on import changed_data
 from egopatch.train.scores.metrics import Metrics
 from egopatch.train.steps.optim import learning_rate
 from egopatch.train.steps.stacked_heads import LearnedStep

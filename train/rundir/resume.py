@@ -4,23 +4,17 @@ It holds the position in the batches, the state of each run, and that of their s
 numbers need no state: they follow from seed and step (`heads.common.noise`).
 """
 
-import hashlib
-import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from egopatch.extract.datasets import Question
 from egopatch.features.io.files import replacing
 from egopatch.train.rundir.run_folder import RunError
-
-# Number and digest of the answers and of each kind of questions, by name.
-DataRecord = Mapping[str, tuple[int, str]]
-_DIGITS = 16
+from egopatch.train.rundir.trained_on import DataRecord
 
 
 @dataclass(frozen=True)
@@ -32,8 +26,8 @@ class ResumeState:
         origin: Identifies the order of batches, the stores and the runs; only a group with an equal one can resume.
         runs: State of each run, as from `TrainingRun.state`.
         heads: State of the stacked heads, as from `StackedHeads.state`: tensors and plain values only.
-        data: Record of the answers and questions for learning and scoring, as from `record_data`; None in files of
-            earlier versions.
+        data: Record of the answers and questions for learning and scoring, as from `trained_on.record_data`; None in
+            files of earlier versions.
     """
 
     position: tuple[int, int]
@@ -84,31 +78,3 @@ class ResumeState:
         ) as error:  # fmt: skip
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{path} is damaged ({reason}); delete it to train from the start") from None
-
-
-def record_data(answers: Sequence[str], questions: Mapping[str, Sequence[Question]]) -> DataRecord:
-    """Record everything that determines the classes, batches and accuracies of a training.
-
-    Args:
-        answers: The answer vocabulary, in the order of the classes.
-        questions: Questions by name of their kind, in the order of their table.
-    """
-    values: dict[str, list[Any]] = {"answers": list(answers)}
-    for kind, rows in questions.items():
-        values[kind] = [(q.question_id, q.clip_id, q.text, q.answer, q.form, q.options, q.variants) for q in rows]
-    return {
-        kind: (len(rows), hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:_DIGITS])
-        for kind, rows in values.items()
-    }
-
-
-def changed_data(saved: DataRecord, now: DataRecord) -> list[str]:
-    """Lines that describe what has changed between two records, such as `train questions: 96 then, 80 now`."""
-    lines = []
-    for kind in dict.fromkeys([*saved, *now]):
-        (then, digest_then), (count, digest) = saved.get(kind, (0, "")), now.get(kind, (0, ""))
-        if then != count:
-            lines.append(f"{kind}: {then} then, {count} now")
-        elif digest_then != digest:
-            lines.append(f"{kind}: {count} then and now, but not the same ones or not in the same order")
-    return lines

@@ -9,19 +9,21 @@ setting of a sweep whose other runs learn from the present ones.
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from egopatch.extract.datasets import Question
 from egopatch.features import Store
 from egopatch.features.common.units import counted
 from egopatch.features.io.fields import Record, get_count, get_field
 from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import CLIPS, QUESTIONS
 from egopatch.train.rundir.results import START_AGAIN
-from egopatch.train.rundir.resume import DataRecord, changed_data
 from egopatch.train.rundir.run_folder import RunError, write_whole
 
-_DIGITS = 16
+# Number and digest of the answers and of each kind of questions, by name.
+DataRecord = Mapping[str, tuple[int, str]]
 
 
 def clip_versions(store: Store, names: Collection[str]) -> dict[str, str]:
@@ -34,8 +36,7 @@ def clip_versions(store: Store, names: Collection[str]) -> dict[str, str]:
     versions = {}
     for name, origin in origins.items():
         stretch = (None, None) if origin is None else (origin.start_s, origin.end_s)
-        made_of = json.dumps([ledger.clips[name].clip(name).source, *stretch])
-        versions[name] = hashlib.sha256(made_of.encode()).hexdigest()[:_DIGITS]
+        versions[name] = _digest([ledger.clips[name].clip(name).source, *stretch])
     return versions
 
 
@@ -70,6 +71,31 @@ def require_same_clips(folder: Path, store: Store) -> None:
             f"{changed[0]!r}; train again in another folder (egopatch train fit --config CONFIG --run.dir FOLDER, or a "
             "sweep with another --name), or delete this one"
         )
+
+
+def record_data(answers: Sequence[str], questions: Mapping[str, Sequence[Question]]) -> DataRecord:
+    """Record everything that determines the classes, batches and accuracies of a training.
+
+    Args:
+        answers: The answer vocabulary, in the order of the classes.
+        questions: Questions by name of their kind, in the order of their table.
+    """
+    values: dict[str, list[Any]] = {"answers": list(answers)}
+    for kind, rows in questions.items():
+        values[kind] = [(q.question_id, q.clip_id, q.text, q.answer, q.form, q.options, q.variants) for q in rows]
+    return {kind: (len(rows), _digest(rows)) for kind, rows in values.items()}
+
+
+def changed_data(saved: DataRecord, now: DataRecord) -> list[str]:
+    """Lines that describe what has changed between two records, such as `train questions: 96 then, 80 now`."""
+    lines = []
+    for kind in dict.fromkeys([*saved, *now]):
+        (then, digest_then), (count, digest) = saved.get(kind, (0, "")), now.get(kind, (0, ""))
+        if then != count:
+            lines.append(f"{kind}: {then} then, {count} now")
+        elif digest_then != digest:
+            lines.append(f"{kind}: {count} then and now, but not the same ones or not in the same order")
+    return lines
 
 
 def write_questions(folder: Path, record: DataRecord) -> None:
@@ -114,6 +140,10 @@ def require_shared_questions(folders: Sequence[Path]) -> None:
                 f"{folder} and {first} were trained on different data (different: {', '.join(kinds)}), but all "
                 "runs of a sweep must share their data; delete one of the folders, and run the sweep again"
             )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _read_questions(folder: Path) -> DataRecord:
