@@ -123,7 +123,7 @@ class RunGroup:
         for step, (losses, norms) in zip(steps, values, strict=True):
             for number, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
                 if not math.isfinite(loss):
-                    self._diverged(number, f"the loss is {loss}", step.number)
+                    self._diverged(number, f"the loss is {loss}", step.number, learned=step.number > 1)
                 elif not math.isfinite(norm):
                     self._diverged(number, f"the norm of the gradient is {norm}", step.number)
                 elif self.runs[number].active:
@@ -186,25 +186,31 @@ class RunGroup:
         """The best epoch of the first run, for the progress display."""
         return self.runs[0].summary() + (f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else "")
 
-    def _diverged(self, number: int, what: str, step: int) -> None:
-        """Fail a run, unless its training has ended; the others of the stack continue."""
+    def _diverged(self, number: int, what: str, step: int, learned: bool = True) -> None:
+        """Fail a run, unless its training has ended; the others of the stack continue.
+
+        Args:
+            what: What is not finite, and its value.
+            learned: Whether a step had changed the weights before, so that the learning rate may be the cause.
+        """
         run, heads, train = self.runs[number], self.heads, self.config.train
-        rate = learning_rate(step - 1, heads.steps, train)
         heads.reset(number)
         if not run.active:
             return
-        other = ", or --train.dtype float32" if heads.low_precision else ""
-        where = f"epoch {self.position[0] + 1}, step {step} of {heads.steps}, at learning rate {rate:.2g}"
-        lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{other}"
         # A run that is trained by itself keeps its position in its own folder.
         elsewhere = "another --run.dir" if self.path.parent == run.config.run.dir else "a sweep with another --name"
-        remedy = f"try {lower}, in {elsewhere}"
-        if step == 1 and what.startswith("the loss"):  # no rate has had an effect yet
+        if learned:
+            float32 = ", or --train.dtype float32" if heads.low_precision else ""
+            lower = f"a lower --train.lr (such as {train.lr / 3:.1g}) or a longer --train.warmup{float32}"
+            remedy = f"try {lower}, in {elsewhere}"
+        else:
             float32 = ", or try --train.dtype float32" if heads.low_precision else ""
             remedy = (
                 f"nothing has been learned yet, so the rate is not the cause: check the logits of the head "
                 f"{self.config.head.name} and the store (`features verify`){float32}; then use {elsewhere}"
             )
+        rate = learning_rate(step - 1, heads.steps, train)
+        where = f"epoch {self.position[0] + 1}, step {step} of {heads.steps}, at learning rate {rate:.2g}"
         run.fail(f"{what} in {where}; {remedy}", step)
 
     def _resume(self, saved: ResumeState) -> None:
