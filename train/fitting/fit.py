@@ -17,7 +17,6 @@ from egopatch.features.values.errors import require_type
 from egopatch.train.data.batch_size import BatchSize
 from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.answers import answer_part
-from egopatch.train.fitting.build_heads import why_not_captured
 from egopatch.train.fitting.experiment import Experiment, caller_state_kept, open_experiment
 from egopatch.train.fitting.published import evaluate_published, has_run
 from egopatch.train.fitting.run import write_test_results
@@ -108,7 +107,7 @@ def train_together(groups: Sequence[RunGroup], experiment: Experiment, label: st
     first_step = min(group.heads.step for group in groups)
     epochs = train.epochs if steps else 1
     size = None
-    if steps and why_not_captured(groups[0].config, experiment) is None:
+    if groups[0].why_not_captured is None:
         size = BatchSize.covering(table, plan_batches(table, train.batch, train.seed, epoch=0), train.batch)
     with (
         ProgressDisplay(label, steps, "steps", done=first_step, summary=False, silent=not ranks.first) as display,

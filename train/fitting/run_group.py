@@ -45,6 +45,7 @@ class RunGroup:
         heads: The stacked heads of its runs.
         position: (epoch, batch) to learn next.
         selection: Implementation of `select_attend` and why it was chosen; None for heads that do not select.
+        why_not_captured: Why its steps do not become a CUDA graph; None if they do.
 
     Raises:
         ConfigError: `head.implementation` cannot run here, the head does not fit the store, or a folder holds a run
@@ -75,13 +76,14 @@ class RunGroup:
         else:
             for run in self.runs:
                 run.record_data()
+        self.why_not_captured = why_not_captured(configs[0], experiment) if self.heads.steps else "nothing is learned"
         for run in self.runs:
             run.open_log(self.heads.step, self.resumed)
             if self.selection is not None:
                 implementation, why = self.selection
                 run.log("select_attend", self.heads.step, implementation=implementation, why=why)
             if experiment.device.type == "cuda" and self.heads.steps:
-                why_not = why_not_captured(run.config, experiment)
+                why_not = self.why_not_captured
                 run.log("cuda_graph", self.heads.step, captured=why_not is None, why=why_not)
 
     @property
