@@ -7,10 +7,10 @@ from pathlib import Path
 
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.features import Fingerprint
 from egopatch.train.heads import reads_video
 from egopatch.train.report.table import is_standin
+from egopatch.train.rundir.card import chooses_options
 from egopatch.train.rundir.names import CONFIG, WEIGHTS
 from egopatch.train.rundir.results import Run, TableError, gather
 from egopatch.train.rundir.run_folder import RunError
@@ -35,7 +35,7 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
     choosers: list[Run] = []
     for folder in folders:
         able = [run for run in _runs(folder) if _is_usable(run, split, features)]
-        if runs := [run for run in able if _has_vocabulary(run)]:
+        if runs := [run for run in able if not chooses_options(run.card.get("answers") or ())]:
             return max(runs, key=lambda run: (not is_standin(run.card), -math.inf if run.val is None else run.val)).dir
         choosers += able
     names = " or ".join(map(str, folders))
@@ -84,7 +84,3 @@ def _is_usable(run: Run, split: str | None, features: Fingerprint | None) -> boo
         and split in (None, run.split)
         and (features is None or (trained_on is not None and not features.differences(Fingerprint(trained_on), "", "")))
     )
-
-
-def _has_vocabulary(run: Run) -> bool:
-    return not set(run.card.get("answers") or ()) <= set(UNKNOWN_ANSWERS)

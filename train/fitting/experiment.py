@@ -12,7 +12,6 @@ import torch
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import PARTS, Dataset, Question, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
-from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.extract.encoders import find_network
 from egopatch.extract.fingerprints import configured
 from egopatch.features import Fingerprint, FingerprintMismatch, Store, StoreError, open_store
@@ -24,7 +23,7 @@ from egopatch.train.data.features import Features, quarantined_clips
 from egopatch.train.data.question_table import FORMS, QuestionTable
 from egopatch.train.heads import Sizes, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.card import Card, chooses_options
 from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.results import WITHOUT_FEATURES
 from egopatch.train.rundir.run_folder import RunError
@@ -242,7 +241,7 @@ def _text_rows(questions: Sequence[Question]) -> dict[str, int]:
 
 
 def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
-    chooses = set(card.answers) <= set(UNKNOWN_ANSWERS)
+    chooses = chooses_options(card.answers)
     has_options = any(question.options for part in PARTS for question in dataset.questions[part])
     if chooses != has_options:
         way, kind = "chooses among options" if chooses else "has an answer vocabulary", "" if has_options else "no "

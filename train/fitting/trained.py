@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
-from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.train.heads import Sizes, build_head, reads_video
 from egopatch.train.processes.distributed import ALONE, Distributed
-from egopatch.train.rundir.card import Card
+from egopatch.train.rundir.card import Card, chooses_options
 from egopatch.train.rundir.checked_json import typed
 from egopatch.train.rundir.names import CARD, WEIGHTS
 from egopatch.train.rundir.run_folder import RunError, load_weights
@@ -36,7 +35,7 @@ def require_video(folder: Path, card: Card) -> None:
 
 def require_answers(folder: Path, card: Card) -> None:
     """Refuse the run in `folder` with a ConfigError if its head, of `card`, chooses among a question's own options."""
-    if set(card.answers) <= set(UNKNOWN_ANSWERS):
+    if chooses_options(card.answers):
         raise ConfigError(
             f"run.dir is {folder}, whose head chooses among options; expected one with an answer vocabulary"
         )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.train.rundir.checked_json import read_object, require_head_fields
 from egopatch.train.rundir.names import CARD, TEST
 from egopatch.train.rundir.results import START_AGAIN
@@ -72,3 +73,10 @@ class Card:
             raise RunError(f"{path}: no such file; train the head first: egopatch train fit --config CONFIG") from None
         except (ValueError, TypeError) as error:
             raise RunError(f"{path} is not a model card ({error}); {START_AGAIN}") from None
+
+
+def chooses_options(answers: Collection[str]) -> bool:
+    """Whether the head of a card with these `answers` chooses among a question's own options: it has no vocabulary but
+    the entries for unknown answers.
+    """
+    return set(answers) <= set(UNKNOWN_ANSWERS)
