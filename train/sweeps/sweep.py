@@ -222,13 +222,10 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
         groups: list[RunGroup] = []
         try:
             for plan in plans:
-                try:
-                    with ExitStack() as group_leases:
-                        for config in plan.configs:
-                            group_leases.enter_context(hold(config.run.dir))
-                        leases.push(group_leases.pop_all())
-                except ShardOwned:
+                group_leases = _hold_all(plan.configs)
+                if group_leases is None:
                     continue
+                leases.push(group_leases)
                 if not plan.path.exists() and any(map(_finished, plan.configs)):
                     continue  # another process has just finished some of the runs: plan the others again
                 # A later process reads this file, because only the same runs can resume from the group's position.
@@ -246,6 +243,17 @@ def _train(plans: Sequence[GroupPlan], experiment: Experiment, label: str, comma
             group.path.with_suffix(".json").unlink(missing_ok=True)
             group.path.unlink(missing_ok=True)
     return {run.config.run.dir.name: run.failed for group in groups for run in group.runs}
+
+
+def _hold_all(configs: Sequence[Config]) -> ExitStack | None:
+    """Hold the leases of all runs; None, holding none, if another process holds one of them."""
+    with ExitStack() as leases:
+        try:
+            for config in configs:
+                leases.enter_context(hold(config.run.dir))
+        except ShardOwned:
+            return None
+        return leases.pop_all()
 
 
 def _remove_unsaved(groups_folder: Path, held: Sequence[str]) -> None:
