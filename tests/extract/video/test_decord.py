@@ -14,6 +14,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.frames import VideoError, read_frames
 from egopatch.extract.worker.job_stats import read_jobs
 from tests.extract.job import CLIPS, options
+from tests.extract.video import videos
 from tests.extract.video.odd_videos import ODD, moving
 from tests.extract.video.test_hard_videos import READABLE, UNREADABLE, quadrants
 from tests.extract.video.test_needed import CODED
@@ -29,6 +30,15 @@ FILES: dict[str, Callable[[Path], Path]] = {
 }
 # Ordinary files as most data sets contain them, which decord must not refuse.
 ORDINARY = ("h264", "h264 in mkv", "h264, no b-frames", "vp9", "av1", "turned", "claims 1 s", "starts at 2 s", "mjpeg")
+
+
+@pytest.fixture(autouse=True)
+def wider_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test videos are 128 pixels wide instead of 96, which decord 3.4 refuses on CPUs with AVX-512."""
+    write = videos.write_video
+    monkeypatch.setattr(
+        write, "__defaults__", tuple((128, 64) if one == (96, 64) else one for one in write.__defaults__)
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
