@@ -15,7 +15,7 @@ from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.planning.forecast import Forecast, forecast, format_duration, given_cost, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
-from egopatch.extract.worker.bottleneck import bottleneck_line
+from egopatch.extract.worker.bottleneck import ASK_PLAN, bottleneck_line
 from egopatch.extract.worker.device import arithmetic_advice, shortage_explained
 from egopatch.extract.worker.job import ExtractionJob, resolve_job
 from egopatch.features import StoreSpec, open_store, store_exists
@@ -171,7 +171,7 @@ def format_plan(plan: Plan) -> str:
             f"{plan.probed}"
         )
     if line := bottleneck_line(plan.ceilings):
-        lines.append(f"bound      {line.removeprefix('bound by ')}")
+        lines.append(f"bound      {line.removeprefix('bound by ').removesuffix(ASK_PLAN)}")
     if plan.unrecorded:
         lines.append(f"note       {unrecorded_line(plan.unrecorded)}")
     lines += [f"advice     {line}" for line in plan.advice]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from egopatch.extract.worker.job_stats import JobStats
 
+# `extract plan` itself leaves this out.
+ASK_PLAN = "; `egopatch extract plan` says whether small copies of the videos (`extract transcode`) would decode faster"
 REMEDIES = {
-    "decoding": "add cores, or raise engine.decoders if cores are idle; `egopatch extract plan` says whether small"
-    " copies of the videos (`extract transcode`) would decode faster",
+    "decoding": f"add cores, or raise engine.decoders if cores are idle{ASK_PLAN}",
     "hand-over": "raise engine.workers: each worker has a process of its own for the hand-over",
     "encoder": "add GPUs (engine.workers), or try encoder.compile, a smaller encoder.depth or, on a GPU, encoder.dtype"
     " bfloat16",
