@@ -6,6 +6,7 @@ finished, and then kills its children.
 
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import synchronize
@@ -61,6 +62,7 @@ class SpawnedPool:
 
     def __init__(self, doing: str, workers: int, initializer: Callable[..., None], *initargs: Any) -> None:
         require_semaphores(f"{doing} in child processes")
+        require_importable_program(f"{doing} in child processes")
         self.doing = doing
         self._context = _KeepingContext()
         self._pool = ProcessPool(
@@ -134,3 +136,19 @@ def require_semaphores(purpose: str) -> None:
             f"/dev/shm: {error.strerror}; {purpose} needs semaphores there, a few kB: mount it for writing "
             "(`mount -o remount,rw,size=1g /dev/shm`; in Docker, --shm-size=1g)"
         ) from error
+
+
+def require_importable_program(purpose: str) -> None:
+    """Check that spawned children can import the running program, as they do when they start.
+
+    Args:
+        purpose: What needs the children, for the message.
+
+    Raises:
+        ChildProcessError: Python reads the program from standard input.
+    """
+    if getattr(sys.modules["__main__"], "__file__", None) == "<stdin>":
+        raise ChildProcessError(
+            f"{purpose} needs a program in a file, which each child imports, but this one came through standard input "
+            '(`python -`); save it to a file, with its calls below `if __name__ == "__main__":`, and run that'
+        )

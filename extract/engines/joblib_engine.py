@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
+from egopatch.extract.children.spawned import require_importable_program
 from egopatch.extract.engines.sharing import SharedJob, WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
@@ -44,7 +45,11 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
     """Results of `function` for each of `arguments`, each in its own process; the first error ends all processes.
 
     They get SIGTERM, and are killed if they have not ended after `ENDING_S` seconds.
+
+    Raises:
+        ChildProcessError: No process can be started.
     """
+    require_importable_program("encoding in worker processes")
     start_trackers()
     executor = ProcessPoolExecutor(max_workers=len(arguments))
     futures: list[Future[Result]] = []

@@ -40,3 +40,19 @@ def test_children_start_immediately_with_asserts_disabled(tmp_path: Path) -> Non
     script.write_text(STARTED)
     output = subprocess.run([sys.executable, "-O", script], capture_output=True, text=True, check=True).stdout
     assert output == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "purpose"),
+    [
+        ("egopatch.extract.children.spawned import SpawnedPool as start; start('decoding', 1, int)", "decoding in chi"),
+        ("egopatch.extract.engines.joblib_engine import call_in_workers as start; start(int, [()])", "encoding in wor"),
+    ],
+)
+def test_program_on_standard_input_is_the_cause_that_is_named(call: str, purpose: str) -> None:
+    ended = subprocess.run([sys.executable, "-"], input=f"from {call}", capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    *traceback, line = ended.stderr.splitlines()
+    assert line.startswith(f"ChildProcessError: {purpose}")
+    assert "standard input (`python -`); save it to a file" in line
+    assert "FileNotFoundError" not in "".join(traceback)  # of a child
