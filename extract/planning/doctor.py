@@ -18,6 +18,7 @@ from egopatch.configs.schema import Config, ConfigError, DataConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, egotaskqa, load_dataset
 from egopatch.extract.datasets.folder import missing_hint, names_in
 from egopatch.extract.datasets.origins import REFRESH, compare_origins
+from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
 from egopatch.extract.encoders import find_network, load_tokenizer
 from egopatch.extract.encoders.checkpoints.package import MINILM, MINILM_REMEDY
 from egopatch.extract.errors import CheckpointError, JobFailed
@@ -102,7 +103,12 @@ def examine(config: Config) -> Diagnosis:
 
 def format_diagnosis(diagnosis: Diagnosis) -> str:
     """The diagnosis as a few lines of text."""
-    lines = [f"{name:<26} {count}" for name, count in diagnosis.counts.items()]
+    lines = []
+    for name, count in diagnosis.counts.items():
+        if not name.endswith("answers"):
+            lines.append(f"{name:<26} {count}")
+        elif count > len(UNKNOWN_ANSWERS):  # there are no others without questions, or if the questions have options
+            lines.append(f"{name:<26} {count}, unknown ones included")
     for finding in diagnosis.findings:
         rest = len(finding.found) - SHOWN
         lines.append(f"{counted(finding.count, finding.severity)}: {finding.what}")

@@ -72,7 +72,9 @@ def test_valid_data_set_has_no_findings(tmp_path: Path, records: Records, capsys
     assert [counts[f"indirect {part} questions"] for part in PARTS] == [2, 2, 2]
     assert (counts["direct train open"], counts["direct train binary"], counts["direct answers"]) == (1, 1, 5)
     assert main(["doctor", "--data.root", str(tmp_path), *TOKENIZER]) == 0
-    assert "no faults found" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no faults found" in out
+    assert f"{'direct answers':<26} 5, unknown ones included" in out.splitlines()
 
 
 FAULTS = {
@@ -264,6 +266,13 @@ def test_released_data_sets_are_checked(name: str, tmp_path: Path, capsys: pytes
         video.write_bytes(b"video")
     assert counts["clips"] == (2 if name == "nextqa" else 3)
     assert doctor(tmp_path, capsys, "--data.name", name)[0] == 0
+
+
+def test_questions_with_options_have_no_line_of_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    egoschema(tmp_path)
+    assert doctor(tmp_path, capsys, "--data.name", "egoschema")[1]["answers"] == 2
+    main(["doctor", "--data.root", str(tmp_path), "--data.name", "egoschema", *TOKENIZER])
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers")]
 
 
 def test_unusable_checkpoint_is_reported(tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str]) -> None:
