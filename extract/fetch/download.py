@@ -64,7 +64,7 @@ def fetch(link: str, file: Path, sha256: str | None, on_progress: OnProgress = l
                 known_hash=None if sha256 is None else f"sha256:{sha256}",
                 fname=file.name,
                 path=file.parent,
-                downloader=ResumingDownloader(part_of(file), on_progress),
+                downloader=_ResumingDownloader(link, part_of(file), on_progress),
             )
         except ValueError as error:  # pooch raises it if the hash differs
             raise DownloadError(
@@ -93,19 +93,20 @@ def remote_size(link: str) -> int | None:
 
 
 @dataclass
-class ResumingDownloader:
+class _ResumingDownloader:
     """A downloader for pooch that resumes an interrupted download.
 
     Args:
+        link, on_progress: As in `fetch`.
         part: File that collects the bytes.
-        on_progress: As in `fetch`.
     """
 
+    link: str
     part: Path
     on_progress: OnProgress
 
-    def __call__(self, url: str, output_file: str, _pooch: object = None) -> None:
-        """Download all of `url` to `output_file`.
+    def __call__(self, _link: str, output_file: str, _pooch: object = None) -> None:
+        """Download all of the link to `output_file`.
 
         Raises:
             DownloadError: As in `fetch`.
@@ -114,22 +115,22 @@ class ResumingDownloader:
         with requests.Session() as session:
             while True:
                 try:
-                    self._attempt(session, url)
+                    self._attempt(session)
                     break
                 except _Interrupted as reason:
                     failures = 0 if self._size() > reached else failures + 1
                     reached = max(reached, self._size())
                     if failures == ATTEMPTS:
                         raise DownloadError(
-                            f"{url}: {reason}; run the same command again to resume, or add --offline to see what to"
-                            " put where"
+                            f"{self.link}: {reason}; run the same command again to resume, or add --offline to see "
+                            "what to put where"
                         ) from None
                     time.sleep(WAIT_S * 2**failures)
         self.part.replace(output_file)
         _state_of(self.part).unlink(missing_ok=True)
 
-    def _attempt(self, session: requests.Session, url: str) -> None:
-        total, validator = self._known(url)
+    def _attempt(self, session: requests.Session) -> None:
+        total, validator = self._known()
         have = self._size()
         headers = dict(_UNCHANGED)
         if have:
@@ -137,24 +138,24 @@ class ResumingDownloader:
             if validator:
                 headers["If-Range"] = validator
         try:
-            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+            with session.get(self.link, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
                 whole = total if total is not None else _content_range(response)[1]
                 if response.status_code == 416 and have == whole:
                     return  # everything had arrived before the connection broke
-                self._check(response, url, have, total)
+                self._check(response, have, total)
                 if response.status_code == 200:
                     have, total = 0, _number(response.headers.get("Content-Length"))
                 else:
                     total = _content_range(response)[1]
-                self._check_disk(url, have, total)
-                self._remember(url, total, response)
+                self._check_disk(have, total)
+                self._remember(total, response)
                 self._receive(response, have, total)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise _Interrupted(_reason(url, error, self._size())) from None
+            raise _Interrupted(_reason(self.link, error, self._size())) from None
         if total is not None and self._size() != total:
             raise _Interrupted(f"the server announced {total} bytes but sent {self._size()}")
 
-    def _check(self, response: requests.Response, url: str, have: int, total: int | None) -> None:
+    def _check(self, response: requests.Response, have: int, total: int | None) -> None:
         """Refuse a response that is not the requested file; empty the part file if it cannot be continued."""
         status = response.status_code
         if status in _RETRY_STATUSES:
@@ -168,16 +169,16 @@ class ResumingDownloader:
             raise _Interrupted("the file on the server has changed since the download began")
         if status not in (200, 206):
             raise DownloadError(
-                f"{url}: the server answers {status} {response.reason}; see the publisher's page for a new link"
+                f"{self.link}: the server answers {status} {response.reason}; see the publisher's page for a new link"
             )
         if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise DownloadError(f"{url}: the server sent a web page; expected a file: see the publisher's page")
+            raise DownloadError(f"{self.link}: the server sent a web page; expected a file: see the publisher's page")
 
-    def _check_disk(self, url: str, have: int, total: int | None) -> None:
+    def _check_disk(self, have: int, total: int | None) -> None:
         free = free_bytes(self.part)
         if total is not None and total - have > free:
             raise DownloadError(
-                f"{url}: {format_bytes(total - have)} remain to be downloaded, but {self.part.parent} has "
+                f"{self.link}: {format_bytes(total - have)} remain to be downloaded, but {self.part.parent} has "
                 f"{format_bytes(free)} free; free some disk space"
             )
 
@@ -192,20 +193,20 @@ class ResumingDownloader:
     def _size(self) -> int:
         return self.part.stat().st_size
 
-    def _known(self, url: str) -> tuple[int | None, str | None]:
+    def _known(self) -> tuple[int | None, str | None]:
         """Size and validator of the file that is being downloaded; empties a part file of another link."""
         with suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(_state_of(self.part).read_text(encoding="utf-8"))
-            if state["url"] == url:
+            if state["url"] == self.link:
                 return state["total"], state["validator"]
         self._forget()
         return None, None
 
-    def _remember(self, url: str, total: int | None, response: requests.Response) -> None:
+    def _remember(self, total: int | None, response: requests.Response) -> None:
         etag = response.headers.get("ETag", "W/")
         validator = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
         _state_of(self.part).write_text(
-            json.dumps({"url": url, "total": total, "validator": validator}), encoding="utf-8"
+            json.dumps({"url": self.link, "total": total, "validator": validator}), encoding="utf-8"
         )
 
     def _forget(self) -> None:
@@ -241,8 +242,8 @@ def _content_range(response: requests.Response) -> tuple[int | None, int | None]
     return (_number(found[1]), int(found[2])) if found else (None, None)
 
 
-def _reason(url: str, error: Exception, have: int) -> str:
+def _reason(link: str, error: Exception, have: int) -> str:
     if isinstance(error, requests.ConnectionError) and not isinstance(error, requests.exceptions.ChunkedEncodingError):
         cause = getattr(error.args[0] if error.args else None, "reason", error)
-        return f"cannot reach {urlsplit(url).netloc} ({str(cause).split(': ', 1)[-1]})"
+        return f"cannot reach {urlsplit(link).netloc} ({str(cause).split(': ', 1)[-1]})"
     return f"the connection was interrupted after {have} bytes"
