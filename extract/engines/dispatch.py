@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from egopatch.extract.datasets import Clip
@@ -17,7 +17,7 @@ from egopatch.extract.errors import JobFailed
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
-from egopatch.extract.worker.pipeline import encode_shards
+from egopatch.extract.worker.pipeline import OnProgress, encode_shards
 from egopatch.features import ShardWork, Store, StoreError, open_store
 
 POLL_S = 2.0
@@ -33,7 +33,7 @@ def encode_with_engine(
     store: Store,
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> JobStats:
     """Encode `works` with `engine.workers` workers; arguments and errors as in `extract.worker.pipeline.encode_shards`.
 
@@ -80,7 +80,7 @@ def encode_with_engine(
 class _LedgerProgress:
     """Reports what workers commit, read from the ledger, because their own calls do not reach this process."""
 
-    def __init__(self, store: Store, on_progress: Callable[[int, int], None]) -> None:
+    def __init__(self, store: Store, on_progress: OnProgress) -> None:
         self._store = open_store(store.path)
         self._report = on_progress
         self._stop = threading.Event()

@@ -99,10 +99,10 @@ def run_worker(shared: SharedJob, rank: int, workers: int, device: str, neighbou
     decoders = decoder_count(config, neighbours)
     job = resolve_job(config, device, network)
     store = open_store(config.store.path)
-    stats = encode_shards(job, store, works[rank::workers], shared.clips, decoders, lambda clips, nbytes: None)
+    stats = encode_shards(job, store, works[rank::workers], shared.clips, decoders)
     store.catalog.refresh()
     if left := still_missing(works, store):
-        more = encode_shards(job, store, left[::-1], shared.clips, decoders, lambda clips, nbytes: None)
+        more = encode_shards(job, store, left[::-1], shared.clips, decoders)
         # A shard that another worker of this job holds is not skipped.
         stats += dataclasses.replace(more, skipped=())
     return stats

@@ -25,6 +25,7 @@ from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Failure, ShardWork, Store
 
+OnProgress = Callable[[int, int], None]  # `fill_stores` says what it is called with
 # A clip may end that much later than its video without a note, because annotations have rounded times.
 ROUNDING_S = 1.0
 
@@ -98,7 +99,7 @@ def encode_shards(
     works: Sequence[ShardWork],
     clips: Mapping[str, Clip],
     decoders: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress = lambda clips, nbytes: None,
 ) -> JobStats:
     """Encode `works` into `store`; as `fill_stores` with one target."""
     return fill_stores([Target(job, store, works)], clips, decoders, on_progress)[0]
@@ -108,7 +109,7 @@ def fill_stores(
     targets: Sequence[Target],
     clips: Mapping[str, Clip],
     decoders: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> list[JobStats]:
     """Encode the shards of each target, with one decode of each clip for all targets that lack it.
 
@@ -190,7 +191,7 @@ class _Filling:
         encoder: BatchEncoder,
         writer: BackgroundShardWriter,
         clips: Mapping[str, Clip],
-        on_progress: Callable[[int, int], None],
+        on_progress: OnProgress,
     ) -> None:
         self._root = target.job.config.data.root
         self._machine = describe_machine(target.job.device)
