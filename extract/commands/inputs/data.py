@@ -20,7 +20,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.extract.fetch.lockfile import Lockfile
-    from egopatch.extract.fetch.provide import files_as_json, format_files, provide, required_files
+    from egopatch.extract.fetch.provide import files_as_json, format_files, provide
+    from egopatch.extract.fetch.required import required_files
 
     sources = load_sources(options.sources)
     lockfile = Lockfile(sources.lock_path)

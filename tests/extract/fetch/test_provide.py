@@ -21,6 +21,7 @@ from egopatch.extract.__main__ import main
 from egopatch.extract.fetch import archives, download, provide
 from egopatch.extract.fetch.download import part_of
 from egopatch.extract.fetch.lockfile import Lockfile
+from egopatch.extract.fetch.required import RequiredFile
 from egopatch.extract.fetch.sources import Source
 from egopatch.features import StoreError
 from tests.extract.fetch.loopback import Served
@@ -270,7 +271,7 @@ def test_broken_output_pipe_stops_the_downloads(published: Published) -> None:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     source = Source("net", "made up", "none", "page", {"Net.pth": ()}, url=published.server.link())
-    need = provide.RequiredFile("net/Net.pth", published.root / "Net.pth", source, source.link("Net.pth"))
+    need = RequiredFile("net/Net.pth", published.root / "Net.pth", source, source.link("Net.pth"))
     with pytest.raises(BrokenPipeError), contextlib.redirect_stdout(Gone()):
         provide.provide((need,), Lockfile(published.root / "lock.json"), offline=False)
 
@@ -374,7 +375,7 @@ def test_partial_file_of_unknown_size_does_not_make_needed_space_negative(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = Source("a", "made up", "none", "page", {"b": ()}, url="http://nowhere")
-    need = provide.RequiredFile("a/b", tmp_path / "b", source, source.link("b"))
+    need = RequiredFile("a/b", tmp_path / "b", source, source.link("b"))
     part_of(need.file).write_bytes(b"begun" * 1000)
     provide._announce([need], {"a/b": None})
     assert "  0 B needed at" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 from egopatch.configs.command_line import load_config
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.__main__ import main
-from egopatch.extract.fetch.provide import required_files
+from egopatch.extract.fetch.required import required_files
 from egopatch.extract.fetch.sources import DEFAULT_SOURCES, load_sources
 from tests.extract.fetch.published import Published
 
