@@ -32,7 +32,9 @@ WAIT_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class ExtractionResult:
-    """State of the store after a job; a job of questions alone leaves the fields about clips at their defaults.
+    """State of the store after a job.
+
+    A job without questions leaves the fields about texts at their defaults, one of questions alone those about clips.
 
     Attributes:
         stats: Statistics of this job.
@@ -53,9 +55,9 @@ class ExtractionResult:
     stats: JobStats
     clips: int
     planned: int
-    texts: int
-    texts_planned: int
-    texts_left: int
+    texts: int = 0
+    texts_planned: int = 0
+    texts_left: int = 0
     others: int = 0
     quarantine: dict[str, str] = field(default_factory=dict)
     reconstruction_error: dict[str, float] = field(default_factory=dict)
@@ -199,7 +201,16 @@ class _Texts:
             encode_texts(self.network, self.store, works)
             works = _left_by_others(self.store, works, wait, "question")
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
+
+    def add_counts(self, result: ExtractionResult) -> ExtractionResult:
+        """`result` with the numbers of texts, as they are now."""
         self.store.catalog.refresh()
+        return dataclasses.replace(
+            result,
+            texts=len(self.store.clip_ids),
+            texts_planned=len(self.store.planned_ids),
+            texts_left=_count(still_missing(self.works, self.store)),
+        )
 
 
 @dataclass
@@ -214,10 +225,8 @@ class _OpenedStore:
 
     def finish(self, dataset: Dataset, job_slice: Slice) -> ExtractionResult:
         """Record the job; returns the state of the store after it."""
-        store, texts, config, stats = self.store, self.texts, self.job.config, self.stats
+        store, config, stats = self.store, self.job.config, self.stats
         store.catalog.refresh()
-        if texts:
-            texts.store.catalog.refresh()
         clips_left = _count(still_missing(self.works, store))
         if self.works:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
@@ -226,20 +235,18 @@ class _OpenedStore:
         # A store may also have clips that the annotations no longer name.
         ids = {clip.clip_id for clip in dataset.clips}
         mine = [clip for clip in dataset.clips if job_slice.has(catalog.shard_of(catalog.rows[clip.clip_id]))]
-        return ExtractionResult(
+        result = ExtractionResult(
             stats=stats,
             clips=len(ids & catalog.ledger.clips.keys()),
             planned=len(ids),
             others=len(catalog.ledger.clips.keys() - ids),
             quarantine={clip_id: record.reason for clip_id, record in store.quarantine.items() if clip_id in ids},
-            texts=len(texts.store.clip_ids) if texts else 0,
-            texts_planned=len(texts.store.planned_ids) if texts else 0,
             reconstruction_error=dict(store.reconstruction_error),
             check=compare_origins(mine, config.data.root, store.origins()),
             machines=store.machines(),
             clips_left=clips_left,
-            texts_left=_count(still_missing(texts.works, texts.store)) if texts else 0,
         )
+        return result if self.texts is None else self.texts.add_counts(result)
 
 
 def _open(job: ExtractionJob, dataset: Dataset, retry: bool, job_slice: Slice, refresh: bool) -> _OpenedStore:
@@ -322,11 +329,4 @@ def _encode_questions_of_imported(config: Config, job_slice: Slice, wait: bool) 
     network = find_text_network(config, find_network(config.encoder.arch), device, None)
     texts = _open_texts(network, dataset.texts, job_slice)
     texts.encode(wait)
-    return ExtractionResult(
-        stats=JobStats(),
-        clips=len(store.clip_ids),
-        planned=len(store.planned_ids),
-        texts=len(texts.store.clip_ids),
-        texts_planned=len(texts.store.planned_ids),
-        texts_left=_count(still_missing(texts.works, texts.store)),
-    )
+    return texts.add_counts(ExtractionResult(JobStats(), len(store.clip_ids), len(store.planned_ids)))
