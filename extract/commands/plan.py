@@ -32,8 +32,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     )
     config, options = parse_config(parser, args)
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
-    from egopatch.extract.planning.forecast import format_forecast
-    from egopatch.extract.planning.plan import format_plan, make_forecast, make_plan
+    from egopatch.extract.planning.forecast import format_forecast, make_forecast
+    from egopatch.extract.planning.plan import format_plan, make_plan
 
     if options.clips is not None:
         forecast = make_forecast(config, options.clips, options.gpus, options.cores, options.clips_per_second)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from egopatch.configs.schema import ConfigError
+from egopatch.configs.schema import Config, ConfigError
+from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import JobStats, jobs_path, read_jobs, stats_of
 from egopatch.features import StoreSpec
 from egopatch.features.common.units import counted, format_bytes
@@ -87,6 +88,32 @@ def given_cost(clips_per_second: float, measured: ClipCost | None) -> ClipCost:
     decode_s, write_s = (measured.decode_s, measured.write_s) if measured else (0.0, 0.0)
     rest = f"; decoding and writing from {measured.source}" if measured else "; decoding and writing not counted"
     return ClipCost(1 / clips_per_second, decode_s, write_s, f"--clips-per-second {clips_per_second:g}{rest}")
+
+
+def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_second: float | None) -> Forecast:
+    """Forecast a job without its data: neither videos nor questions need to exist.
+
+    Args:
+        config: The experiment.
+        clips, gpus: Size of the job.
+        cores: Number of cores per GPU, for decoding.
+        clips_per_second: Encoding rate of one GPU; None uses the rate measured by earlier jobs on the configured store.
+
+    Raises:
+        ConfigError: The given rate is out of range, or there is neither a measured rate nor a given one.
+        CheckpointError: As `extract.run.extract_features`.
+    """
+    measured = measured_cost(config.store.path)
+    if clips_per_second is not None:
+        cost = given_cost(clips_per_second, measured)
+    elif measured is not None:
+        cost = measured
+    else:
+        raise ConfigError(
+            f"--clips is {clips}, but no job on {config.store.path} has been measured; encode a few hundred clips first"
+            " (egopatch extract run), or give one GPU's rate with --clips-per-second"
+        )
+    return forecast(clips, gpus, cores, resolve_job(config).spec, config.store.format, cost)
 
 
 def forecast(clips: int, gpus: int, cores: int, spec: StoreSpec, format_name: str, cost: ClipCost) -> Forecast:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from egopatch.configs.schema import Config, ConfigError
+from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.origins import compare_origins, unrecorded_line
 from egopatch.extract.engines.sharing import worker_count
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import decoder_count
-from egopatch.extract.planning.forecast import Forecast, forecast, format_duration, given_cost, measured_cost
+from egopatch.extract.planning.forecast import format_duration, measured_cost
 from egopatch.extract.transcoding.hint import gpu_decoder_hint, long_groups_hint
 from egopatch.extract.worker.bottleneck import ASK_PLAN, bottleneck_line
 from egopatch.extract.worker.device import arithmetic_advice, shortage_explained
@@ -117,32 +117,6 @@ def make_plan(config: Config, probe: int) -> Plan:
         advice=tuple(filter(None, advice)),
         refusals=tuple(refusals),
     )
-
-
-def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_second: float | None) -> Forecast:
-    """Forecast a job without its data: neither videos nor questions need to exist.
-
-    Args:
-        config: The experiment.
-        clips, gpus: Size of the job.
-        cores: Number of cores per GPU, for decoding.
-        clips_per_second: Encoding rate of one GPU; None uses the rate measured by earlier jobs on the configured store.
-
-    Raises:
-        ConfigError: The given rate is out of range, or there is neither a measured rate nor a given one.
-        CheckpointError: As `extract.run.extract_features`.
-    """
-    measured = measured_cost(config.store.path)
-    if clips_per_second is not None:
-        cost = given_cost(clips_per_second, measured)
-    elif measured is not None:
-        cost = measured
-    else:
-        raise ConfigError(
-            f"--clips is {clips}, but no job on {config.store.path} has been measured; encode a few hundred clips first"
-            " (egopatch extract run), or give one GPU's rate with --clips-per-second"
-        )
-    return forecast(clips, gpus, cores, resolve_job(config).spec, config.store.format, cost)
 
 
 def disk_refusal(path: Path | str, spec: StoreSpec, clips: int) -> str | None:
