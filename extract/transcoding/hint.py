@@ -12,7 +12,7 @@ from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.transcoding.segment import KEY_FRAME_S, SHORT_SIDE
 from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
-from egopatch.extract.video.frames import positions, read_frames, rows_within
+from egopatch.extract.video.frames import read_frames, rows_within, sampled_rows
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.features.common.units import counted
 
@@ -42,7 +42,7 @@ def needed_frames(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
     with open_video(clip.video, cache) as file:
         index, (width, height) = file.index, file.size
     rows = rows_within(clip, index)
-    wanted = np.unique(rows[positions(clip, index, rows, video)])
+    wanted = np.unique(sampled_rows(clip, index, rows, video))
     seconds = np.floor((index.starts_s - index.starts_s[rows[0]]) / KEY_FRAME_S)
     copied = 0
     for second in np.unique(seconds[wanted]):

@@ -117,8 +117,7 @@ def _opened_and_read(clip: Clip, video: VideoConfig, cache: VideoCache | None, a
 
 def _read(clip: Clip, video: VideoConfig, file: VideoFile, as_planes: bool) -> DecodedClip[Any]:
     index = file.index
-    rows = rows_within(clip, index)
-    chosen = rows[positions(clip, index, rows, video)]
+    chosen = sampled_rows(clip, index, rows_within(clip, index), video)
     frames: Sequence[NDArray[np.uint8] | Planes]
     if video.decoder == "decord":
         frames = decord_pixels(file, chosen)
@@ -164,8 +163,8 @@ def _stretch(clip: Clip) -> str:
     return f"all from {start} s on" if clip.end_s is None else f"[{start}, {clip.end_s}) s"
 
 
-def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
-    """Positions in `rows`, the clip's frames, of the frames to decode: int64 [T], or fewer.
+def sampled_rows(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: VideoConfig) -> NDArray[np.int64]:
+    """Those of `rows`, the clip's frames, that are to be decoded: int64 [T], or fewer.
 
     Raises:
         VideoError: There are fewer than `video.frames`, and `video.short` is `quarantine`.
@@ -175,10 +174,10 @@ def positions(clip: Clip, index: FrameIndex, rows: NDArray[np.int64], video: Vid
         if video.short == "quarantine":
             raise VideoError(f"clip {clip.clip_id} has {counted(count, 'frame')}; video.frames requires {video.frames}")
         if video.short == "zeros":
-            return np.arange(count)
-        return uniform_indices(count, video.frames)
+            return rows
+        return rows[uniform_indices(count, video.frames)]
     starts_s = index.starts_s[rows]
     if has_varying_rate(starts_s):
         end_s = float(index.starts_s[rows[-1] + 1]) if rows[-1] + 1 < len(index.pts) else index.end_s
-        return uniform_by_time(starts_s, end_s, video.frames)
-    return uniform_indices(count, video.frames)
+        return rows[uniform_by_time(starts_s, end_s, video.frames)]
+    return rows[uniform_indices(count, video.frames)]
