@@ -26,11 +26,12 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     require_store(options.store)
     from egopatch.features.tools.verify import verify
 
+    # The videos come first: a wrong folder should not show only once the whole store has been read.
+    sources = check_sources(options) if options.sources else None
     with progress("verify", BYTES, options) as on_bytes:
         report = verify(options.store, on_bytes=on_bytes)
     ok, result, lines = report.ok, report_json(report), list(_report_lines(report))
-    if options.sources:
-        sources = check_sources(options)
+    if sources:
         ok = ok and not (sources.changed or sources.unreadable)
         result["sources"] = asdict(sources)
         lines += _source_lines(sources, options)

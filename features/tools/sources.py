@@ -10,6 +10,7 @@ from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.verify import audit_store
+from egopatch.features.values.errors import WrongOption
 from egopatch.features.values.location import Location, parse_location
 
 
@@ -49,6 +50,7 @@ def check_sources(
 
     Raises:
         StoreError: The store does not exist.
+        WrongOption: The folder holds none of the videos.
     """
     ledger = audit_store(storage_at(parse_location(path))).ledger
     clips: dict[str, list[str]] = {}
@@ -66,6 +68,11 @@ def check_sources(
                 sizes[file] = (folder / file).stat().st_size
         except OSError as error:
             unreadable[file] = with_remedy(error)
+    if clips and not sizes and not unreadable:
+        raise WrongOption(
+            f"--sources is {str(folder)!r}, which holds no video of the store, such as {next(iter(clips))!r}; expected "
+            "the folder that these names start from, the config's data.root"
+        )
     gone = len(clips) - len(sizes) - len(unreadable)
     changed: dict[str, tuple[str, ...]] = {}
     done, total = 0, sum(sizes.values())

@@ -130,6 +130,32 @@ def test_sources_are_hashed_on_request(tmp_path: Path, capsys: pytest.CaptureFix
     assert usage.value.code == 2
 
 
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_a_folder_without_any_video_of_the_store_is_wrong_usage(
+    make_local: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    store, wrong = filled(make_local), tmp_path / "wrong"
+    (wrong / "nested").mkdir(parents=True)
+    (wrong / "nested/a.mp4").touch()
+    monkeypatch.setattr(f"egopatch.features.tools.{command}.{command}", lambda *_, **__: pytest.fail("reads the store"))
+    assert main([command, str(store.path), "--sources", str(wrong), "--json"]) == 2
+    out, err = capsys.readouterr()
+    file = ORIGINS[FIRST[0]].file
+    assert (out, err) == (
+        "",
+        f"features {command}: error: --sources is {str(wrong)!r}, which holds no video of the store, such as {file!r}; "
+        "expected the folder that these names start from, the config's data.root\n",
+    )
+
+
+def test_a_store_that_names_no_video_has_none_to_find(make_local: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    store = make_local(FIRST)
+    store.write_shard(0, {FIRST[1]: clip(1)}, {FIRST[1]: "hash"})
+    assert main(["verify", str(store.path), "--sources", str(store.path), "--json"]) == 0
+    sources = json.loads(capsys.readouterr().out)["sources"]
+    assert sources == {"files": 0, "changed": {}, "gone": 0, "unrecorded": 1, "unreadable": {}}
+
+
 def test_an_unreadable_video_does_not_hide_other_changes(
     make_local: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +185,9 @@ def test_an_unreadable_video_does_not_hide_other_changes(
     assert open_store(store.path).clip_ids == FIRST
 
 
-def test_source_hashing_uses_only_the_cores_of_this_process(make_local: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_hashing_uses_only_the_cores_of_this_process(
+    make_local: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts: list[int] = []
 
     class Pool(ThreadPoolExecutor):
@@ -170,7 +198,10 @@ def test_source_hashing_uses_only_the_cores_of_this_process(make_local: Make, mo
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr("egopatch.features.tools.sources.ThreadPoolExecutor", Pool)
-    check_sources(filled(make_local).path, Path("nowhere"))
+    video = tmp_path / ORIGINS[FIRST[0]].file
+    video.parent.mkdir()
+    video.write_bytes(b"video")
+    check_sources(filled(make_local).path, tmp_path)
     assert counts == [1]
 
 
