@@ -151,4 +151,4 @@ def read_jobs(store: Path | str) -> list[dict[str, Any]]:
 
 
 def _jobs_journal(store: Path | str) -> Journal[dict[str, Any]]:
-    return storage_at(parse_location(store)).journal(_JOBS, dict)
+    return storage_at(store).journal(_JOBS, dict)

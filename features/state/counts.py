@@ -9,7 +9,7 @@ from egopatch.features.state.ledger import Ledger, ledger_journal
 from egopatch.features.state.quarantine import Quarantine
 from egopatch.features.storage.journal import require_intact
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def count_clips(path: Location | str, ledger: Ledger, named: Container[str] | No
     def count(ids: Iterable[str | None]) -> int:
         return sum(clip_id is not None and (named is None or clip_id in named) for clip_id in ids)
 
-    storage = storage_at(parse_location(path))
+    storage = storage_at(path)
     header = parse_header(read_header(storage))
     plan = ids_journal(storage).read()
     require_intact(plan, storage.location)
@@ -59,7 +59,7 @@ def first_in_quarantine(
     path: Location | str, ledger: Ledger, named: Container[str] | None = None
 ) -> tuple[str, str] | None:
     """Id and reason of the first clip in quarantine; None if there is none. Arguments as for `count_clips`."""
-    failed = Quarantine(storage_at(parse_location(path))).read(ledger.clips)
+    failed = Quarantine(storage_at(path)).read(ledger.clips)
     return next(((name, record.reason) for name, record in failed.items() if named is None or name in named), None)
 
 
@@ -82,7 +82,7 @@ def read_ledger(path: Location | str) -> Ledger:
     Raises:
         DamagedStore: The ledger is damaged.
     """
-    storage, ledger = storage_at(parse_location(path)), Ledger()
+    storage, ledger = storage_at(path), Ledger()
     if storage.exists(HEADER):
         contents = ledger_journal(storage).read()
         require_intact(contents, storage.location)

@@ -15,7 +15,7 @@ from egopatch.features.storage.journal import Position, require_intact
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.values.errors import BadLocation, FingerprintMismatch, WriteConflict, require_type
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Fingerprint, StoreSpec
 
 
@@ -49,7 +49,7 @@ def create_store(
     if isinstance(ids, str):
         raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
     ids = list(ids)
-    storage = storage_at(parse_location(path))
+    storage = storage_at(path)
     root = storage.location
     file_format = format_named(format, spec.codec)
     if not storage.in_place and file_format.needs_folder:

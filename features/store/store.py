@@ -31,7 +31,7 @@ from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
 from egopatch.features.values.errors import FingerprintMismatch, StoreError
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
 
@@ -64,7 +64,7 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
         OtherVersion: Another version of this program wrote the store.
         StoreError: The store does not exist, or a file that describes it is damaged; the message names the file.
     """
-    storage = storage_at(parse_location(path))
+    storage = storage_at(path)
     header = parse_header(read_header(storage))
     if expect is not None and (different := header.fingerprint.differences(expect, "store has", "expected")):
         raise FingerprintMismatch(
@@ -76,7 +76,7 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
 
 def store_exists(path: Location | str) -> bool:
     """Whether a store, or a part of one, exists at `path`."""
-    return storage_at(parse_location(path)).exists("")
+    return storage_at(path).exists("")
 
 
 class Store:

@@ -13,7 +13,7 @@ from egopatch.features.store.store import open_store
 from egopatch.features.store.text_substore import substores
 from egopatch.features.tools.verify import VerifyReport, audit_store, bad_rows, check_shards, verify
 from egopatch.features.values.errors import DamagedStore
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
         StoreError: The store does not exist, or no copy of its header is left.
         ShardOwned: Another process is writing to the store.
     """
-    root = storage_at(parse_location(path))
+    root = storage_at(path)
     before = verify(root.location)
     dropped: list[str] = []
     rewritten: list[str] = []

@@ -11,7 +11,7 @@ from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.verify import audit_store
 from egopatch.features.values.errors import WrongOption
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def check_sources(
         StoreError: The store does not exist.
         WrongOption: The folder holds none of the videos.
     """
-    ledger = audit_store(storage_at(parse_location(path))).ledger
+    ledger = audit_store(storage_at(path)).ledger
     clips: dict[str, list[str]] = {}
     unrecorded = 0
     for name, origin in ledger.origins().items():

@@ -23,7 +23,7 @@ from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.text_substore import TEXT_FOLDER, substores
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.errors import DamagedStore, OtherVersion, StoreError
-from egopatch.features.values.location import Location, parse_location
+from egopatch.features.values.location import Location
 from egopatch.features.values.spec import StoreSpec
 
 
@@ -180,7 +180,7 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
         OtherVersion: Another version of this program wrote the store.
         StoreError: The store does not exist.
     """
-    storage, started = storage_at(parse_location(path)), time.monotonic()
+    storage, started = storage_at(path), time.monotonic()
     audits = {"": audit_store(storage)}
     faults = list(audits[""].faults)
     for folder in substores(storage)[1:]:

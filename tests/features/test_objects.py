@@ -29,7 +29,7 @@ from egopatch.features.storage.pick import storage_at
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
-from egopatch.features.values.location import ObjectUrl, parse_location
+from egopatch.features.values.location import ObjectUrl
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill, maker
 from tests.features.objects import objects
 from tests.features.test_crash import BAD, check_values, committed_files, job
@@ -65,7 +65,7 @@ def committed(url: str) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
-    if storage_at(parse_location(url)).exists("store.json"):
+    if storage_at(url).exists("store.json"):
         report = verify(url)
         assert report.ok, report.faults
         check_values(open_store(url).clip_ids, url)
@@ -78,9 +78,7 @@ def check_whole_or_absent_and_finish(url: str, undisturbed: dict) -> None:
     assert repair(url).before.ok  # removes what a kill between a commit and its tidying leaves, and nothing else
     assert verify(url).ok
     commits = open_store(url).catalog.ledger.commits
-    assert storage_at(parse_location(url)).write_ids_by_shard() == {
-        shard: {commit.write_id} for shard, commit in commits.items()
-    }
+    assert storage_at(url).write_ids_by_shard() == {shard: {commit.write_id} for shard, commit in commits.items()}
 
 
 def crash_at_every(points: Iterator[int], bucket: str) -> int:
