@@ -25,7 +25,7 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     require_store(options.store)
     storage = storage_at(options.store)
     folders = ("", TEXT_FOLDER) if options.shard is None else ("",)
-    removed = [line for folder in folders for line in storage.subfolder(folder).unlock(options.shard)]
+    removed = [line for folder in folders for line in storage_at(options.store / folder).unlock(options.shard)]
     # The folder of a run has a lease as well, but is not a store.
     if options.shard is not None and not removed and storage.exists(HEADER):
         catalog = catalog_at(options.store)

@@ -36,12 +36,12 @@ class LeaseState:
 
 
 @contextmanager
-def hold(bucket: Bucket, base: str, shard: int) -> Iterator[None]:
-    """Hold the lease of `shard`, in the store whose keys begin with `base`. Errors as in `file_lease.hold`."""
-    key = f"{base}leases/{shard:08d}.json"
+def hold(bucket: Bucket, shard: int) -> Iterator[None]:
+    """Hold the lease of `shard`, in the store at `bucket`. Errors as in `file_lease.hold`."""
+    key = f"leases/{shard:08d}.json"
     # The random number tells this lease from every other one, including earlier ones of this process.
     content = json.dumps(asdict(Owner.this_process()) | {"number": uuid.uuid4().hex}).encode()
-    version = _acquire(bucket, base, key, shard, content)
+    version = _acquire(bucket, key, shard, content)
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(bucket, key, content, version, stop), name="lease", daemon=True)
     thread.start()
@@ -56,10 +56,10 @@ def hold(bucket: Bucket, base: str, shard: int) -> Iterator[None]:
                 bucket.delete([key])
 
 
-def require_no_writers(bucket: Bucket, base: str) -> None:
+def require_no_writers(bucket: Bucket) -> None:
     """Refuse to continue while another process writes to the store. Errors as in `file_lease.require_no_writers`."""
-    for key in sorted(bucket.listing(f"{base}leases")):
-        lease = _read_lease(bucket, base, key) if key.endswith(".json") else None
+    for key in sorted(bucket.listing("leases")):
+        lease = _read_lease(bucket, key) if key.endswith(".json") else None
         if lease is not None and (holder := lease.holder) is not None:
             raise ShardOwned(
                 f"{holder} is writing to the store (lease {bucket.url}/{key}); wait for that process, or stop it, and "
@@ -67,14 +67,14 @@ def require_no_writers(bucket: Bucket, base: str) -> None:
             )
 
 
-def remove(bucket: Bucket, base: str, shard: int | None = None) -> list[str]:
+def remove(bucket: Bucket, shard: int | None = None) -> list[str]:
     """Remove expired leases. Arguments, result and errors as in `file_lease.remove`."""
     found = {
         key: lease
-        for key in sorted(bucket.listing(f"{base}leases"))
+        for key in sorted(bucket.listing("leases"))
         if key.endswith(".json")
         and (shard is None or key.endswith(f"/{shard:08d}.json"))
-        and (lease := _read_lease(bucket, base, key)) is not None
+        and (lease := _read_lease(bucket, key)) is not None
         and lease.owner is not None
     }
     for key, lease in found.items():
@@ -91,16 +91,16 @@ def remove(bucket: Bucket, base: str, shard: int | None = None) -> list[str]:
     return removed
 
 
-def _acquire(bucket: Bucket, base: str, key: str, shard: int, content: bytes) -> Version:
-    lease = _read_lease(bucket, base, key)
+def _acquire(bucket: Bucket, key: str, shard: int, content: bytes) -> Version:
+    lease = _read_lease(bucket, key)
     if lease is None or lease.holder is None:
         try:
             return _write(bucket, key, content, None if lease is None else lease.version)
         except WriteConflict:
-            lease = _read_lease(bucket, base, key)  # another process took it first
+            lease = _read_lease(bucket, key)  # another process took it first
     holder = "another process" if lease is None or lease.owner is None else str(lease.owner)
     raise ShardOwned(
-        f"shard {shard} of {bucket.url}/{base.rstrip('/')} is held by {holder}; wait for that process, or stop it: its "
+        f"shard {shard} of {bucket.url} is held by {holder}; wait for that process, or stop it: its "
         f"lease then expires automatically, {EXPIRY_S:.0f} s after the last renewal"
     )
 
@@ -117,20 +117,19 @@ def _write(bucket: Bucket, key: str, content: bytes, version: Version | None) ->
         raise
 
 
-def _read_lease(bucket: Bucket, base: str, key: str) -> LeaseState | None:
+def _read_lease(bucket: Bucket, key: str) -> LeaseState | None:
     try:
         found = bucket.get(key)
     except FileNotFoundError:
         return None
     assert found is not None
-    return LeaseState(parse_owner(found.content), _idle_s(bucket, base, found), found.version)
+    return LeaseState(parse_owner(found.content), _idle_s(bucket, found), found.version)
 
 
-def _idle_s(bucket: Bucket, base: str, found: Content) -> float:
+def _idle_s(bucket: Bucket, found: Content) -> float:
     """Seconds since an object was written, by the server's clock alone; the local clock may be wrong."""
-    clock = f"{base}leases/clock"
-    bucket.put(clock, b"now")
-    now = bucket.get(clock)
+    bucket.put("leases/clock", b"now")
+    now = bucket.get("leases/clock")
     assert now is not None
     return (now.modified - found.modified).total_seconds()
 

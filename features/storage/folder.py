@@ -86,9 +86,6 @@ class LocalStorage:
     def __init__(self, location: Path) -> None:
         self.location = location
 
-    def subfolder(self, name: str) -> "LocalStorage":
-        return LocalStorage(self.location / name)
-
     def prepare(self) -> None:
         make_folder(self.location)
 

@@ -125,9 +125,6 @@ class Storage(ReadableFiles, Protocol):
     def location(self) -> Location:
         """Folder or URL of the store."""
 
-    def subfolder(self, name: str) -> "Storage":
-        """The storage of a store in the folder `name` of this one."""
-
     def prepare(self) -> None:
         """Create the folder, or check that objects can be written.
 

@@ -44,25 +44,22 @@ class ObjectJournal(Generic[Entry]):
     """See `interface.Journal`.
 
     Args:
-        base: Common beginning of the store's keys.
+        bucket: The store's objects.
         name: Name such as `ids.jsonl`; with `by_shard`, `ledger.jsonl` becomes `ledger/00000003.jsonl` and so on.
         parse: As in `parse_lines`.
         by_shard: Whether every record is about one shard.
     """
 
-    def __init__(
-        self, bucket: Bucket, base: str, name: str, parse: Callable[[Record], Entry], by_shard: bool = False
-    ) -> None:
+    def __init__(self, bucket: Bucket, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> None:
         self.name = name.removesuffix(".jsonl") if by_shard else name
         self._bucket = bucket
-        self._base = base
         self._parse = parse
         self._by_shard = by_shard
 
     def create(self) -> None:
         if not self._by_shard:
             with suppress(WriteConflict):
-                self._bucket.put_if_unchanged(self._base + self.name, b"", None)
+                self._bucket.put_if_unchanged(self.name, b"", None)
 
     def append(self, record: Record, after: Position | None = None) -> ObjectPosition:
         key = self._key(record.get("shard"))
@@ -89,7 +86,7 @@ class ObjectJournal(Generic[Entry]):
         with garbage_collection_paused():
             for key, found in self._changed(seen, None if from_start else shard):
                 if found is None:
-                    faults.append(f"{self._shown(key)} is missing")
+                    faults.append(f"{key} is missing")
                     continue
                 offset = seen.get(key)
                 if offset is not None and crc32c(found.content[: offset.end]) != offset.crc:
@@ -106,7 +103,7 @@ class ObjectJournal(Generic[Entry]):
             found = self._fetch(key)
             with suppress(WriteConflict):
                 return self._append(key, record, None if found is None else found.version)
-        raise write_conflict(self._shown(key))
+        raise write_conflict(key)
 
     def _rewrite(self, key: str, change: Callable[[list[Entry]], Sequence[Record]]) -> None:
         for _ in range(_TRIES):
@@ -118,13 +115,13 @@ class ObjectJournal(Generic[Entry]):
                 if found is None or found.content != content:
                     self._bucket.put_if_unchanged(key, content, None if found is None else found.version)
                 return
-        raise write_conflict(self._shown(key))
+        raise write_conflict(key)
 
     def _append(self, key: str, record: Record, version: Version | None) -> ObjectOffset:
         """Append a line to the object if it still has `version`."""
         found = None if version is None else self._fetch(key)
         if version is not None and (found is None or found.version != version):
-            raise write_conflict(self._shown(key))
+            raise write_conflict(key)
         content = b"" if found is None else found.content
         if content and not content.endswith(b"\n"):
             raise DamagedStore(f"{key} ends within a line; run `egopatch features repair` on the store")
@@ -137,8 +134,8 @@ class ObjectJournal(Generic[Entry]):
     def _lines(self, key: str, content: bytes, first: int) -> tuple[list[Line[Entry]], list[str], int]:
         raw = content.split(b"\n")
         torn = raw.pop()
-        lines, faults, expected = parse_lines(raw, first, self._shown(key), self._parse)
-        return lines, faults + ([f"{self._shown(key)} ends within a line"] if torn else []), expected
+        lines, faults, expected = parse_lines(raw, first, key, self._parse)
+        return lines, faults + ([f"{key} ends within a line"] if torn else []), expected
 
     def _changed(self, seen: Mapping[str, ObjectOffset], shard: int | None) -> Iterable[tuple[str, Content | None]]:
         """Objects that have changed since they were `seen`; None for those that have vanished."""
@@ -155,17 +152,14 @@ class ObjectJournal(Generic[Entry]):
             return [(key, None)] if key in seen or not self._by_shard else []
 
     def _key(self, shard: int | None) -> str:
-        return f"{self._base}{self.name}/{shard:08d}.jsonl" if self._by_shard else self._base + self.name
+        return f"{self.name}/{shard:08d}.jsonl" if self._by_shard else self.name
 
     def _keys(self) -> list[str]:
-        return list(self._listing()) if self._by_shard else [self._base + self.name]
+        return list(self._listing()) if self._by_shard else [self.name]
 
     def _listing(self) -> dict[str, Version]:
-        found = self._bucket.listing(self._base + self.name)
+        found = self._bucket.listing(self.name)
         return {key: version for key, version in sorted(found.items()) if key.endswith(".jsonl")}
-
-    def _shown(self, key: str) -> str:
-        return key.removeprefix(self._base)
 
     def _fetch(self, key: str) -> Content | None:
         try:

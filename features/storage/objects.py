@@ -79,7 +79,7 @@ class ObjectFiles:
 
 
 class ObjectStorage(ObjectFiles):
-    """See `interface.Storage`: the store whose objects are at `url`, or in the folder `base` below it.
+    """See `interface.Storage`: the store whose objects are at `url`.
 
     Raises:
         BadLocation: As in `Bucket`.
@@ -88,43 +88,40 @@ class ObjectStorage(ObjectFiles):
     in_place = False
     parallel_reads = 16
 
-    def __init__(self, url: ObjectUrl, bucket: Bucket | None = None, base: str = "") -> None:
-        super().__init__(bucket or Bucket(url), base)
+    def __init__(self, url: ObjectUrl) -> None:
+        super().__init__(Bucket(url), "")
         self.location = url
 
-    def subfolder(self, name: str) -> "ObjectStorage":
-        return ObjectStorage(self.location / name, self._bucket, f"{self._base}{name}/") if name else self
-
     def prepare(self) -> None:
-        self._bucket.exists(f"{self._base}store.json")
+        self._bucket.exists("store.json")
 
     def read(self, name: str) -> bytes:
-        found = self._bucket.get(self._base + name)
+        found = self._bucket.get(name)
         assert found is not None
         return found.content
 
     def write(self, name: str, content: bytes) -> None:
-        self._bucket.put(self._base + name, content)
+        self._bucket.put(name, content)
 
     def create(self, name: str, content: bytes) -> None:
         with suppress(WriteConflict):
-            self._bucket.put_if_unchanged(self._base + name, content, None)
+            self._bucket.put_if_unchanged(name, content, None)
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> ObjectJournal[Entry]:
-        return ObjectJournal(self._bucket, self._base, name, parse, by_shard)
+        return ObjectJournal(self._bucket, name, parse, by_shard)
 
     def adding_rows(self) -> AbstractContextManager[None]:
         """Nothing to do: `ObjectJournal.append` refuses the second of two writers."""
         return nullcontext()
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
-        return object_lease.hold(self._bucket, self._base, shard)
+        return object_lease.hold(self._bucket, shard)
 
     def require_no_writers(self) -> None:
-        object_lease.require_no_writers(self._bucket, self._base)
+        object_lease.require_no_writers(self._bucket)
 
     def unlock(self, shard: int | None = None) -> list[str]:
-        return object_lease.remove(self._bucket, self._base, shard)
+        return object_lease.remove(self._bucket, shard)
 
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
@@ -152,7 +149,7 @@ class ObjectStorage(ObjectFiles):
         write_id = uuid.uuid4().hex
         files = self.shard_files(shard, write_id)
         for name, path in staged.items():
-            self._bucket.upload(f"{self._prefix(shard, write_id)}{name}", path)
+            self._bucket.upload(f"{_prefix(shard, write_id)}{name}", path)
         for name, expected in sums.items():
             try:
                 found = files.size_and_crc(name)
@@ -166,22 +163,23 @@ class ObjectStorage(ObjectFiles):
         return write_id
 
     def shard_files(self, shard: int, write_id: str) -> ObjectFiles:
-        return ObjectFiles(self._bucket, self._prefix(shard, write_id))
+        return ObjectFiles(self._bucket, _prefix(shard, write_id))
 
     def write_ids(self, shard: int) -> set[str]:
-        return self._bucket.folders(f"{self._base}shards/{shard:08d}")
+        return self._bucket.folders(f"shards/{shard:08d}")
 
     def write_ids_by_shard(self) -> dict[int, set[str]]:
         """See `interface.Storage`; lists all files at once, because listing each shard would take a request each."""
         found: dict[int, set[str]] = {}
-        for key in self._bucket.listing(f"{self._base}shards"):
-            shard, write_id, *_ = key.removeprefix(f"{self._base}shards/").split("/")
+        for key in self._bucket.listing("shards"):
+            shard, write_id, *_ = key.removeprefix("shards/").split("/")
             if shard.isdecimal():
                 found.setdefault(int(shard), set()).add(write_id)
         return found
 
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
-        self._bucket.delete([f"{self._prefix(shard, write_id)}{name}" for name in names])
+        self._bucket.delete([f"{_prefix(shard, write_id)}{name}" for name in names])
 
-    def _prefix(self, shard: int, write_id: str) -> str:
-        return f"{self._base}shards/{shard:08d}/{write_id}/"
+
+def _prefix(shard: int, write_id: str) -> str:
+    return f"shards/{shard:08d}/{write_id}/"

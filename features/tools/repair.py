@@ -49,7 +49,7 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
     dropped: list[str] = []
     rewritten: list[str] = []
     for folder in substores(root):
-        storage = root.subfolder(folder)
+        storage = storage_at(root.location / folder)
         storage.require_no_writers()
         with storage.adding_rows():
             rewritten += [f"{folder}/{name}" if folder else name for name in _repair_description(storage)]

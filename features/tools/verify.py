@@ -185,7 +185,7 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
     faults = list(audits[""].faults)
     for folder in substores(storage)[1:]:
         try:
-            audits[folder] = audit_store(storage.subfolder(folder))
+            audits[folder] = audit_store(storage_at(storage.location / folder))
             faults += [_in_folder(folder, fault) for fault in audits[folder].faults]
         except OtherVersion:
             raise

@@ -16,7 +16,7 @@ from tests.features.objects import objects
 
 def test_an_append_after_an_unread_line_conflicts(bucket: str) -> None:
     at = Bucket(ObjectUrl(f"{bucket}/store"))
-    journal: ObjectJournal[Any] = ObjectJournal(at, "", "ids.jsonl", lambda record: record)
+    journal: ObjectJournal[Any] = ObjectJournal(at, "ids.jsonl", lambda record: record)
     journal.create()
     before = journal.read()
     journal.append({"n": 1}, before.position)
@@ -36,7 +36,7 @@ def test_object_journal_bytes_equal_those_of_a_file_journal(bucket: str, tmp_pat
     records = [{"kind": "drop", "shard": 3, "ids": ["ü"], "emptied": False}, {"shard": 3}]
     file: FileJournal[Any] = FileJournal(tmp_path / "ledger.jsonl", lambda record: record)
     journal: ObjectJournal[Any] = ObjectJournal(
-        Bucket(ObjectUrl(f"{bucket}/store")), "", "ledger.jsonl", lambda record: record, by_shard=True
+        Bucket(ObjectUrl(f"{bucket}/store")), "ledger.jsonl", lambda record: record, by_shard=True
     )
     file.create()
     for record in records:
@@ -48,7 +48,7 @@ def test_object_journal_bytes_equal_those_of_a_file_journal(bucket: str, tmp_pat
 
 def test_any_flipped_bit_is_a_fault(bucket: str) -> None:
     at = Bucket(ObjectUrl(f"{bucket}/store"))
-    journal: ObjectJournal[Any] = ObjectJournal(at, "", "ids.jsonl", lambda record: record)
+    journal: ObjectJournal[Any] = ObjectJournal(at, "ids.jsonl", lambda record: record)
     journal.append({"ids": ["a"]})
     (content,) = objects(bucket).values()
     for bit in range(0, 8 * len(content), 7):
