@@ -57,11 +57,11 @@ class RowSource:
 
     Attributes:
         content: Returns the row in the disk dtype; called in threads.
-        dtype: Name of the dtype if its numbers must be finite; empty for a row that was checked before.
+        known_finite: Whether it was found before to hold neither NaN nor infinity; any other row is checked.
     """
 
     content: Callable[[], np.ndarray]
-    dtype: str = ""
+    known_finite: bool
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _with_checksums(commit: ShardCommit, sums: Mapping[str, dict[str, int]], thr
 
     def summed(name: str, array: ArraySpec, source: RowSource) -> SummedRow:
         try:
-            return SummedRow.of(source.content(), source.dtype)
+            return SummedRow.of(source.content(), "" if source.known_finite else array.dtype)
         except FloatingPointError:
             raise RowNotFinite(name, array.name) from None
 

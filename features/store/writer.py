@@ -1,6 +1,7 @@
 """Writing shards whose lease is held: checks, encoding, and the commit protocol with its retries."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -21,6 +22,15 @@ from egopatch.features.values.spec import ArraySpec
 _TRIES = 5  # attempts to commit, each after a conflict with another writer
 
 Rows = Mapping[str, Mapping[str, Tensor]]  # id -> array -> tensor, without the batch
+
+
+@dataclass(frozen=True)
+class _NewRow:
+    """A clip's tensors and provenance, and whether the caller of `Store.write_shard` has found them to be finite."""
+
+    tensors: Mapping[str, Tensor]
+    provenance: Provenance
+    finite: bool
 
 
 class ShardWriter:
@@ -58,8 +68,13 @@ class ShardWriter:
             if failed := [name for name in catalog.unchanged(replaces) if name in failures]:
                 self.rewrite(shard, failed)
             if rows:
-                provenance = {n: Provenance(sources[n], origins.get(n), machines.get(n, "")) for n in rows}
-                self._commit_new(shard, rows, provenance, replaces, committer, finite)
+                new = {
+                    name: _NewRow(
+                        row, Provenance(sources[name], origins.get(name), machines.get(name, "")), name in finite
+                    )
+                    for name, row in rows.items()
+                }
+                self._commit_new(shard, new, replaces, committer)
         catalog.refresh(shard)
 
     def rewrite(self, shard: int, without: Sequence[str]) -> None:
@@ -74,7 +89,7 @@ class ShardWriter:
                 ledger_journal(catalog.storage).append(drop_record(shard, without, emptied=not kept), after)
                 catalog.refresh(shard)
             if kept:
-                self._commit(shard, {}, {}, catalog.position)
+                self._commit(shard, {}, catalog.position)
             else:
                 self._discard(shard, former)
             catalog.refresh(shard)
@@ -122,13 +137,7 @@ class ShardWriter:
                 )
 
     def _commit_new(
-        self,
-        shard: int,
-        new: Rows,
-        provenance: Mapping[str, Provenance],
-        replaces: Mapping[str, RowVersion],
-        committer: Committer,
-        finite: Collection[str],
+        self, shard: int, new: Mapping[str, _NewRow], replaces: Mapping[str, RowVersion], committer: Committer
     ) -> None:
         """Commit `new` rows, except those that another writer has committed in the meantime."""
         catalog = self._catalog
@@ -140,7 +149,7 @@ class ShardWriter:
                 new = {name: row for name, row in new.items() if name not in catalog.ledger.clips or name in to_replace}
             try:
                 if new:
-                    self._commit(shard, new, provenance, after, committer, finite)
+                    self._commit(shard, new, after, committer)
                 break
             except WriteConflict:
                 if conflicts == _TRIES - 1:
@@ -151,13 +160,7 @@ class ShardWriter:
             self.clear_leftovers(shard)  # the files of this process's refused commits
 
     def _commit(
-        self,
-        shard: int,
-        new: Rows,
-        provenance: Mapping[str, Provenance],
-        after: Position | None,
-        committer: Committer = commit_shard,
-        finite: Collection[str] = (),
+        self, shard: int, new: Mapping[str, _NewRow], after: Position | None, committer: Committer = commit_shard
     ) -> None:
         """Commit the `new` rows with the shard's other rows unchanged, unless it has a commit later than `after`."""
         catalog = self._catalog
@@ -165,40 +168,39 @@ class ShardWriter:
             former = catalog.committed_of(shard)
             kept = [name for name in former if name not in new]
             rows = {name: catalog.rows[name] for name in sorted([*kept, *new], key=catalog.rows.__getitem__)}
-            provenance = {**provenance, **catalog.ledger.provenance(kept)}
+            provenance = {name: row.provenance for name, row in new.items()} | catalog.ledger.provenance(kept)
             commit = catalog.ledger.commits.get(shard)
             errors = dict(commit.errors) if commit and kept else {}
             write_id = catalog.ledger.write_id(shard)
-        for tensors in new.values():
-            error = reconstruction_error(tensors, catalog.spec)
+        for row in new.values():
+            error = reconstruction_error(row.tensors, catalog.spec)
             if error is not None:
                 errors["patches"] = max(error, errors.get("patches", 0.0))
         digest = catalog.header.fingerprint.digest
         target = CommitTarget(catalog.storage, catalog.spec, self._file_format, digest)
-        sources = [(array, self._sources(array, rows, new, finite)) for array in catalog.spec.arrays]
+        sources = [(array, self._sources(array, rows, new)) for array in catalog.spec.arrays]
         replaced = [name for name in former if name in new]
         try:
             committer(target, ShardCommit(shard, rows, sources, provenance, errors, after, replaced))
         except RowNotFinite as error:
             name, array = error.args
-            raise not_finite(name, new[name], catalog.spec.array(array)) from None
+            raise not_finite(name, new[name].tensors, catalog.spec.array(array)) from None
         if write_id:
             self._discard(shard, write_id)
 
     def _discard(self, shard: int, write_id: str) -> None:
         self._catalog.storage.discard(shard, write_id, self._file_format.file_names(self._catalog.spec, shard))
 
-    def _sources(
-        self, array: ArraySpec, rows: Mapping[str, int], new: Rows, finite: Collection[str]
-    ) -> list[RowSource]:
+    def _sources(self, array: ArraySpec, rows: Mapping[str, int], new: Mapping[str, _NewRow]) -> list[RowSource]:
         """The source of each of one array's `rows`: new rows are encoded, the others are read from the store."""
         spec, read = self._catalog.spec, self._reader.read_row
 
         def source(name: str) -> RowSource:
             if name not in new:
-                return RowSource(partial(read, name, array))
+                return RowSource(partial(read, name, array), known_finite=True)
+            row = new[name]
             # A finite number may be too large for another dtype.
-            known = name in finite and is_stored_as_is(new[name], array)
-            return RowSource(partial(encode_row, name, new[name], array, spec), "" if known else array.dtype)
+            known_finite = row.finite and is_stored_as_is(row.tensors, array)
+            return RowSource(partial(encode_row, name, row.tensors, array, spec), known_finite)
 
         return [source(name) for name in rows]
