@@ -11,7 +11,8 @@ from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import open_store
 from egopatch.features.store.text_substore import substores
-from egopatch.features.tools.verify import VerifyReport, audit_store, bad_rows, check_shards, verify
+from egopatch.features.tools.audit import audit_store
+from egopatch.features.tools.verify import VerifyReport, bad_rows, check_shards, verify
 from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.location import Location
 
@@ -64,18 +65,20 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
 def _repair_description(storage: Storage) -> list[str]:
     audit = audit_store(storage)
     damaged = {fault.where for fault in audit.faults}
-    if audit.header is None:
+    if audit.header_record is None:
         raise DamagedStore(
             f"{storage.location / HEADER} and its copy in the arrays' metadata are damaged or disagree; restore one of "
             f"them, or move {storage.location} away and encode again"
         )
     if HEADER in damaged:
-        write_header(storage, audit.header)
+        write_header(storage, audit.header_record)
     for journal in (raw_ledger_journal(storage), raw_quarantine_journal(storage)):
         if journal.name in damaged:
             journal.back_up_damaged()
             journal.rewrite(lambda intact: intact)
-    metadata = audit.format.metadata_files(audit.header, audit.spec, len(audit.row_ids)) if storage.in_place else {}
+    metadata = {}
+    if storage.in_place:
+        metadata = audit.format.metadata_files(audit.header_record, audit.spec, len(audit.row_ids))
     if ids_journal(storage).name in damaged:
         ids_journal(storage).back_up_damaged()
         ids_journal(storage).rewrite(lambda _: [])

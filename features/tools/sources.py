@@ -9,7 +9,7 @@ from pathlib import Path
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.tools.verify import audit_store
+from egopatch.features.tools.audit import audit_store
 from egopatch.features.values.errors import WrongOption
 from egopatch.features.values.location import Location
 

@@ -22,8 +22,9 @@ from egopatch.features.formats.registry import format_named
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.quarantine import raw_quarantine_journal
 from egopatch.features.storage.folder import LocalStorage
+from egopatch.features.tools.audit import audit_store
 from egopatch.features.tools.repair import repair
-from egopatch.features.tools.verify import audit_store, check_shards, verify
+from egopatch.features.tools.verify import check_shards, verify
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Codec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, SPEC, clip, fill
