@@ -50,28 +50,41 @@ def convert(
     for folder in substores(storage_at(source)):
         store = open_store(source / folder)
         spec, fingerprint = _converted_spec(store, dtype, None if folder else shard, codec)
-        copy = create_store(target / folder, spec, fingerprint, store.planned_ids, format or store.format, "--to")
-        requantised = spec.arrays != store.spec.arrays
-        copy_clips(store, copy, lambda rows: rows, None if folder else on_clips, decoded=requantised)
+        copy_store(
+            store,
+            target / folder,
+            spec,
+            fingerprint,
+            format,
+            on_clips=None if folder else on_clips,
+            decoded=spec.arrays != store.spec.arrays,
+        )
     return open_store(target)
 
 
-def copy_clips(
+def copy_store(
     source: Store,
-    target: Store,
-    change: Callable[[Rows], Rows],
+    to: Location,
+    spec: StoreSpec,
+    fingerprint: Fingerprint,
+    format: str | None = None,
+    change: Callable[[Rows], Rows] = lambda rows: rows,
     on_clips: OnProgress | None = None,
     decoded: bool = False,
 ) -> None:
-    """Fill `target` with the clips of `source`, shard by shard, passing each batch of rows through `change`.
+    """Copy the clips and the quarantine of `source`, shard by shard, to the store at `to`, which may be begun already.
 
     Args:
         source: Store to copy from.
-        target: Store to copy to, with the same ids.
-        change: Turns arrays of `source` into arrays of `target`.
+        to: Folder or URL of the copy, which the user names by `--to`.
+        spec: Spec of the copy.
+        fingerprint: Fingerprint of the copy.
+        format: File format of the copy; None: that of `source`.
+        change: Turns arrays of `source` into arrays of the copy, a batch of clips at a time.
         on_clips: Called after each shard.
         decoded: Read the tokens as float32, multiplied by their scale, instead of bit for bit.
     """
+    target = create_store(to, spec, fingerprint, source.planned_ids, format or source.format, "--to")
     origins, quarantined, again = source.origins(), source.quarantine, _encoded_again(source, target)
     done = len(target.clip_ids) - len(again)
     for work in target.missing_shards(replace=again):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.create import create_store
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.store.text_substore import substores
-from egopatch.features.tools.convert import OnProgress, Rows, copy_clips, require_separate
+from egopatch.features.tools.convert import OnProgress, Rows, copy_store, require_separate
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location, parse_location
 from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec, keep_count
@@ -39,12 +38,13 @@ def derive(path: Location | str, to: Location | str, keep: float, on_clips: OnPr
     count = keep_count(keep, patches)
     whole = parent.fingerprint
     fingerprint = Fingerprint({**whole.fields, "parent": whole.digest, "derived_keep": keep, "derived_by": "saliency"})
-    smaller = create_store(target, _smaller(parent.spec, count), fingerprint, parent.planned_ids, parent.format, "--to")
-    copy_clips(parent, smaller, lambda rows: _first_by_saliency(rows, count), on_clips)
+    smaller = _smaller(parent.spec, count)
+    copy_store(
+        parent, target, smaller, fingerprint, change=lambda rows: _first_by_saliency(rows, count), on_clips=on_clips
+    )
     for folder in substores(storage_at(source))[1:]:
         text = open_store(source / folder)
-        copy = create_store(target / folder, text.spec, text.fingerprint, text.planned_ids, text.format, "--to")
-        copy_clips(text, copy, lambda rows: rows)
+        copy_store(text, target / folder, text.spec, text.fingerprint)
     return open_store(target)
 
 
