@@ -3,6 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -21,8 +23,19 @@ from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec
 from egopatch.features.values.tensors import bytes_of, torch_dtype
 
 SHOWN_FAULTS = 10
-# Arrays that may come beside the patches; `_row` computes the first two if they are missing.
+# Arrays that may come beside the patches; `_read_row` computes the first two if they are missing.
 BESIDE = ("cls", "saliency", "timestamps")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A clip's arrays as they are stored, and the rows and columns of its patches."""
+
+    arrays: dict[str, Tensor]
+    grid: tuple[int, int]
+
+
+ReadRow = Callable[[], _Row]  # errors as in `_read_row`
 
 
 def import_features(
@@ -55,25 +68,26 @@ def import_features(
             faults. Or `to` is in `source`; or a clip changes while it is imported, and the store stays incomplete.
     """
     require_separate(source, parse_location(to), what="features")
-    clips = _distinct(find_clips(source), source)
+    found = _distinct(find_clips(source), source)
+    clips = {name: partial(_read_row, read, dtype, grid) for name, read in found.items()}
     done = count(1)
 
     def tick() -> None:
         if on_clips is not None:
             on_clips(next(done), 2 * len(clips))
 
-    shapes, found_grid, hashes = _check_all(clips, source, dtype, grid, tick)
+    shapes, found_grid, hashes = _check_all(clips, source, tick)
     content = hashlib.sha256(b"".join(map(bytes.fromhex, hashes.values()))).hexdigest()
     arrays = tuple(ArraySpec(key, shape, dtype if key == "patches" else "float32") for key, shape in shapes.items())
     fields = {"origin": "imported", "arch": "imported", "content": content, "stored_dtype": dtype}
     spec = StoreSpec("patches", arrays, shard, found_grid)
     store = create_store(to, spec, Fingerprint(fields), list(clips), format, "--to")
-    _write_missing(store, clips, source, hashes, dtype, grid, tick)
+    _write_missing(store, clips, source, hashes, tick)
     return store
 
 
 def _check_all(
-    clips: Mapping[str, ReadClip], source: Path, dtype: str, grid: tuple[int, int] | None, tick: Callable[[], None]
+    clips: Mapping[str, ReadRow], source: Path, tick: Callable[[], None]
 ) -> tuple[Mapping[str, tuple[int, ...]], tuple[int, int], Mapping[str, str]]:
     """Read every clip once; `tick` is called after each that can be stored.
 
@@ -89,14 +103,13 @@ def _check_all(
     hashes: dict[str, str] = {}
     for name, read in clips.items():
         try:
-            given = read()
-            row = _row(given, dtype, grid)
+            row = read()
         except (ValueError, OSError) as error:
             faults[name] = str(error)
             continue
-        shapes[name] = {key: tuple(value.shape) for key, value in row.items()}
-        grids.append(_grid(given["patches"], row["patches"].shape[1], grid))
-        hashes[name] = _content(name, row)
+        shapes[name] = {key: tuple(value.shape) for key, value in row.arrays.items()}
+        grids.append(row.grid)
+        hashes[name] = _content(name, row.arrays)
         tick()
     faults |= _odd_shapes(shapes)
     if faults:
@@ -107,13 +120,7 @@ def _check_all(
 
 
 def _write_missing(
-    store: Store,
-    clips: Mapping[str, ReadClip],
-    source: Path,
-    hashes: Mapping[str, str],
-    dtype: str,
-    grid: tuple[int, int] | None,
-    tick: Callable[[], None],
+    store: Store, clips: Mapping[str, ReadRow], source: Path, hashes: Mapping[str, str], tick: Callable[[], None]
 ) -> None:
     """Write the clips that the store does not have yet, shard by shard; `tick` is called after each.
 
@@ -124,7 +131,7 @@ def _write_missing(
         rows = {}
         for name in work.ids:
             try:
-                rows[name] = _row(clips[name](), dtype, grid)
+                rows[name] = clips[name]().arrays
                 if _content(name, rows[name]) != hashes[name]:
                     raise ValueError("it has other values")
             except (ValueError, OSError) as error:
@@ -148,13 +155,18 @@ def _distinct(unread: Iterable[Unread], source: Path) -> dict[str, ReadClip]:
     return dict(sorted(found.items()))
 
 
-def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) -> dict[str, Tensor]:
-    """The arrays of one clip as they are stored."""
-    given = arrays["patches"]
+def _read_row(read: ReadClip, dtype: str, grid: tuple[int, int] | None) -> _Row:
+    """The clip that `read` returns, as it is stored; `dtype` and `grid` as in `import_features`.
+
+    Raises:
+        ValueError: The clip cannot be stored.
+        OSError: It cannot be read.
+    """
+    arrays = read()
     patches = patches_of(arrays).to(torch_dtype(dtype))
     if not patches.isfinite().all():
         raise ValueError(f"patches exceed the range of {dtype}; use another --dtype")
-    _grid(given, patches.shape[1], grid)
+    rows_cols = _grid(arrays["patches"], patches.shape[1], grid)
     row = {"patches": patches, "cls": patches.float().mean(dim=(0, 1)), "saliency": patches.float().norm(dim=-1)}
     row |= {key: arrays[key].float() for key in BESIDE if key in arrays}
     frames, count, width = patches.shape
@@ -169,7 +181,7 @@ def _row(arrays: dict[str, Tensor], dtype: str, grid: tuple[int, int] | None) ->
             )
         if key in row and not row[key].isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
-    return row
+    return _Row(row, rows_cols)
 
 
 def patches_of(arrays: Mapping[str, Tensor]) -> Tensor:
