@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from egopatch.features.store.store import Store, open_store
-from egopatch.features.tools.feature_files import find_clips
+from egopatch.features.state.header import HEADER
+from egopatch.features.store.store import open_store
+from egopatch.features.tools.feature_files import ReadClip, find_clips
 from egopatch.features.tools.importing import patches_of
 from egopatch.features.values.errors import StoreError
 from egopatch.features.values.location import Location
+from egopatch.features.values.tensors import dtype_name
 
 # Cause -> the fingerprint fields that point to it, the most telling cause first.
 CAUSES = {
@@ -99,45 +101,54 @@ class Features(NamedTuple):
     times: Tensor | None
 
 
+@dataclass(frozen=True)
 class Side:
     """One side of a comparison: a store, or features in files of another program.
 
     Attributes:
-        ids: Ids of the clips, in order.
+        ids: Ids of the clips, in order; at least one.
         dtype: Name of the dtype that the patches are stored in.
         fingerprint: Fields of the store's fingerprint; empty for files.
+        read: Reads one clip, in float32.
     """
 
-    def __init__(self, place: Location | str) -> None:
-        self._store: Store | None = None
-        self.fingerprint: Mapping[str, object] = {}
-        if isinstance(place, Path) and not (place / "store.json").exists():
-            self._files = dict(find_clips(place))
-            self.ids = tuple(sorted(self._files))
-            self.dtype = str(self._read_file(self.ids[0]).patches.dtype).removeprefix("torch.")
-        else:
-            self._store = open_store(place)
-            if self._store.spec.kind != "patches":
-                raise StoreError(f"store {place} holds {self._store.spec.kind} rows; expected clips")
-            if not self._store.clip_ids:
-                raise StoreError(f"store {place} holds no clip yet; expected encoded clips: run `extract run` first")
-            self.ids, self.dtype = self._store.clip_ids, self._store.spec.array("patches").dtype
-            self.fingerprint = self._store.fingerprint.fields
+    ids: tuple[str, ...]
+    dtype: str
+    fingerprint: Mapping[str, object]
+    read: Callable[[str], Features]
 
-    def read(self, name: str) -> Features:
-        """One clip, in float32."""
-        if self._store is not None:
-            tokens = self._store.read([name], torch.float32)
-            return Features(tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0])
-        patches, times = self._read_file(name)
-        return Features(patches.float(), None if times is None else times.float())
 
-    def _read_file(self, name: str) -> Features:
+def _side(place: Location | str) -> Side:
+    """The store or the files at `place`; errors as in `compare`."""
+    if isinstance(place, Path) and not (place / HEADER).exists():
+        return _side_of_files(dict(find_clips(place)))
+    store = open_store(place)
+    if store.spec.kind != "patches":
+        raise StoreError(f"store {place} holds {store.spec.kind} rows; expected clips")
+    if not store.clip_ids:
+        raise StoreError(f"store {place} holds no clip yet; expected encoded clips: run `extract run` first")
+
+    def read(name: str) -> Features:
+        tokens = store.read([name], torch.float32)
+        return Features(tokens.patches[0], None if tokens.timestamps is None else tokens.timestamps[0])
+
+    return Side(store.clip_ids, store.spec.array("patches").dtype, store.fingerprint.fields, read)
+
+
+def _side_of_files(files: Mapping[str, ReadClip]) -> Side:
+    def read_stored(name: str) -> Features:
         try:
-            arrays = self._files[name]()
+            arrays = files[name]()
             return Features(patches_of(arrays), arrays.get("timestamps"))
         except (ValueError, OSError) as error:
             raise StoreError(f"clip {name!r}: {error}") from None
+
+    def read(name: str) -> Features:
+        patches, times = read_stored(name)
+        return Features(patches.float(), None if times is None else times.float())
+
+    ids = tuple(sorted(files))
+    return Side(ids, dtype_name(read_stored(ids[0]).patches.dtype), {}, read)
 
 
 def compare(
@@ -156,7 +167,7 @@ def compare(
     Raises:
         StoreError: A or B cannot be read, they have no clip in common, or their clips have several shapes.
     """
-    left, right = Side(a), Side(b)
+    left, right = _side(a), _side(b)
     both = set(left.ids) & set(right.ids)
     common = [name for name in left.ids if name in both]
     if not common:
@@ -180,7 +191,7 @@ def compare(
     compared = sums.measured()
     cause, detail = _cause(sums, compared, tolerance, differing if known else [])
     clips_apart, tokens_apart, channels_apart = sums.worst()
-    agree = sums.shapes is None and compared.error <= tolerance and cause in (None, "precision")
+    agree = sums.unlike_shapes is None and compared.error <= tolerance and cause in (None, "precision")
     return Comparison(
         agree=agree,
         cause=cause,
@@ -194,7 +205,7 @@ def compare(
         worst_clips=clips_apart,
         worst_tokens=tokens_apart,
         worst_channels=channels_apart,
-        times_differ_s=sums.times,
+        times_differ_s=sums.times_differ_s,
         fields=tuple(
             f"{name}: A has {left.fingerprint.get(name)!r}, B has {right.fingerprint.get(name)!r}" for name in differing
         ),
@@ -211,20 +222,20 @@ def _verdict(agree: bool, cause: str | None, detail: str, left: Side, right: Sid
 
 def _cause(sums: "_Sums", compared: Measure, tolerance: float, differing: list[str]) -> tuple[str | None, str]:
     """Key in `ADVICE` and the evidence for it, such as fields of the fingerprints that are known to be `differing`."""
-    if sums.shapes is not None:
-        in_a, in_b = sums.shapes
+    if sums.unlike_shapes is not None:
+        in_a, in_b = sums.unlike_shapes
         # Frames and transform decide how many tokens there are, network and depth how many channels they have.
         order = ("frames", "transform", "weights") if in_a[-1] == in_b[-1] else ("weights", "depth")
         cause = _field_cause(differing, order) or "shape"
         return cause, f"{in_a} in A, {in_b} in B"
-    if compared.error == 0 and not sums.times:
+    if compared.error == 0 and not sums.times_differ_s:
         return None, ""
-    if compared.error <= tolerance and not (sums.times or 0) > 1e-3:
+    if compared.error <= tolerance and not (sums.times_differ_s or 0) > 1e-3:
         return "precision", ""
     if (shift := sums.clip_shift()) is not None:
         return "shift", f"clip i of A is clip i + {shift} of B" if shift else "each clip of A is another clip of B"
-    if (sums.times or 0) > 1e-3:
-        return "frames", f"their times differ by up to {sums.times:.3g} s"
+    if (sums.times_differ_s or 0) > 1e-3:
+        return "frames", f"their times differ by up to {sums.times_differ_s:.3g} s"
     if (factor := sums.factor(tolerance)) is not None:
         return "scale", f"A is {factor:.4g} times B"
     if (offset := sums.frame_shift()) is not None:
@@ -245,13 +256,13 @@ class _Sums:
     """Sums that a comparison needs over its clips, which are read one by one. Shifts and factor need at least one clip.
 
     Attributes:
-        shapes: The first two shapes that cannot be compared; None if all can.
-        times: Largest difference of the frames' times; None if unknown.
+        unlike_shapes: The first two shapes that cannot be compared; None if all can.
+        times_differ_s: Largest difference of the frames' times in seconds; None if unknown.
     """
 
     def __init__(self) -> None:
-        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self.times: float | None = None
+        self.unlike_shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self.times_differ_s: float | None = None
         self._shape: tuple[int, ...] | None = None  # of every clip: places and channels are summed over all
         self._clips: list[Measure] = []
         # Sums of <a, b>, <a, a>, <b, b> and the squared difference, once a clip was added: [4, T, N] and [4, D].
@@ -261,10 +272,10 @@ class _Sums:
     def add(self, name: str, a: Features, b: Features) -> None:
         """Add a clip, as A and B have it."""
         if a.times is not None and b.times is not None and a.times.shape == b.times.shape == (len(a.patches),):
-            self.times = max(self.times or 0.0, float((a.times - b.times).abs().max()))
+            self.times_differ_s = max(self.times_differ_s or 0.0, float((a.times - b.times).abs().max()))
         x, y = _pooled_alike(a.patches, b.patches)
         if x.shape != y.shape:
-            self.shapes = self.shapes or (tuple(x.shape), tuple(y.shape))
+            self.unlike_shapes = self.unlike_shapes or (tuple(x.shape), tuple(y.shape))
             return
         self._shape = self._shape or tuple(x.shape)
         if x.shape != self._shape:
