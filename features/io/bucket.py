@@ -45,7 +45,7 @@ RETRIES = 6  # after errors that may be temporary; about ten seconds in all
 
 @dataclass(frozen=True)
 class Version:
-    """One state of an object: its ETag, and the version number that some storages add."""
+    """One state of an object: its ETag, and the version number that some providers add."""
 
     e_tag: str
     number: str | None

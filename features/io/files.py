@@ -24,7 +24,7 @@ from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.values.errors import StoreError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# What keeps an undamaged file from being opened or read, and what to do.
+# errno of an error that says nothing about the bytes of the file -> what to do about it.
 REMEDIES = {
     **dict.fromkeys(NOT_ALLOWED, "give this user permission"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
@@ -33,7 +33,7 @@ REMEDIES = {
 }
 _BLOCK = 1 << 20
 _SMALL = 1 << 13
-_BEHIND = 1 << 23  # bytes of a file that is being written, which the disk has not begun to write
+_BEHIND = 1 << 23  # bytes to append to a file before the disk is told to begin writing them
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Pointers of Git LFS: a clone without LFS holds such a small text in the place of each large file."""
+"""Git LFS pointers: a clone made without LFS has such a small text file in place of each large file."""
 
 from pathlib import Path
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_LARGEST = 1024  # bytes; the specification of LFS wants pointers to be smaller
+_LARGEST = 1024  # bytes; the specification of Git LFS requires pointers to be smaller
 
 
 def pointer_fault(path: Path) -> str | None:
@@ -12,7 +12,7 @@ def pointer_fault(path: Path) -> str | None:
     Raises:
         OSError: The file does not exist or cannot be read.
     """
-    # Every shard that is opened comes here, and a second opening takes long on a network file system.
+    # Called for every shard that is opened; opening a file twice takes long on a network file system.
     if path.stat().st_size >= _LARGEST:
         return None
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Identifies a process by facts that no correction of the clock and no reused process number can change."""
+"""Identifies a process by facts that survive corrections of the clock and reused process numbers."""
 
 import os
 import socket

@@ -1,11 +1,11 @@
-"""The files in a folder and in the folders below it, with those that links lead to."""
+"""The files in a folder and in the folders below it; links are followed."""
 
 import os
 from pathlib import Path
 
 
 def files_below(folder: Path, hidden: bool) -> list[Path]:
-    """Everything below `folder` that is no folder; with `hidden` also what has a name that begins with a dot.
+    """Everything below `folder` except folders; with `hidden`, also names that begin with a dot.
 
     Links to folders are followed, but a folder that several paths lead to is read by one of them: by the path without a
     link, if there is one.

@@ -38,7 +38,7 @@ def count_clips(path: Location | str, ledger: Ledger, named: Container[str] | No
 
     Args:
         path: The store.
-        ledger: What `read_ledger(path)` gives.
+        ledger: As `read_ledger(path)` returns it.
         named: Ids of the clips to count, where the annotations no longer name others; None counts all.
     """
 

@@ -145,7 +145,7 @@ class Storage(ReadableFiles, Protocol):
         """The journal `name`; `by_shard` says that every record is about one shard."""
 
     def adding_rows(self) -> AbstractContextManager[None]:
-        """Keep other processes from adding rows within the block, if `Journal.append` cannot do so in this storage."""
+        """Keep other processes from adding rows within the block, if `Journal.append` itself does not."""
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
         """Own a shard while its rows are computed and written.
@@ -172,13 +172,13 @@ class Storage(ReadableFiles, Protocol):
         """An empty local folder in which a shard's files are written; it is removed when the block ends."""
 
     def committing(self, shard: int) -> AbstractContextManager[None]:
-        """Keep other processes from committing the shard within the block, in a storage where files are replaced.
+        """Keep other processes from committing the shard within the block, where files are replaced in place.
 
         The lock belongs to the operating system: unlike a lease, it never outlives its process or depends on a clock.
         """
 
     def wait_for_commit(self, shard: int) -> None:
-        """Wait until no process is committing the shard, in a storage where files are replaced."""
+        """Wait until no process is committing the shard, where files are replaced in place."""
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         """Put the staged files of a shard in place, by name.

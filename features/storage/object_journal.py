@@ -141,7 +141,7 @@ class ObjectJournal(Generic[Entry]):
         """Objects that have changed since they were `seen`; None for those that have vanished."""
         if self._by_shard and shard is None:
             present = self._listing()
-            # Some storages list less than they return with the object itself, but always the ETag.
+            # Some providers list fewer fields than they return with the object itself, but always the ETag.
             changed = [key for key, now in present.items() if key not in seen or seen[key].version.e_tag != now.e_tag]
             return chain(((key, None) for key in seen if key not in present), self._fetch_all(changed))
         key = self._key(shard)

@@ -48,7 +48,7 @@ def read_ahead(
             work.
 
     Raises:
-        TypeError: `store` is no source of clips, such as the path of a store.
+        TypeError: `store` is not a source of clips, but for example the path of a store.
         ValueError: `depth` is below 1.
         StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """

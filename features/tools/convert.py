@@ -129,7 +129,8 @@ def require_separate(source: Location, target: Location, option: str = "--to", w
     """Refuse to write a copy inside its source, where it would be taken for a part of it.
 
     Raises:
-        StoreError: `target`, which the user names by `option`, is in `source`, a `what`; the message names both.
+        StoreError: `target` is in `source`; the message names `option`, by which the user gave it, and `source` as a
+            `what`.
     """
     inner, outer = (str(place.resolve() if isinstance(place, Path) else place) for place in (target, source))
     if f"{inner}/".startswith(f"{outer}/"):

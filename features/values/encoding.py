@@ -18,7 +18,7 @@ def check_names(clip: str, tensors: Mapping[str, Tensor], spec: StoreSpec) -> No
     """Refuse a clip with a missing or an unknown array; `scale` may be missing, since `encode_row` can compute it.
 
     Raises:
-        StoreError: The arrays do not match the spec, or one is no tensor of torch; the message names the clip and the
+        StoreError: The arrays do not match the spec, or one is not a torch tensor; the message names the clip and the
             arrays.
     """
     expected = {array.name for array in spec.arrays}
