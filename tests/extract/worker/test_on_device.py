@@ -285,7 +285,7 @@ def test_whole_job_stores_good_clips_and_quarantines_the_bad_one(
     monkeypatch.setattr(CommitProcesses, "__call__", seen)
     stats = whole.run()
     # The device has found all numbers finite, so no child looks at them again.
-    assert not any(row.dtype for commit in commits for _, rows in commit.sources for row in rows)
+    assert all(row.known_finite for commit in commits for _, rows in commit.sources for row in rows)
     assert sum(len(commit.rows) for commit in commits) == 7
     store, clips = whole.store, whole.clips
     assert (stats.committed, stats.quarantined) == (7, 1)
