@@ -42,7 +42,7 @@ from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip, read_clip  # noqa: E402
 from egopatch.extract.feed.cut import finish_cut  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
-from egopatch.extract.video.cache import VideoCache  # noqa: E402
+from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.

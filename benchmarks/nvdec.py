@@ -28,8 +28,8 @@ from benchmarks._machine import add_result_arguments, stamp, write_result  # noq
 from benchmarks.decode import KINDS, Kind, write_video  # noqa: E402
 from egopatch.configs.schema import ConfigError, VideoConfig  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.video.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.frames import VideoError, read_frames  # noqa: E402
+from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.nvdec import require_gpu_decoder  # noqa: E402
 
 ALL_KINDS = {**KINDS, "full hd": Kind(1920, 1080, 10)}

@@ -195,7 +195,7 @@ def load_video_encoder(
         size: Side of the input in pixels; None uses the size that the network was trained on.
         compile: Device to compile the network for with `torch.compile`, whose first clips then take minutes longer;
             None does not compile.
-        saliency: hf only: `cls`, `norm` or `attention`; see `extract.encoders.networks.hf_models`.
+        saliency: hf only: `cls`, `norm` or `attention`; see `extract.encoders.networks.hf_models.vision`.
 
     Raises:
         CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.

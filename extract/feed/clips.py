@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import reading_through
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.frames import DecodedClip, read_frames, read_planes
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.cache import FileVersion, VideoCache, version_of
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.extract.video.planes import Colours, Planes
 from egopatch.extract.video.transforms import Window
 

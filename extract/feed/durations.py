@@ -6,8 +6,8 @@ from pathlib import Path
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
+from egopatch.extract.video.indexing.cache import VideoCache
 
 VIDEOS_OF_A_CHILD = 16  # a child takes longer to start than to read so many
 

@@ -29,8 +29,8 @@ from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, SharedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
-from egopatch.extract.video.cache import VideoCache
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.cache import VideoCache
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.features.common.machine import usable_cores
 from egopatch.features.common.os_errors import NO_SPACE
 

@@ -1,4 +1,4 @@
-"""A temporary folder in which decoder children share their cache of videos (`extract.video.cache`)."""
+"""A temporary folder in which decoder children share their cache of videos (`extract.video.indexing.cache`)."""
 
 import fcntl
 import hashlib

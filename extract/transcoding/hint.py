@@ -10,9 +10,9 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.measure import measure_decoding
 from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 from egopatch.extract.transcoding.segment import KEY_FRAME_S, SHORT_SIDE
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import read_frames, rows_within, sampled_rows
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.nvdec import require_gpu_decoder
 from egopatch.features.common.units import counted
 

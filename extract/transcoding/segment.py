@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.cache import VideoCache, version_of
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
 from egopatch.extract.video.frames import has_varying_rate, rows_within
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.cache import VideoCache, version_of
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder, replacing
 

@@ -10,8 +10,6 @@ decoder is flushed after the last wanted packet. If that gives anything unexpect
 """
 
 import errno
-import functools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +21,11 @@ from typing import Any
 import av
 import av.logging
 import numpy as np
-from av.stream import Disposition
 from numpy.typing import NDArray
 
 from egopatch.extract.children.limits import reading_through
-from egopatch.extract.datasets.folder import ARCHIVES, missing_hint, names_in
-from egopatch.extract.video.cache import FileVersion, VideoCache, version_of
-from egopatch.extract.video.index import (
+from egopatch.extract.video.indexing.cache import FileVersion, VideoCache, version_of
+from egopatch.extract.video.indexing.index import (
     FrameIndex,
     LogLine,
     VideoError,
@@ -39,15 +35,14 @@ from egopatch.extract.video.index import (
     index_of_packets,
     pts_of,
 )
-from egopatch.extract.video.nvdec import accelerator, refusal, uses_gpu
+from egopatch.extract.video.nvdec import refusal, uses_gpu
+from egopatch.extract.video.opening import cause_of, opened, require_content, video_stream
 from egopatch.extract.video.orientation import Upright
 from egopatch.extract.video.planes import Planes
-from egopatch.features.io.lfs import pointer_fault
 
 KEPT_BYTES = 32 * 2**20  # smaller files are read only once, for the index and for the decoder
 Shrink = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 Found = dict[int, Any]  # row -> its frame, finished
-NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
 class UnclearPackets(VideoError):
@@ -83,7 +78,7 @@ class VideoFile:
         self._upright = Upright(path)
         self._on_gpu = on_gpu
         self._container = container
-        self._stream = _video_stream(path, container)
+        self._stream = video_stream(path, container)
         self._logged = logged
         self._version = version
         self._cache = cache
@@ -154,8 +149,8 @@ class VideoFile:
             if again == stop and stop.is_damaged:
                 raise self._damaged(stop.row)
             stop, back = again, 2 * back + 1
-        with _opened(self.path, self._on_gpu, self._logged) as container:
-            packets = container.demux(_video_stream(self.path, container))
+        with opened(self.path, self._on_gpu, self._logged) as container:
+            packets = container.demux(video_stream(self.path, container))
             last = self._decode(packets, 0, rows, found)
         if last is None:
             return
@@ -345,8 +340,8 @@ class VideoFile:
 
     def _read_frames(self) -> FrameIndex:
         # Opened again: not every container can seek back to its first packet.
-        with reading_through(self._version[1]), _opened(self.path) as container:
-            return index_of_frames(self.path, container, _video_stream(self.path, container), self._logged)
+        with reading_through(self._version[1]), opened(self.path) as container:
+            return index_of_frames(self.path, container, video_stream(self.path, container), self._logged)
 
 
 @contextmanager
@@ -362,7 +357,7 @@ def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False
         VideoError: The file is missing, unreadable or empty, or has no frame that can be decoded.
         MemoryError: FFmpeg ran out of memory.
     """
-    _require_content(path)
+    require_content(path)
     # Read before the file is opened: if it is replaced meanwhile, its index is not stored under the new version.
     version = version_of(path)
     level, terse = av.logging.get_level(), av.logging.get_skip_repeated()
@@ -370,12 +365,12 @@ def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False
     av.logging.set_skip_repeated(False)  # otherwise a second damaged file logs nothing
     on_cpu = True
     try:
-        with av.logging.Capture() as logged, _opened(path, on_gpu, logged) as container:
+        with av.logging.Capture() as logged, opened(path, on_gpu, logged) as container:
             file = VideoFile(path, container, logged, version, cache or VideoCache(), on_gpu)
             on_cpu = not on_gpu
             yield file
     except av.FFmpegError as error:
-        cause = _cause(error, logged)
+        cause = cause_of(error, logged)
         if not on_cpu:  # a lack of memory too, which may be the GPU's, or of its decoder's surfaces
             raise refusal(path, cause) from error
         if isinstance(error, av.error.MemoryError):
@@ -387,70 +382,3 @@ def open_video(path: Path, cache: VideoCache | None = None, on_gpu: bool = False
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(terse)
-
-
-def _cause(error: "av.FFmpegError", logged: Sequence[LogLine]) -> str:
-    return f"{error.strerror}: {logged[-1][2].strip()}" if logged else str(error.strerror)
-
-
-def _opened(path: Path, on_gpu: bool = False, logged: Sequence[LogLine] = ()) -> "av.container.InputContainer":
-    # `file:`, because FFmpeg takes what precedes a colon for a protocol. Titles and the like, which may be in any
-    # encoding, are not used.
-    open_file = functools.partial(av.open, f"file:{path.absolute()}", metadata_errors="replace")
-    if not on_gpu:
-        return open_file()
-    try:
-        return open_file(hwaccel=accelerator())
-    except av.FFmpegError as error:
-        cause = _cause(error, logged)
-        with open_file():  # raises the error of a file that cannot be opened at all
-            raise refusal(path, f"the GPU cannot be used ({cause})") from error
-    except RuntimeError:  # no track has a decoder that uses the GPU; `VideoFile.pixels` reports it and names the codec
-        return open_file()
-
-
-def _video_stream(path: Path, container: "av.container.InputContainer") -> "av.VideoStream":
-    """The picture track that players show: never a cover or a preview where there is another."""
-    films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
-    if not films:
-        kinds = [stream.type if stream not in container.streams.video else "cover" for stream in container.streams]
-        raise VideoError(
-            f"video {path} cannot be decoded: it has no picture track (tracks: {', '.join(kinds) or 'none'});"
-            " expected a complete video"
-        )
-    best = container.streams.best("video")
-    film = next((stream for stream in films if best is not None and stream.index == best.index), films[0])
-    if film.codec_context is None:
-        raise VideoError(
-            f"video {path} cannot be decoded: FFmpeg has no decoder for its codec, {_codec(path)}; convert it to H.264"
-        )
-    film.codec_context.thread_count = 1  # every core runs its own decoder
-    return film
-
-
-def _codec(path: Path) -> str:
-    """What FFmpeg says about the codec of a track that it cannot decode."""
-    av.logging.set_level(av.logging.WARNING)
-    with av.logging.Capture() as logged, _opened(path):
-        pass
-    av.logging.set_level(av.logging.ERROR)
-    found = (re.search(r"Video: ([^,]*)", message) for _, _, message in logged)
-    return next((match[1] for match in found if match), "an unknown one")
-
-
-def _require_content(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-        pointer = pointer_fault(path)
-    except FileNotFoundError:
-        hint = missing_hint(path, names_in(path.parent))
-        raise VideoError(f"video {path} {hint or 'does not exist; put the file there or correct its path'}") from None
-    except OSError as error:
-        raise VideoError(f"video {path} cannot be read: {error.strerror}; expected a readable file") from error
-    if empty:
-        raise VideoError(f"video {path} is empty (0 bytes); download it again")
-    if pointer:
-        raise VideoError(f"video {path} {pointer}")
-    if path.suffix.lower() in ARCHIVES:
-        raise VideoError(f"video {path} is an archive; unpack it and name a video in it")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.extract.video.container import VideoFile
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.features.common.units import counted
 
 SAME_TIME_S = 2e-3  # decord counts in float32, some containers in milliseconds

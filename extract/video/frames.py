@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import UnclearPackets, VideoFile, open_video
 from egopatch.extract.video.decord_frames import decord_pixels
-from egopatch.extract.video.index import FrameIndex, VideoError
+from egopatch.extract.video.indexing.cache import VideoCache
+from egopatch.extract.video.indexing.index import FrameIndex, VideoError
 from egopatch.extract.video.planes import Planes
 from egopatch.features.common.units import counted
 

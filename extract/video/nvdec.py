@@ -14,7 +14,7 @@ from av.codec import Codec
 from av.codec.hwaccel import HWAccel
 
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.index import VideoError
 
 # Format in which the unit returns frames -> format in which the CPU decodes the same videos.
 AS_ON_CPU = {"nv12": "yuv420p", "p010le": "yuv420p10le"}

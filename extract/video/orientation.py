@@ -8,7 +8,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.extract.video.nvdec import downloaded
 from egopatch.extract.video.planes import Planes, planes_of, to_rgb
 

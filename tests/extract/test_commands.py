@@ -14,7 +14,7 @@ from egopatch.extract.__main__ import COMMANDS, main
 from egopatch.extract.commands.again import retry_command
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.planning.plan import Plan
-from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import open_store

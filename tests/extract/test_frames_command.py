@@ -13,8 +13,8 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.on_host import to_input
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import read_frames
+from egopatch.extract.video.indexing.cache import VideoCache
 from tests.extract.feed.prepared import prepare_clip
 from tests.extract.video.odd_videos import FILES
 from tests.extract.video.videos import FPS, frame_numbers, write_video

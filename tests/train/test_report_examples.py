@@ -33,8 +33,8 @@ def test_pictures_are_cropped_as_for_the_encoder(tmp_path: Path) -> None:
     from egopatch.extract.datasets import load_dataset
     from egopatch.extract.encoders.networks.lite import TRANSFORM
     from egopatch.extract.feed.on_host import crop_and_resize
-    from egopatch.extract.video.cache import VideoCache
     from egopatch.extract.video.frames import read_frames
+    from egopatch.extract.video.indexing.cache import VideoCache
     from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
     config = write_dataset(tmp_path / "data", clips=1, questions=3)

@@ -24,7 +24,7 @@ from egopatch.features.values.spec import middle_indices
 # Decoding is imported only when pictures are drawn: it takes long to load, and reading results never needs it.
 if TYPE_CHECKING:
     from egopatch.extract.feed.clips import PreparedClip
-    from egopatch.extract.video.cache import VideoCache
+    from egopatch.extract.video.indexing.cache import VideoCache
     from egopatch.extract.video.transforms import Transform
 
 PICTURE_SIDE = 224

@@ -38,17 +38,17 @@ def model_folder(model: Path | str) -> Path:
 
 
 def build_video(checkpoint: Checkpoint, options: VideoOptions) -> VideoEncoder:
-    """The vision or video model; see `hf_models.build_video`."""
-    from egopatch.extract.encoders.networks import hf_models
+    """The vision or video model; see `hf_models.vision.build_video`."""
+    from egopatch.extract.encoders.networks.hf_models import vision
 
-    return hf_models.build_video(checkpoint, options)
+    return vision.build_video(checkpoint, options)
 
 
 def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
-    """The text model; see `hf_models.build_text`."""
-    from egopatch.extract.encoders.networks import hf_models
+    """The text model; see `hf_models.text.build_text`."""
+    from egopatch.extract.encoders.networks.hf_models import text
 
-    return hf_models.build_text(checkpoint, depth)
+    return text.build_text(checkpoint, depth)
 
 
 def text_weights(model: str) -> Path:

@@ -27,8 +27,8 @@ from egopatch.extract.feed.decoders import FrameKind, open_decoders
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.frames import DecodedClip, read_frames
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.planes import even
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.feed.children import die_or_prepare

@@ -29,7 +29,7 @@ from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
 from egopatch.extract.encoders.networks.lite import STAGES, TRANSFORM
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.fingerprints import text_fingerprint, video_fingerprint
-from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 from egopatch.features import open_store
 from tests.extract.encoders.networks import relative, tiny

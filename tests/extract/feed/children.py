@@ -16,7 +16,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
 from egopatch.extract.feed.cut import finish_cut
 from egopatch.extract.feed.pool import DecodePool
-from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargparse")

@@ -6,7 +6,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
 from egopatch.extract.feed.on_host import finish_on_host
-from egopatch.extract.video.cache import VideoCache
+from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 

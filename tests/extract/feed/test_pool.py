@@ -20,8 +20,8 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoError
+from egopatch.extract.video.indexing.cache import VideoCache
 from tests.extract.feed.prepared import prepare_clip
 from tests.extract.video.videos import write_video
 

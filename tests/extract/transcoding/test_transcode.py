@@ -17,7 +17,7 @@ from egopatch.extract.transcoding import copies, segment
 from egopatch.extract.transcoding.segment import write_segment
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.index import VideoError
 from tests.extract.video.odd_videos import kept, moving
 from tests.extract.video.videos import B_FRAMES, frame_numbers, show_turned, start_at, write_video
 

@@ -10,9 +10,9 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.limits import SLOWEST_BYTES_PER_S, clock_stopped, limits, reading_through
-from egopatch.extract.video import cache
-from egopatch.extract.video.cache import FileVersion, VideoCache
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing import cache
+from egopatch.extract.video.indexing.cache import FileVersion, VideoCache
+from egopatch.extract.video.indexing.index import VideoError
 from tests.features.faults import fork
 
 VERSION = Path("a.mp4"), 1000, 1

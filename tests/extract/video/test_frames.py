@@ -7,9 +7,9 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile
 from egopatch.extract.video.frames import VideoError, read_frames, uniform_by_time, uniform_indices
+from egopatch.extract.video.indexing.cache import VideoCache
 from tests.extract.video.videos import B_FRAMES, behind_sound, frame_numbers, write_video
 
 

@@ -16,7 +16,7 @@ from av.codec.hwaccel import HWAccel
 from egopatch.configs.schema import ConfigError, VideoConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video import container, nvdec
+from egopatch.extract.video import container, nvdec, opening
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import VideoError, read_frames, read_planes
 from egopatch.extract.video.orientation import Upright
@@ -144,7 +144,7 @@ def test_file_that_no_decoder_reads_gets_the_same_error_as_with_pyav(name: str, 
 def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if another process had taken the GPU's memory, simulated with a GPU index that does not exist."""
     path = write_video(tmp_path / "a.mp4")
-    monkeypatch.setattr(container, "accelerator", lambda: HWAccel("cuda", "99", allow_software_fallback=False))
+    monkeypatch.setattr(opening, "accelerator", lambda: HWAccel("cuda", "99", allow_software_fallback=False))
     with pytest.raises(VideoError, match=r"by nvdec: the GPU cannot be used \(.+\); use video\.decoder pyav for it"):
         read_frames(Clip("a", path), VideoConfig(frames=4, decoder="nvdec"))
 
@@ -152,7 +152,7 @@ def test_a_gpu_that_fails_while_a_file_is_opened_is_named(tmp_path: Path, monkey
 @pytest.fixture
 def unused_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if FFmpeg had a GPU but no decoder that uses it: it opens the video with a CPU decoder."""
-    monkeypatch.setattr(container, "accelerator", lambda: None)
+    monkeypatch.setattr(opening, "accelerator", lambda: None)
 
 
 @pytest.mark.usefixtures("unused_gpu")

@@ -8,10 +8,10 @@ import pytest
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
-from egopatch.extract.video.cache import VideoCache
 from egopatch.extract.video.container import VideoFile, open_video
 from egopatch.extract.video.frames import read_frames
-from egopatch.extract.video.index import VideoError, checksum
+from egopatch.extract.video.indexing.cache import VideoCache
+from egopatch.extract.video.indexing.index import VideoError, checksum
 from tests.extract.video.odd_videos import ODD, full_decode, moving, without_ts_packet
 from tests.extract.video.videos import B_FRAMES, write_video
 

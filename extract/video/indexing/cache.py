@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from egopatch.extract.children.limits import SLOWEST_BYTES_PER_S, clock_stopped
-from egopatch.extract.video.index import VideoError
+from egopatch.extract.video.indexing.index import VideoError
 from egopatch.features.io.process import Owner, start_ticks
 
 Value = TypeVar("Value")

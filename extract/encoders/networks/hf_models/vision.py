@@ -8,8 +8,6 @@ Shape legend: B clips, T frames, T' positions in time, N patches of a frame, P p
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from inspect import signature
@@ -19,21 +17,18 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, list_some
+from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError
 from egopatch.extract.encoders.checkpoints.folder import FolderCheckpoint
-from egopatch.extract.encoders.layers.text_encoder import TextEncoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder, check_depth
+from egopatch.extract.encoders.networks.hf_models.loading import NO_GRID, load_model, require_fixed_grid
 from egopatch.extract.encoders.networks.network import SaliencyKind, VideoOptions
 from egopatch.features.common.units import counted
 from egopatch.features.values.spec import PatchTokens
 
 # Frames that a CPU runs through a vision model at a time; a whole batch would take gigabytes.
 FRAMES = 16
-# Parts of a model that do not affect the tokens; their weights may be missing.
-_UNUSED = ("pooler", "predictor", "head", "mask_token", "logit_", "text_model", "visual_projection", "text_projection")
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,6 @@ FAMILIES = {
     "timesformer": Family(video=True, time_last=True, any_frames=True),
     "vjepa2": Family(video=True, prefix=0, any_frames=True, options=(("skip_predictor", True),)),
     "videoprism_vision_model": Family(video=True, prefix=0),
-}
-_VARIABLE = "its patches follow the shape of each image and form no fixed grid"
-_NO_GRID = "its tokens form no grid of patches"
-REFUSED = {
-    "siglip2": _VARIABLE,
-    "siglip2_vision_model": _VARIABLE,
-    "pe_video": _NO_GRID,
-    "pe_video_encoder": _NO_GRID,
-    "pe_audio_video": _NO_GRID,
 }
 
 
@@ -182,10 +168,10 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
     """
     assert isinstance(checkpoint, FolderCheckpoint)
     eager = options.saliency == "attention"
-    model = _vision_part(_load(checkpoint, options.dtype, eager))
+    model = _vision_part(load_model(checkpoint, options.dtype, eager))
     config = model.config
     kind = config.model_type
-    _require_fixed_grid(checkpoint, kind)
+    require_fixed_grid(checkpoint, kind)
     family = FAMILIES.get(kind, Family())
     _require_grid(checkpoint, config)
     blocks = _blocks_of(config)
@@ -209,88 +195,6 @@ def build_video(checkpoint: Checkpoint, options: VideoOptions) -> HfEncoder:
     return encoder
 
 
-def build_text(checkpoint: Checkpoint, depth: int) -> TextEncoder:
-    """The text model in a folder, or the text half of a CLIP or SigLIP model, down to layer `depth`.
-
-    Raises:
-        CheckpointError: The folder has no text model, its weights are incomplete, or it has fewer layers.
-    """
-    assert isinstance(checkpoint, FolderCheckpoint)
-    model = _load(checkpoint, torch.float32, eager=False)
-    if hasattr(model, "text_model"):
-        model = model.text_model
-    elif model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    if not hasattr(model.config, "vocab_size") or model.main_input_name != "input_ids":
-        kind = model.config.model_type
-        raise CheckpointError(f"{checkpoint.path} is a {kind} model; text.model expects a text model")
-    layers = int(model.config.num_hidden_layers)
-    check_depth(depth, layers, "the number of its text layers (text.depth)", checkpoint)
-    return HfTextEncoder(model, int(model.config.hidden_size), depth, layers)
-
-
-class HfTextEncoder(TextEncoder):
-    """A text model of transformers."""
-
-    def __init__(self, model: PreTrainedModel, width: int, depth: int, layers: int) -> None:
-        super().__init__(model, width, depth, None)
-        self._last = depth == layers
-        # SigLIP was trained on padded texts without a mask.
-        self._masked = model.config.model_type != "siglip_text_model"
-
-    @torch.inference_mode()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """See `TextEncoder.forward`; the last layer's states carry the final norm, where the model has one."""
-        mask = attention_mask.long() if self._masked else None
-        output = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=not self._last)
-        return output.last_hidden_state if self._last else output.hidden_states[self.depth]
-
-
-def _load(checkpoint: FolderCheckpoint, dtype: torch.dtype, eager: bool) -> PreTrainedModel:
-    """The whole model of a folder; no code of the folder runs."""
-    folder = checkpoint.path
-    kind = checkpoint.settings["model_type"]
-    _require_fixed_grid(checkpoint, kind)
-    try:
-        with _quiet():
-            model, info = AutoModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                config=AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-                **({"attn_implementation": "eager"} if eager else {}),
-            )
-    except Exception as error:  # transformers and safetensors raise many types over a bad folder
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-        raise CheckpointError(f"{folder}: transformers cannot load this {kind} model ({reason[:200]})") from error
-    wrong = [str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]]
-    missing = [name for name in info["missing_keys"] if not any(part in name for part in _UNUSED)]
-    if missing or wrong:
-        fault = f"lack {list_some(sorted(missing))}" if missing else f"have other shapes: {list_some(sorted(wrong))}"
-        raise CheckpointError(
-            f"{folder}: the weights {fault}; they belong to a different model than config.json describes"
-        )
-    return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing its loading report; the code here checks what it would report."""
-    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
     """The vision half of a dual model, or the model itself."""
     for name in ("vision_model", "video_model"):
@@ -300,21 +204,13 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _require_fixed_grid(checkpoint: Checkpoint, kind: str) -> None:
-    if kind in REFUSED:
-        raise CheckpointError(
-            f"{checkpoint.path} is a {kind} model: {REFUSED[kind]}; use another model, such as dinov2, clip, siglip or "
-            "videomae"
-        )
-
-
 def _require_grid(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     """Refuse a model whose config describes no blocks over patches, such as a convolutional or a text model."""
     try:
         int(config.hidden_size), _blocks_of(config), _patch(config), _trained_size(config)
     except (AttributeError, IndexError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint.path} is a {config.model_type} model: {_NO_GRID} ({error}); use a vision or video "
+            f"{checkpoint.path} is a {config.model_type} model: {NO_GRID} ({error}); use a vision or video "
             "transformer, such as dinov2, clip, siglip or videomae"
         ) from error
 

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from egopatch.extract.video.disposable import ALWAYS_DECODED, layer_reader
+from egopatch.extract.video.indexing.disposable import ALWAYS_DECODED, layer_reader
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
 
