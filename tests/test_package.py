@@ -1,18 +1,11 @@
 """The names of the package: `egopatch` when installed, and short names as well in a checkout."""
 
 import ast
-import contextlib
-import dataclasses
-import itertools
 import json
-import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import zipfile
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +14,7 @@ import yaml
 from egopatch import __version__ as version
 from egopatch.environment import require_environment
 from egopatch.train.rundir.run_folder import plain
-from tests.json_keys import documented_keys
+from tests.running import run
 from tests.train.tiny import with_run, write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,11 +35,6 @@ for name in ("features", "features.store.reader", "extract.encoders", "train.hea
     assert sys.modules[name].__spec__.name == f"egopatch.{name}", name
     assert sys.modules[name].__name__ == f"egopatch.{name}", name
 """
-
-
-def run(*command: str | Path, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
-    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def test_short_names_in_a_checkout_import_the_same_modules() -> None:
@@ -140,19 +128,6 @@ def test_short_names_run_as_commands(package: str) -> None:
     done = run(sys.executable, "-W", "error", "-m", package, "--help", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert package in done.stdout.splitlines()[0]
-
-
-def test_an_unknown_command_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    from egopatch.__main__ import main
-
-    assert main(["fit"]) == 2
-    error = capsys.readouterr().err
-    assert "unknown command 'fit'; choose one of ask, demo, doctor, extract, features, train" in error
-    assert error.endswith("; did you mean train fit?\n")
-    assert main([]) == 2
-    assert main(["--help"]) == 0
-    assert main(["train", "fti"]) == 2
-    assert "'fti'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -256,159 +231,6 @@ def test_installed_wheel_answers_questions_about_new_videos(environment: Path, t
     assert [clip["clip_id"] for clip in second["clips"]] != []
 
 
-@pytest.mark.slow
-def test_every_help_text_fits_on_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    from egopatch.__main__ import COMMANDS, STAGES, main
-
-    calls = [[name] for name in COMMANDS]
-    calls += [[stage, name] for stage in STAGES for name in import_module(f"egopatch.{stage}.__main__").COMMANDS]
-    for call in calls:
-        with contextlib.suppress(SystemExit):
-            main([*call, "--help"])
-        lines = capsys.readouterr().out.splitlines()
-        assert 0 < len(lines) <= 50, (call, len(lines))
-        assert max(map(len, lines)) <= 140, call
-        assert lines[0].startswith(f"usage: egopatch {' '.join(call)} ")  # as it was typed, a short name included
-
-
-@pytest.mark.parametrize(
-    ("command", "usage", "shown", "needed"),
-    [
-        ("extract frames", "VIDEO --out FILE.npz|FOLDER [options]", "--video.frames FRAMES", "VIDEO, --out"),
-        (
-            "train score",
-            "--questions FILE --predictions FILE [options]",
-            "--text ",
-            "--questions, --predictions",
-        ),
-        (
-            "extract synth",
-            "--out FOLDER [options]",
-            "--clips CLIPS         number of clips, two seconds each (default",
-            "--out",
-        ),
-    ],
-)
-def test_commands_without_a_config_document_their_arguments(
-    capsys: pytest.CaptureFixture[str], command: str, usage: str, shown: str, needed: str
-) -> None:
-    from egopatch.__main__ import main
-
-    with pytest.raises(SystemExit, match="0"):
-        main([*command.split(), "--help"])
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"usage: egopatch {command} {usage}"
-    assert any(line.startswith(f"  {shown}") for line in lines)
-    assert not any("config" in line.lower() or "--help-all" in line or "--head" in line for line in lines)
-    with pytest.raises(SystemExit, match="2"):
-        main(command.split())
-    assert capsys.readouterr().err == f"{command}: error: missing {needed}; `egopatch {command} --help` describes it\n"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "extract checkpoint convert a --out",
-        "extract frames a.mp4 --out",
-        "extract synth --out",
-        "extract transcode --config configs/demo/lite.yaml --out",
-        "features export runs/a --to npy --out",
-        "train publish --config configs/demo/lite.yaml --to",
-    ],
-)
-def test_output_url_is_refused_and_creates_no_folder(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from egopatch.__main__ import main
-
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        main([*command.split(), "s3://bucket/a"])
-    assert "'s3://bucket/a' is a URL; expected a path on this machine" in capsys.readouterr().err
-    assert not (tmp_path / "s3:").exists()
-
-
-@pytest.mark.slow
-def test_every_stage_command_has_a_json_option() -> None:
-    from egopatch.__main__ import STAGES
-    from egopatch.completion import _commands_of
-
-    without = [f"{stage} {name}" for stage in STAGES for name, words in _commands_of(stage) if "--json" not in words]
-    assert without == []
-
-
-@pytest.mark.slow
-def test_shell_completion_offers_commands_and_options() -> None:
-    from egopatch.completion import script
-
-    def complete(*words: str) -> list[str]:
-        line = f'COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _egopatch; echo "${{COMPREPLY[@]}}"'
-        done = run("bash", "-c", f"{text}\n{line}", cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
-    text = script()
-    assert complete("egopatch", "tr") == ["train"]
-    assert complete("egopatch", "extract", "vi") == ["videos"]
-    assert complete("egopatch", "extract", "run", "--video.fr") == ["--video.frames"]
-    assert complete("egopatch", "ask", "--vid")[0] == "--video"
-    assert complete("egopatch", "features", "verify", "--so") == ["--sources"]
-    assert complete("egopatch", "train", "table", "--print") == ["--print_config"]  # not jsonargparse's --print_shtab
-    assert complete("egopatch", "completion", "") == ["bash", "zsh"]
-    for words in (("features", "info", ""), ("train", "fit", "--config", ""), ("ask", "--video", "")):
-        assert complete("egopatch", *words) == []  # so that bash offers files
-
-
-def test_demo_prints_its_results_when_it_completes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from egopatch import demo
-
-    def run_here(commands: list[tuple[str, ...]]) -> int:
-        print(f"$ {len(commands)} commands")
-        (tmp_path / "table.json").write_text('[{"model": "psa (lite)"}]')
-        return 0
-
-    monkeypatch.setattr(demo, "_run_here", run_here)
-    args = ["--small", "--out", str(tmp_path)]
-    assert demo.main([*args, "--json"]) == 0
-    shown = capsys.readouterr()
-    result = json.loads(shown.out)
-    assert result.keys() == documented_keys("demo")
-    assert (result["rows"], result["report"]) == ([{"model": "psa (lite)"}], None)
-    assert shown.err == "$ 5 commands\n"
-    assert demo.main(args) == 0
-    assert f"--run {result['run']}" in capsys.readouterr().out
-    monkeypatch.setattr(demo, "_run_here", lambda commands: 130)
-    assert demo.main([*args, "--json"]) == 130
-    assert capsys.readouterr().out == ""
-
-
-def test_demo_commands_use_known_options_and_write_to_one_folder(tmp_path: Path) -> None:
-    from egopatch.configs.command_line import load_config, option_names
-    from egopatch.demo import FULL, Recipe
-
-    recipe, own = Recipe(tmp_path / "else where"), {"--out", "--clips", "--config", "--ratios", "--questions"}
-    recipe.write_configs()
-    for command in [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]:
-        assert {word for word in command if word.startswith("--")} <= own | {f"--{name}" for name in option_names()}
-        options = dict(itertools.pairwise(command))
-        for name in {"--out", "--run.dir"} & options.keys():
-            assert Path(options[name]).is_relative_to(recipe.out)
-        for file in [Path(word) for word in command if word.endswith(".yaml")]:
-            moved, packaged = load_config(file, []), load_config(ROOT / "configs" / "demo" / file.name, [])
-            here = json.dumps(dataclasses.asdict(moved), default=str)
-            assert str(FULL) not in here
-            assert here.replace(str(recipe.out), str(FULL)) == json.dumps(dataclasses.asdict(packaged), default=str)
-    names = {
-        Path(command[command.index("--run.dir") + 1]).name
-        for command in recipe.training("indirect")
-        if "fit" in command
-    }
-    assert names == {"majority", "question-only", "psa", "egovlpv2", "egovlp", "pooled-lite", "psa-lite"}
-
-
 @pytest.mark.parametrize("start", [("-m", "train", "fit"), ("-m", "egopatch"), ("-c", "from features import Store")])
 def test_python_without_the_dependencies_fails_with_one_line(start: tuple[str, ...]) -> None:
     done = run(sys.executable, "-S", *start, cwd=ROOT)  # without the installed packages
@@ -425,34 +247,3 @@ def test_unsupported_python_version_fails_with_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "version_info", (3, 10, 4))
     with pytest.raises(SystemExit, match=r"is Python 3\.10; expected Python 3\.11 or newer: use \.venv/bin/python, "):
         require_environment()
-
-
-def test_make_refuses_a_misspelled_variable() -> None:
-    done = run("make", "-n", "train", "CONIFG=configs/demo/lite.yaml", cwd=ROOT)
-    assert done.returncode == 2
-    assert "no target uses CONIFG; the variables are CONFIG RATIOS" in done.stderr
-    assert run("make", "-n", "ablate", "RATIOS=0.1 0.5", cwd=ROOT).returncode == 0
-    assert "CONFIG=configs/x.yaml" in run("make", "help", cwd=ROOT).stdout
-
-
-def test_make_setup_detects_a_damaged_environment(tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    kept = tmp_path / "damaged" / "kept"
-    kept.parent.mkdir()
-    kept.touch()
-    (tmp_path / "damaged" / ".installed").touch()  # and no Python
-    done = run("make", "setup", "VENV=damaged", "PYTHON=false", cwd=tmp_path)
-    assert done.returncode == 2
-    assert not (tmp_path / "damaged" / ".installed").exists()  # so that it would be installed again
-    assert kept.exists()
-
-
-def test_make_setup_reuses_an_existing_environment(tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / "made" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.symlink_to(shutil.which("true") or "")  # every check and installation succeeds
-    assert run("make", "setup", "VENV=made", "PYTHON=false", cwd=tmp_path).returncode == 0
-    assert run("make", "setup", "VENV=other", "PYTHON=false", cwd=tmp_path).returncode == 2

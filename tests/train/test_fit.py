@@ -1,4 +1,4 @@
-"""Training: exact resume, determinism, refusals, what a run's folder holds."""
+"""Training: determinism, its commands, what a run's folder holds."""
 
 import dataclasses
 import json
@@ -17,21 +17,18 @@ import yaml
 from safetensors.torch import load_file
 
 from egopatch.configs.schema import Config, ConfigError
-from egopatch.features import FingerprintMismatch, StoreError
 from egopatch.features.tools.derive import derive
 from egopatch.train.__main__ import main
 from egopatch.train.data.batch import Batch
 from egopatch.train.explanation.explain import explain
-from egopatch.train.fitting.answers import Answers, PartScorer, score_part
-from egopatch.train.fitting.experiment import open_experiment, pick_device
+from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.fitting.predict import predict_clips
 from egopatch.train.fitting.run import system_name
 from egopatch.train.fitting.run_group import RunGroup
-from egopatch.train.rundir import lease, run_folder
 from egopatch.train.rundir.run_folder import RunError, plain
 from egopatch.train.sweeps.sweep import run_sweep
-from tests.train.tiny import FIELDS, events, losses, same_weights, with_run, write_tiny, written
+from tests.train.tiny import FIELDS, events, losses, same_weights, with_run, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,39 +177,6 @@ def test_a_derived_store_trains_with_the_losses_of_its_parent(tiny: Config, tmp_
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
-def test_a_refused_head_leaves_the_folder_to_the_corrected_one(tiny: Config, tmp_path: Path) -> None:
-    derive(tiny.store.path, tmp_path / "small", keep=0.25)
-    small = with_run(tiny, "psa", store_path=tmp_path / "small", train_epochs=1, head_coarse=False)
-    for train in (fit, lambda config, command: run_sweep(config, seeds=[0], command=command)):
-        with pytest.raises(ConfigError, match=r"head\.ratio 0\.5 with .* keeps 6 of 12 patches a frame"):
-            train(with_run(small, "psa", head_ratio=0.5), "x")
-        train(with_run(small, "psa", head_ratio=0.25), "x")
-        # The folder of a run that was trained stays its own.
-        with pytest.raises(ConfigError, match=r"holds a run with different settings"):
-            train(with_run(small, "psa", head_ratio=0.25, train_epochs=2), "x")
-
-
-def test_an_unwritable_run_folder_names_its_option(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(lease.os, "access", lambda path, mode: False)
-        with pytest.raises(
-            ConfigError, match=r"run\.dir is .*/psa, which cannot be written \(Permission denied: .*/leases"
-        ):
-            fit(tiny, "x")
-    (tmp_path / "file").write_text("")
-    below = with_run(tiny, "psa", run_dir=tmp_path / "file" / "psa")
-    message = r"run\.dir is .*/file/psa, which cannot be written \(Not a directory: .*\); check its permissions or set"
-    with pytest.raises(ConfigError, match=message):
-        fit(below, "x")
-    message = r"run\.dir is .*/sweeps/direct-psa/crews, which cannot be written"
-    with pytest.raises(ConfigError, match=message):
-        run_sweep(below, ratios=[0.5])
-    with pytest.raises(ConfigError, match=r"run\.table is .*/sweeps/direct-psa/crews, which cannot be written"):
-        run_sweep(with_run(tiny, "psa", run_table=tmp_path / "file"), ratios=[0.5])
-
-
 @pytest.mark.parametrize("mask", [0o002, 0o027])
 def test_the_files_of_runs_and_sweeps_follow_the_umask(tiny: Config, mask: int) -> None:
     former = os.umask(mask)
@@ -233,48 +197,6 @@ def test_the_files_of_runs_and_sweeps_follow_the_umask(tiny: Config, mask: int) 
     assert {path: oct(path.stat().st_mode & 0o777) for path in files} == {path: oct(0o666 & ~mask) for path in files}
 
 
-def test_a_run_folder_with_different_settings_is_refused(tiny: Config) -> None:
-    fit(tiny, "x")
-    with pytest.raises(ConfigError, match=r"with different settings \(head.ratio: folder has 0.5, requested 0.25\)"):
-        fit(with_run(tiny, "psa", head_ratio=0.25), "x")
-
-
-def test_a_store_as_the_run_folder_is_refused(tiny: Config) -> None:
-    before = sorted(tiny.store.path.iterdir())
-    in_store = dataclasses.replace(tiny, run=dataclasses.replace(tiny.run, dir=tiny.store.path))
-    with pytest.raises(ConfigError, match=r"run.dir is .*, which is a store; expected a folder of its own for the run"):
-        fit(in_store, "x")
-    assert sorted(tiny.store.path.iterdir()) == before
-
-
-def test_an_option_missing_from_an_older_run_takes_its_default(tiny: Config) -> None:
-    run_folder.claim(tiny.run.dir, tiny)
-    path = tiny.run.dir / run_folder.CONFIG
-    settings = yaml.safe_load(path.read_text())
-    del settings["train"]["contrast"]
-    path.write_text(yaml.safe_dump(settings))
-    run_folder.require_same_settings(tiny.run.dir, tiny)
-    settings["data"]["paraphrases"] = True
-    path.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ConfigError, match=r"settings \(train.contrast: folder has 0.0, requested 0.5\)"):
-        run_folder.require_same_settings(tiny.run.dir, with_run(tiny, "psa", data_paraphrases=True, train_contrast=0.5))
-
-
-def test_a_store_of_another_fingerprint_is_refused(tiny: Config, tmp_path: Path) -> None:
-    fit(tiny, "x")
-    other = write_tiny(tmp_path / "other", fields={**FIELDS, "checkpoint": "another"})
-    message = r"psa was trained on features that differ from store .*other/store \(different: checkpoint\);"
-    with pytest.raises(FingerprintMismatch, match=message):
-        evaluate(with_run(tiny, "psa", store_path=other.store.path))
-
-
-def test_a_config_that_disagrees_with_the_store_is_refused(tiny: Config) -> None:
-    with pytest.raises(FingerprintMismatch, match="depth: store has 6, requested 12"):
-        fit(with_run(tiny, "psa", encoder_depth=12), "x")
-    with pytest.raises(ConfigError, match=r"^encoder.arch is 'light'; expected one of .*; did you mean lite\?$"):
-        fit(with_run(tiny, "psa", encoder_arch="light"), "x")
-
-
 def test_answers_absent_from_training_are_noted(tiny: Config, tmp_path: Path) -> None:
     assert "training answers" not in "".join(open_experiment(tiny).data_lines)
     other = with_run(tiny, "other", data_root=shutil.copytree(tiny.data.root, tmp_path / "data"))
@@ -287,99 +209,6 @@ def test_answers_absent_from_training_are_noted(tiny: Config, tmp_path: Path) ->
         f"note: the answers of 1 of {count} test questions, such as 'Violet', are not among the training answers, so "
         f"no head can give them: accuracy is at most {most:.2f}"
     )
-
-
-@pytest.mark.parametrize("device", ["mps", "gpu0"])
-def test_an_unsupported_train_device_is_refused(device: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^train\.device is '{device}'; expected auto, cpu, cuda, or cuda:N"):
-        pick_device(device)
-
-
-@pytest.mark.parametrize("content", [b"", b"head: [", b"\xff\xfe", b"- head\n", b"head: psa\n"])
-def test_a_damaged_run_config_gives_a_one_line_error(tiny: Config, content: bytes) -> None:
-    tiny.run.dir.mkdir(parents=True)
-    (tiny.run.dir / "config.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^.*/config\.yaml (is damaged|does not hold) .*; use another --run\.dir.*$"):
-        fit(tiny, "x")
-
-
-def test_damaged_and_missing_run_files_are_named(tiny: Config) -> None:
-    with pytest.raises(RunError, match=r"card\.json: no such file; train the head first"):
-        evaluate(tiny)
-    fit(tiny, "x")
-    with pytest.raises(RunError, match=r"holds a psa head but head\.name is 'egovlp'"):
-        evaluate(with_run(tiny, "psa", head_name="egovlp"))
-    (tiny.run.dir / "test.json").unlink()
-    torch.save({"place": [0, 1]}, tiny.run.dir / "last.pt")
-    with pytest.raises(RunError, match=r"last\.pt is damaged \('origin'\); delete it to train from the start"):
-        fit(tiny, "x")
-    (tiny.run.dir / "last.pt").write_bytes(b"cut off")
-    with pytest.raises(RunError, match=r"last\.pt is damaged .*; delete it to train from the start"):
-        fit(tiny, "x")
-    (tiny.run.dir / "best.safetensors").unlink()
-    with pytest.raises(RunError, match=r"best\.safetensors: no such file"):
-        evaluate(tiny)
-
-
-def test_quarantined_clips_are_answered_blind_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test_clip, train_clip = "clip|P47|0|48", "clip|P0|0|1"
-    config = write_tiny(tmp_path, bad=(test_clip, train_clip))
-    line = "note: 8 of 64 test questions are about quarantined clips; the majority answer stands in\n"
-    printed = []
-    for command in (lambda: fit(config, "x"), lambda: evaluate(config)):
-        metrics = command()
-        assert json.loads((config.run.dir / "test.json").read_text())["unseen"] == metrics.quarantined == 8
-        assert metrics.all.n == 64
-        printed.append(capsys.readouterr().out)
-        assert printed[-1].endswith(line)
-    train_line = "note: 8 of 256 train questions are about quarantined clips; nothing is learned from them\n"
-    assert [train_line in out for out in printed] == [True, False]
-    with pytest.raises(ConfigError, match=r"clip 'clip\|P47\|0\|48' is in quarantine: "):
-        predict_clips(config, [test_clip], "what?")
-    answers = [json.loads(line) for line in (config.run.dir / "predictions.jsonl").read_text().splitlines()]
-    assert len(answers) == 64
-
-
-@pytest.mark.parametrize("command", ["fit", "evaluate"])
-def test_json_counts_the_questions_about_quarantined_clips(
-    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = write_tiny(tmp_path, bad=("clip|P47|0|48",))
-    fit(config, "x")
-    capsys.readouterr()
-    assert main([command, "--config", written(config), "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["quarantined"] == 8
-    assert "note: 8 of 64 test questions are about quarantined clips" in err
-
-
-def test_a_run_whose_test_clips_are_all_quarantined_is_refused(tmp_path: Path) -> None:
-    config = write_tiny(tmp_path, bad=tuple(f"clip|P{i}|0|{i + 1}" for i in range(33, 48, 2)))
-    refusal = r"^.* has 64 test questions, all about quarantined clips, .*`egopatch extract retry --config CONFIG`$"
-    with pytest.raises(RunError, match=refusal):
-        fit(config, "x")
-    fit(with_run(config, "blind", head_name="majority"), "x")
-
-
-@pytest.mark.parametrize("part", ["val", "test"])
-def test_part_scorer_accuracies_match_the_metrics(tmp_path: Path, part: str) -> None:
-    experiment = open_experiment(write_tiny(tmp_path, bad=("clip|P47|0|48", "clip|P46|0|47", "clip|P0|0|1")))
-    vocabulary = experiment.dataset.answers
-    generator = torch.Generator().manual_seed(0)
-    classes = torch.randint(len(vocabulary), (len(experiment.encoded[part]),), generator=generator)
-    answers = Answers(classes, None)
-    metrics = score_part(experiment, part, answers)[0]
-    expected = {"open": metrics.open, "binary": metrics.binary, "all": metrics.all}
-    assert PartScorer(experiment, part).accuracies(answers) == {
-        name: pytest.approx(a.accuracy) for name, a in expected.items()
-    }
-
-
-def test_clips_that_were_never_encoded_are_refused(tiny: Config, tmp_path: Path) -> None:
-    more = write_tiny(tmp_path / "more", clips=60)
-    message = r"12 of 60 requested clips are missing from .*; run `egopatch extract run .*` to encode"
-    with pytest.raises(StoreError, match=message):
-        fit(with_run(tiny, "x", data_root=more.data.root), "x")
 
 
 def test_blind_heads_read_no_video_and_majority_needs_no_store(tiny: Config, tmp_path: Path) -> None:
