@@ -35,6 +35,20 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> "Counter[str]":
     return counts
 
 
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many kinds of frames the decoders of each job leave."""
+    found: list[int] = []
+    opened = pipeline.open_decoders
+
+    def counted(video: Any, kinds: Any, *args: Any) -> Any:
+        found.append(len(kinds))
+        return opened(video, kinds, *args)
+
+    monkeypatch.setattr(pipeline, "open_decoders", counted)
+    return found
+
+
 def config_file(root: Path, name: str, **changes: dict[str, object]) -> str:
     """A config on the clips in `root` for a store called `name`; `changes` by section."""
     sections: dict[str, dict[str, object]] = {
@@ -66,9 +80,12 @@ def other_network(root: Path, name: str = "lite") -> str:
 
 
 @pytest.mark.slow
-def test_one_decode_fills_stores_of_different_depth_and_format(bare: Path, decoded: "Counter[str]") -> None:
+def test_one_decode_fills_stores_of_different_depth_and_format(
+    bare: Path, decoded: "Counter[str]", kinds: list[int]
+) -> None:
     assert main(["run", "--config", config_file(bare, "store"), shallow(bare)]) == 0
     assert sorted(decoded.values()) == [1] * CLIPS
+    assert kinds == [1]  # both encoders take the same frames, so slots hold them once
     for name in ("store", "shallow"):
         assert verify(bare / name).ok
         assert len(open_store(bare / name).clip_ids) == CLIPS
@@ -87,12 +104,15 @@ def test_gpu_out_of_memory_names_the_largest_batch(
 
 
 @pytest.mark.slow
-def test_joint_job_writes_the_same_stores_as_separate_jobs(made: Path, bare: Path, decoded: "Counter[str]") -> None:
+def test_joint_job_writes_the_same_stores_as_separate_jobs(
+    made: Path, bare: Path, decoded: "Counter[str]", kinds: list[int]
+) -> None:
     assert main(["run", "--config", config_file(bare, "store"), other_network(bare)]) == 0
     assert sorted(decoded.values()) == [1] * CLIPS
     assert contents(bare / "store") == contents(made / "store")
     assert main(["run", "--config", other_network(bare, "lite-alone")]) == 0
     assert contents(bare / "lite") == contents(bare / "lite-alone")
+    assert kinds == [2, 1]
     assert verify(bare / "lite").ok
 
 
