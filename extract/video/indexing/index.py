@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.extract.video.indexing.disposable import ALWAYS_DECODED, layer_reader
+from egopatch.extract.video.indexing.matroska import missing_bytes
+from egopatch.features.common.units import counted
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
 
@@ -135,7 +137,7 @@ def index_of_packets(
     except av.FFmpegError as error:
         damage = str(error.strerror)
     damage = lost or _complaint(container, logged[heard:]) or damage
-    damage = damage or ("a packet is truncated" if intact < len(shown) else "")
+    damage = damage or ("a packet is truncated" if intact < len(shown) else "") or _cut_off(path, container)
     first_key = min(keys, default=(NO_PTS, 0))[0]
     if not damage:
         complete_pts = np.iinfo(np.int64).max
@@ -224,7 +226,7 @@ def index_of_frames(
         raise
     except av.FFmpegError as error:
         damage = str(error.strerror)
-    damage = lost or _complaint(container, logged[heard:]) or damage
+    damage = lost or _complaint(container, logged[heard:]) or damage or _cut_off(path, container)
     # Frames before the first key frame depend on something that was cut off. Some codecs do not mark key frames.
     whole = [row for row, frame in enumerate(frames) if not frame.is_damaged]
     if not whole:
@@ -304,6 +306,12 @@ def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
             )
         times.append(time)
     return times
+
+
+def _cut_off(path: Path, container: "av.container.InputContainer") -> str:
+    """What is missing at the end of a file whose reader does not notice it; empty if nothing is."""
+    missing = missing_bytes(path) if "matroska" in container.format.name else 0
+    return f"it is {counted(missing, 'byte')} shorter than it declares" if missing else ""
 
 
 def _complaint(container: "av.container.InputContainer", logged: Sequence[LogLine]) -> str:

@@ -1,5 +1,6 @@
 """Videos as real data sets hold them: right frames at their true times, or a reason that names the cause."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
+from egopatch.extract.video.indexing.matroska import missing_bytes
 from egopatch.extract.video.orientation import Upright
 from egopatch.features.common.units import counted
 from tests.extract.video.odd_videos import REFUSED, moving
@@ -297,6 +299,47 @@ def test_file_truncated_between_b_frames_never_yields_wrong_frames(container: st
         for clip, times_s in zip(clips, whole, strict=True):
             with suppress(VideoError):
                 assert read_frames(clip, video).times_s.tolist() == times_s
+
+
+@pytest.mark.parametrize("codec", ["libx264", "ffv1"])
+def test_matroska_cut_at_the_start_of_a_cluster_is_truncated(codec: str, tmp_path: Path) -> None:
+    """FFmpeg logs nothing where only the cluster's header of 12 bytes is left."""
+    options = B_FRAMES if codec == "libx264" else {}
+    container = {"cluster_time_limit": "500"}
+    path = write_video(tmp_path / "a.mkv", 40, codec=codec, options=options, draw=moving, container=container)
+    content, video, said = path.read_bytes(), VideoConfig(frames=4), set[str]()
+    clusters = [match.start() for match in re.finditer(rb"\x1f\x43\xb6\x75", content)]
+    assert len(clusters) >= 3
+    expected = read_frames(Clip("early", path, 0.0, 0.2), video)
+    for cut in (cluster + more for cluster in clusters[1:] for more in range(16)):
+        path.write_bytes(content[:cut])
+        early = read_frames(Clip("early", path, 0.0, 0.2), video)
+        np.testing.assert_array_equal(np.stack(early.frames), np.stack(expected.frames))
+        with pytest.raises(VideoError, match=r"is truncated at .* s \((it is|File ended)") as refused:
+            read_frames(Clip("whole", path), video)
+        if f"it is {len(content) - cut} bytes shorter than it declares" in str(refused.value):
+            said.add("declared")
+    assert said == {"declared"}
+
+
+@pytest.mark.parametrize(
+    ("head", "missing"),
+    [
+        ("1a45dfa3 80 18538067 01ffffffffffffff ec80", 0),  # as streams are written: no size
+        ("1a45dfa3 80 18538067 ff ec80", 0),
+        ("1a45dfa3 80 18538067 82 ec80", 0),
+        ("1a45dfa3 80 18538067 8a ec80", 8),
+        ("1a45dfa3 80 18538067 010000000000000a ec80", 8),
+        ("1a45dfa3 80 18538067", 0),
+        ("1a45dfa3 80 18538067 00", 0),
+        ("00000018 66747970", 0),
+        ("", 0),
+    ],
+)
+def test_matroska_declares_its_size(head: str, missing: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(bytes.fromhex(head))
+    assert missing_bytes(path) == missing
 
 
 def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
