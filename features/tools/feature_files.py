@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -194,7 +195,9 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         return _read_hdf5(file, None)
     if file.suffix in (".pt", ".pth"):
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns that it checks sparse tensors, which are refused anyway
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # parsers raise many types over damaged bytes, all with this meaning
             reason = _first_line(error)
             raise ValueError(f"not a file of plain tensors ({reason}); save a tensor or a dict of them") from None

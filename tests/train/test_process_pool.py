@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from egopatch.features.common.child_errors import ChildError
-from egopatch.train.processes.process_pool import ProcessLost, call_in_processes
+from egopatch.train.processes.process_pool import ProcessLost, call_in_processes, can_fork
 from egopatch.train.processes.stopping import FORWARDED, SIGNALS, Stopped
 from tests.features.faults import Picky
 
@@ -35,6 +37,32 @@ def test_results_keep_their_order_and_each_process_uses_one_thread() -> None:
     assert len({os.getpid(), *(process for _, process, _ in results)}) == 6
     assert {threads for _, _, threads in results} == {1}
     assert torch.get_num_threads() == before
+
+
+def test_a_process_that_cannot_train_in_forked_ones_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_fork()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    assert not can_fork()
+
+
+def test_forked_processes_train_if_can_fork_says_so_also_after_a_compilation() -> None:
+    """Whether they do depends on torch: 2.13 trains in them, 2.14 refuses."""
+    program = """if True:
+        import torch
+        from egopatch.train.processes.process_pool import call_in_processes, can_fork
+
+        def train():
+            torch.ones(3, requires_grad=True).sum().backward()
+
+        torch.compile(lambda x: x.sin().sum(), backend="aot_eager")(torch.ones(3, requires_grad=True)).backward()
+        if can_fork():
+            call_in_processes([train], cores=1)
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_at_most_one_process_per_core_runs_at_once() -> None:

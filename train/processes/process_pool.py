@@ -24,8 +24,22 @@ class ProcessLost(ChildProcessError):
 
 
 def can_fork() -> bool:
-    """Whether forked processes may train: with an accelerator, torch refuses backward passes after a fork."""
-    return not torch.accelerator.is_available()
+    """Whether forked processes may train, as one of them finds out.
+
+    torch refuses backward passes after a fork once it has started threads for other devices: with an accelerator, and
+    since 2.14 also if this process has compiled a function with `torch.compile`.
+    """
+    if torch.accelerator.is_available():
+        return False
+    try:
+        call_in_processes([_pass_backward], cores=1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _pass_backward() -> None:
+    torch.zeros((), requires_grad=True).square().backward()
 
 
 def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list[Result]:

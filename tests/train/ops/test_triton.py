@@ -181,6 +181,8 @@ def test_the_reference_needs_no_triton() -> None:
     assert without_triton(imported, f"select_attend({arguments}).kept.tolist()") == "[[[0, 1]], [[0, 1]]]"
 
 
+# Its own look at a tensor's gradient warns, which the filters of torch 2.14 hide only if warnings are no errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_reference_operator_passes_opcheck() -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
     torch.library.opcheck(
