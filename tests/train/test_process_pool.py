@@ -50,7 +50,7 @@ def test_a_process_that_cannot_train_in_forked_ones_says_so(monkeypatch: pytest.
 
 
 def test_forked_processes_train_if_can_fork_says_so_also_after_a_compilation() -> None:
-    """Whether they do depends on torch: 2.13 trains in them, 2.14 refuses."""
+    """Whether they do depends on torch: its CPU builds train in them, its CUDA builds refuse."""
     program = """if True:
         import torch
         from egopatch.train.processes.process_pool import call_in_processes, can_fork

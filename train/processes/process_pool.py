@@ -27,7 +27,7 @@ def can_fork() -> bool:
     """Whether forked processes may train, as one of them finds out.
 
     torch refuses backward passes after a fork once it has started threads for other devices: with an accelerator, and
-    since 2.14 also if this process has compiled a function with `torch.compile`.
+    without one if a CUDA build has compiled a function in this process.
     """
     if torch.accelerator.is_available():
         return False
