@@ -53,7 +53,8 @@ class BatchEncoder(ABC):
         slow_batches: Number of batches at the start that take longer than all others.
         seconds: Time that this process has spent so far on starting batches and on waiting for them.
         handover_s: Time that it has spent on taking clips.
-        busy_s: Time for which the encoder has computed.
+        busy_s: Time for which the encoder has computed. A device's slow batches count like the mean of the others, so
+            that a short job shows what a clip costs a long one.
         slots: Memory of all rows, if other processes can share it; None if only this process has it.
     """
 

@@ -33,7 +33,8 @@ class Stages:
         wait_write_s: Time for which the encoder waited for the disk.
         decoders_s: `decode_s` divided by the number of children.
         handover_s: Time that the worker's main thread spent on taking frames from the children.
-        busy_s: Time for which the encoder computed, which is less than `encode_s` if part of that is waiting.
+        busy_s: Time for which the encoder computed, as `BatchEncoder.busy_s`; less than `encode_s` if part of that is
+            waiting.
     """
 
     total_s: float = 0.0

@@ -115,6 +115,7 @@ class DeviceEncoder(BatchEncoder):
         self._received = _Received()
         self._unmarked: list[PreparedClip] = []
         self._copying: deque[tuple[Any, list[PreparedClip]]] = deque()
+        self._batches, self._steady_s = 0, 0.0
 
     @property
     def _on_cuda(self) -> bool:
@@ -229,7 +230,7 @@ class DeviceEncoder(BatchEncoder):
 
         def wait() -> tuple[list[Row], list[bool]]:
             done.synchronize()
-            self.busy_s += clock.seconds()
+            self._count(clock.seconds())
             keep.clear()
             while self._copying and self._copying[0][0].query():
                 self._release_oldest()
@@ -237,6 +238,15 @@ class DeviceEncoder(BatchEncoder):
             return rows, outputs[_FINITE][: len(clips)].tolist()
 
         return wait
+
+    def _count(self, seconds: float) -> None:
+        """Add a batch to `busy_s`; once there are others, the slow batches count like the mean of these."""
+        self._batches += 1
+        if (steady := self._batches - self.slow_batches) > 0:
+            self._steady_s += seconds
+            self.busy_s = self._steady_s * self._batches / steady
+        else:
+            self.busy_s += seconds
 
     def _encode_eagerly(self) -> PatchTokens:
         assert self._frames is not None

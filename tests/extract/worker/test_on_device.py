@@ -27,7 +27,7 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker.batch_encoder import BatchEncoder, EncodedBatch, Row
 from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats
-from egopatch.extract.worker.on_device import DeviceEncoder, _rows_finite
+from egopatch.extract.worker.on_device import DeviceEncoder, _Clock, _rows_finite
 from egopatch.extract.worker.pipeline import encode_shards
 from egopatch.extract.writing.commit_processes import CommitProcesses
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
@@ -310,6 +310,21 @@ def test_plan_does_not_time_the_batch_that_captures_the_graph(whole: WholeJob, m
 
     monkeypatch.setattr(DeviceEncoder, "_launch", captured)
     assert _probe(whole.job, [whole.clips["a"]])["encoder"] > BATCH / 2.0
+
+
+def test_first_batches_do_not_raise_the_cost_of_a_clip(
+    encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries start there, and the graph is made; a forecast from a short job would be several times too slow."""
+    assert DeviceEncoder.slow_batches == 2
+    seconds = [9.0, 5.0, 1.0, 3.0, 2.0]
+    monkeypatch.setattr(_Clock, "seconds", lambda _: seconds.pop(0))
+    slots, busy = Slots(encoder.size), []
+    with DeviceEncoder(encoder.to(device), BATCH, "float32", EGOVLP_TRANSFORM, 8) as batches:
+        for number in range(5):
+            run(batches, [slots.clip(str(number), [(60, 80)] * 2)])
+            busy.append(batches.busy_s)
+    assert busy == [9, 14, 3 * 1, 4 * 2, 5 * 2]
 
 
 def test_interrupt_lets_a_started_write_finish(whole: WholeJob, monkeypatch: pytest.MonkeyPatch) -> None:
