@@ -132,6 +132,38 @@ def test_slots_are_released_while_the_batch_is_gathered(encoder: VideoEncoder, d
         batches.start()()
 
 
+def test_nothing_is_used_before_its_copy_has_ended(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has copied when the call returns; here a copy ends only when somebody waits for an event behind it."""
+    added: list[str] = []
+    ended: set[str] = set()
+    results_ended: list[bool] = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            self.behind, self.of_results = list(added), stream is batches._out
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            ended.update(() if self.of_results else self.behind)
+            results_ended.extend([True] * self.of_results)
+
+    monkeypatch.setattr(DeviceEncoder, "_event", lambda _: Event())
+    slots = Slots(encoder.size)
+    with DeviceEncoder(encoder, 12, "float32", EGOVLP_TRANSFORM, 8) as batches:
+        for number in range(12):
+            added.append(str(number))
+            batches.add(slots.clip(str(number), [(20, 20)] * 2))
+            assert set(slots.released) <= ended
+        finish = batches.start()
+        assert not results_ended
+        finish()
+        assert results_ended
+        assert 0 < len(slots.released) < 12
+        assert set(slots.released) <= ended
+
+
 def test_rows_do_not_depend_on_the_other_clips_of_their_batch(encoder: VideoEncoder, device: torch.device) -> None:
     slots = Slots(encoder.size)
     with DeviceEncoder(encoder.to(device), 6, "float32", EGOVLP_TRANSFORM, 8) as batches:
