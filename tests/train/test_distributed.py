@@ -142,6 +142,14 @@ def test_summing_over_ranks_does_not_read_values_back_to_the_host(monkeypatch: p
     assert [(tensor.device.type, tensor.numel()) for tensor in sent] == [("cpu", 3), ("meta", 11)]
 
 
+def test_sums_over_ranks_have_the_dtypes_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head from outside may have parameters of several dtypes; a gradient must have its parameter's."""
+    monkeypatch.setattr(dist, "all_reduce", lambda _: None)
+    like = [torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    sums = Distributed(rank=0, size=2).sum_tensors(like, like)
+    assert all(total is not None and total.dtype == other.dtype for total, other in zip(sums, like, strict=True))
+
+
 def test_a_rank_slice_knows_its_place_in_the_whole_batch() -> None:
     clips, texts = torch.tensor([4, 4, 1, 7]), torch.tensor([0, 5, 5, 2])
     share = RankSlice.of(clips, texts, torch.tensor([True, True, False, False]))

@@ -96,7 +96,7 @@ class Distributed:
         return bool(flags)
 
     def sum_tensors(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Sums over the ranks of tensors in the shapes of `like`; None counts as zero; all None gives None.
+        """Sums over the ranks of tensors in the shapes and dtypes of `like`; None counts as zero; all None gives None.
 
         All tensors are sent as one: the gradients of a head are many small tensors. The CPUs exchange which tensors
         exist, because reading that from a GPU would wait for the whole batch.
@@ -109,7 +109,7 @@ class Distributed:
             dist.all_reduce(flat)
         sums = flat.split([piece.numel() for piece in pieces])
         return [
-            total.view(other.shape) if count else None
+            total.view(other.shape).to(other.dtype) if count else None
             for count, total, other in zip(counts.tolist(), sums, like, strict=True)
         ]
 
