@@ -192,6 +192,23 @@ def test_a_failed_capture_restores_the_current_stream(tiny: Config, monkeypatch:
     assert current == ["the caller's"]
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),  # of an allocation
+    torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..."),  # of the graph
+])  # fmt: skip
+def test_a_capture_that_lacks_memory_is_no_failed_capture(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """`shortage_explained` names the batch size to try; another head or residency would not help."""
+    failing_capture(monkeypatch)
+
+    def step(_: Batch) -> Tensor:
+        raise error
+
+    with pytest.raises(type(error), match="out of memory"):
+        captured._capture(step, next(epoch(open_experiment(tiny), padded=True)))
+
+
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The batches that steps were captured with."""

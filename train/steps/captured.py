@@ -10,10 +10,10 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from egopatch.extract.encoders.layers.graphs import capture_cuda, capture_failure
+from egopatch.extract.encoders.layers.graphs import capture_cause, capture_cuda, capture_failure
+from egopatch.features.common.os_errors import gpu_shortage
 from egopatch.train.data.batch import Batch, Options
 from egopatch.train.rundir.run_folder import RunError
 
@@ -65,9 +65,9 @@ def _capture(step: Callable[[Batch], Tensor], batch: Batch) -> tuple[Callable[[]
     inputs = with_own_tensors(batch)
     try:
         return capture_cuda(partial(step, inputs), batch.answers.device), inputs
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # torch has no type of its own for an operation that cannot be captured
+        if gpu_shortage(cause := capture_cause(error)):
+            raise cause from None
         raise RunError(
             f"the training step cannot become a CUDA graph ({capture_failure(error)}); for a head from outside, set "
             "Head.captures to false; for any other, use --train.residency ram"

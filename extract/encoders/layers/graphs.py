@@ -111,9 +111,13 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture_failure(error: RuntimeError) -> str:
-    """First line of what made a CUDA capture fail, from the error that ended it.
+    """First line of what made a CUDA capture fail, from the error that ended it."""
+    return str(capture_cause(error)).partition("\n")[0]
+
+
+def capture_cause(error: RuntimeError) -> RuntimeError:
+    """The error that made a CUDA capture fail, from the one that ended it.
 
     The end of an invalid capture raises an error of its own, which names no cause: that is the error before it.
     """
-    first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-    return str(first).partition("\n")[0]
+    return error.__context__ if isinstance(error.__context__, RuntimeError) else error
