@@ -62,10 +62,11 @@ class ConfigParser(jsonargparse.ArgumentParser):
         return "--config" in self._option_string_actions
 
     def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> jsonargparse.Namespace:  # type: ignore[override]
-        """Parse as jsonargparse does, but refuse four values: empty text, which as a path would be this folder; a null
-        that the option cannot take, which as a path would be the folder `null`; 1:30 for a number; and YAML with a
-        fault.
+        """Parse as jsonargparse does, but let options override the file wherever `--config` stands, and refuse four
+        values: empty text, which as a path would be this folder; a null that the option cannot take, which as a path
+        would be the folder `null`; 1:30 for a number; and YAML with a fault.
         """
+        args = _config_first(args) if self.takes_config else args
         own = set(option_names()) if self.takes_config else set()
         self._given, self._places = {arg.partition("=")[0][2:] for arg in args if arg.startswith("--")}, {}
         last = ""  # the option that the values belong to; some, such as `--seeds`, have several
@@ -214,6 +215,16 @@ class StageParser(ConfigParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _config_first(args: Sequence[str]) -> list[str]:
+    """The command line with each `--config FILE` before all else; jsonargparse lets the last one on the line win."""
+    end = args.index("--") if "--" in args else len(args)
+    first: list[str] = []
+    rest: list[str] = []
+    for before, arg in itertools.pairwise(["", *args[:end]]):
+        (first if "--config" in (before, arg) or arg.startswith("--config=") else rest).append(arg)
+    return [*first, *rest, *args[end:]]
 
 
 def _as_yaml(text: str) -> Any:

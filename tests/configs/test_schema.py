@@ -44,6 +44,8 @@ def test_command_line_options_override_the_file(tmp_path: Path) -> None:
     assert config.head.ratio == 0.125
     assert config.head.scores == ("question",)
     assert config.train.lr == 1e-3  # PyYAML alone would read this as text
+    assert config == parse("--head.ratio", "0.125", "--config", str(file))
+    assert config == parse("--head.ratio=0.125", f"--config={file}")
 
 
 @pytest.mark.parametrize(
