@@ -5,6 +5,8 @@ import re
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,60 @@ def test_attributes_set_by_measure_must_be_stored_with_the_weights(
     monkeypatch.setattr(Linear, "measure", measure, raising=False)
     with pytest.raises(ConfigError, match=r"^Linear\.measure sets mean, which is not stored with the weights"):
         fit(own(lambda _, sizes: Linear(sizes)), "x")
+
+    def measure_below(head: nn.Module, tokens: PatchTokens) -> None:
+        head.linear.mean = tokens.cls.mean()  # type: ignore[union-attr,assignment]
+
+    monkeypatch.setattr(Linear, "measure", measure_below)
+    with pytest.raises(ConfigError, match=r"^Linear\.measure sets linear\.mean, which is not stored with the weights"):
+        fit(own(lambda _, sizes: Linear(sizes)), "x")
+
+
+@pytest.mark.parametrize(
+    ("registered", "found"), [(None, "nothing"), (torch.zeros(1), r"a tensor \(1,\) of torch\.float32")]
+)
+def test_what_measure_stores_must_fit_a_head_that_has_not_measured(
+    registered: Tensor | None, found: str, own: Registered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        head = Linear(sizes)
+        head.register_buffer("mean", registered)
+        return head
+
+    def measure(head: nn.Module, tokens: PatchTokens) -> None:
+        head.mean = tokens.cls.double().mean()  # type: ignore[assignment]
+
+    monkeypatch.setattr(Linear, "measure", measure, raising=False)
+    with pytest.raises(
+        ConfigError,
+        match=rf"^Linear\.measure makes mean a tensor \(\) of torch\.float64, but its __init__ {found}, into",
+    ):
+        fit(own(build), "x")
+
+
+def test_a_state_that_is_no_tensor_is_refused(own: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "get_extra_state", lambda head: {"rate": 1})
+    with pytest.raises(ConfigError, match=r"^the head mine has _extra_state in its state_dict, which is no tensor"):
+        fit(own(lambda _, sizes: Linear(sizes)), "x")
+
+
+@pytest.mark.parametrize("residency", ["disk", "ram"])
+@pytest.mark.parametrize("field", ["tokens.patches", "states", "clip_index", None])
+def test_a_change_of_the_batch_in_place_is_refused(field: str | None, residency: str, own: Registered) -> None:
+    class Changes(Linear):
+        def forward(self, batch: Batch) -> Tensor:
+            logits = super().forward(batch)
+            if field is not None:
+                attrgetter(field)(batch).mul_(1)
+            return logits
+
+    config = own(lambda _, sizes: Changes(sizes))
+    config = replace(config, train=replace(config.train, residency=residency))
+    if field is None:
+        fit(config, "x")
+        return
+    with pytest.raises(ConfigError, match=rf"^the head mine changes batch\.\w*\.?{field.split('.')[-1]} in place"):
+        fit(config, "x")
 
 
 def test_a_head_that_cannot_be_copied_is_named(own: Registered) -> None:

@@ -131,11 +131,32 @@ def _measure_head(whole: nn.Module, features: Features, table: QuestionTable, to
         whole.read.whiten.measure(features.text_tokens(table.options))
     if tokens is not None:
         assert callable(head.measure)
-        before = dict(vars(head))
+        attributes, stored = _attributes(head), _stored(head)
         with errors_kept(head):
             head.measure(tokens)
-        if lost := next((name for name, value in vars(head).items() if value is not before.get(name)), None):
+        if lost := next((name for name, value in _attributes(head).items() if value is not attributes.get(name)), None):
             raise ConfigError(
                 f"{type(head).__name__}.measure sets {lost}, which is not stored with the weights; expected a "
                 "buffer: call register_buffer in its __init__, and copy_ into it"
             )
+        if changed := next((name for name, kind in _stored(head).items() if kind != stored.get(name)), None):
+            raise ConfigError(
+                f"{type(head).__name__}.measure makes {changed} {_stored(head)[changed]}, but its __init__ "
+                f"{stored.get(changed, 'nothing')}, into which the stored weights could not be loaded; expected equal "
+                "shapes and types: call register_buffer with them in its __init__, and copy_ into it"
+            )
+
+
+def _attributes(head: nn.Module) -> dict[str, object]:
+    """The attributes of all modules of a head, by their dotted names; those that torch stores are not among them."""
+    return {
+        f"{path}.{name}".removeprefix("."): value
+        for path, module in head.named_modules()
+        for name, value in vars(module).items()
+        if name != "training"  # set before every step
+    }
+
+
+def _stored(head: nn.Module) -> dict[str, str]:
+    """Shape and type of each tensor that is stored with the weights, by its name."""
+    return {name: f"a tensor {tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in head.state_dict().items()}

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from egopatch.configs.plugins import Plugins, call_fault, of_this_package, traceback_kept
 from egopatch.configs.schema import Config, ConfigError, HeadConfig
 from egopatch.extract.encoders import open_checkpoint
+from egopatch.features import PatchTokens
 from egopatch.train.data.batch import Batch
 from egopatch.train.heads.common.attention import Attention
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -267,8 +268,39 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
                     "does not find them, so they would not be trained; use nn.ModuleList, nn.ModuleDict or "
                     "nn.ParameterList"
                 )
+    if plain := next((name for name, value in module.state_dict().items() if not isinstance(value, Tensor)), None):
+        raise ConfigError(
+            f"the head {head.name} has {plain} in its state_dict, which is no tensor; expected only tensors, as which "
+            "weights are stored: use register_buffer instead of get_extra_state"
+        )
+    module.register_forward_pre_hook(partial(_note_versions, versions := dict[int, int]()))
+    module.register_forward_hook(partial(_require_unchanged, head.name, versions))
     module.register_forward_hook(partial(_require_logits, head.name, answers))
     return module
+
+
+def _note_versions(versions: dict[int, int], module: nn.Module, inputs: tuple[Batch]) -> None:
+    versions.clear()
+    versions.update((id(tensor), tensor._version) for tensor in _tensors_of(inputs[0]).values())
+
+
+def _require_unchanged(name: str, versions: dict[int, int], module: nn.Module, inputs: tuple[Batch], _: object) -> None:
+    """Refuse changes in place: the tensors may be the features in memory, or those of the next head of a sweep."""
+    for field, tensor in _tensors_of(inputs[0]).items():
+        if tensor._version != versions.get(id(tensor), 0):  # the batch may have copied it during the forward
+            raise ConfigError(
+                f"the head {name} changes batch.{field} in place, which other batches and heads read too; expected a "
+                "new tensor: correct its forward (x = x * 2, not x.mul_(2) or x *= 2)"
+            )
+
+
+def _tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch that count their changes, by the names of their fields."""
+    found = dict[str, object](vars(batch))
+    for field in ("stored", "tokens"):
+        if isinstance(tokens := found.get(field), PatchTokens):
+            found |= {f"{field}.{name}": tensor for name, tensor in tokens.tensors().items()}
+    return {field: value for field, value in found.items() if isinstance(value, Tensor) and not value.is_inference()}
 
 
 def _require_logits(name: str, answers: int, module: nn.Module, inputs: tuple[Batch], logits: object) -> None:

@@ -233,7 +233,9 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
                 )
             elif question_id not in known:
                 unknown.append(question_id)
-                faults.append(f"{position}: question_id {question_id!r} is not in the questions file; remove the line")
+                faults.append(
+                    f"{position}: question_id {question_id!r} is not in the questions file; expected one of its ids"
+                )
             answers[question_id] = answer
     except ValueError as error:
         raise PredictionError(str(error)) from None
