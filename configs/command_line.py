@@ -97,6 +97,8 @@ class ConfigParser(jsonargparse.ArgumentParser):
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
         """Read a config file as jsonargparse does, and report a fault with the file's name and the line."""
+        if not Path(path).is_file():  # a pipe, such as `<(...)` of a shell
+            self.error(f"--config {path}: is a pipe, and a config is read several times; expected a YAML file")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
 """Options of a command line: errors that name them, values that are refused, and the experiment among them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_a_value_with_a_colon_is_refused_as_a_number(capsys: pytest.CaptureFixtu
 def test_the_experiment_in_a_command_line_has_the_options_of_a_head() -> None:
     experiment = ["--config", "a.yaml", "--head.ratio", "0.5", "--head.options.x", "3", "--head.options.y=4"]
     assert experiment_in(["--json", *experiment, "--top", "3"]) == experiment
+
+
+def test_a_pipe_as_config_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"head: {ratio: 0.5}\n")
+    os.close(writer)
+    with os.fdopen(reader), pytest.raises(SystemExit):
+        parse_options(ConfigParser(prog="demo"), ["--config", f"/dev/fd/{reader}"])
+    expected = (
+        f"demo: error: --config /dev/fd/{reader}: is a pipe, and a config is read several times; expected a YAML file\n"
+    )
+    assert capsys.readouterr().err == expected
