@@ -68,6 +68,7 @@ def run_command(
         wrong_usage: Errors that mean exit code 2.
         failures: Errors that mean exit code 1.
     """
+    _open_closed_streams()
     try:
         try:
             code = int(command() or 0)
@@ -90,6 +91,19 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         return exit_code_of_interrupt()
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that the caller has closed, as by `>&-`, to the null device.
+
+    Otherwise a file opened later, such as a store's, gets the number of the stream, and what libraries or child
+    processes print goes into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is that of the closed stream
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode))
 
 
 def local_path(text: str | Path) -> Path:

@@ -237,6 +237,20 @@ def test_unwritable_stdout_prints_at_most_one_error_line(
     assert [line.startswith(said) for line in lines] == [True] * bool(said)
 
 
+def test_a_closed_standard_stream_is_replaced_by_the_null_device(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, egopatch.features.common.command_line as line\n"
+        "def command():\n"
+        "    assert os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT) > 2\n"
+        "    os.write(1, b'lost'), os.write(2, b'lost'), sys.stdout.isatty()\n"
+        "sys.exit(line.run_command('x', command))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        assert subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command]).returncode == 0
+        assert (tmp_path / "file").read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     "command", ["egopatch --help", "egopatch --version", "extract --help", "train fit --help", "features info --help"]
 )
