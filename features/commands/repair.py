@@ -26,6 +26,6 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     done = repair(options.store, sources.clips if sources else ())
     result = {"before": report_json(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
     lines = [f"rewrote {name}" for name in done.rewritten] + [f"removed {name!r}" for name in done.dropped]
-    lines.append("run `egopatch extract run` to encode the removed clips again" if done.dropped else "no clip was lost")
+    lines.append("run `egopatch extract run` to encode again what was removed" if done.dropped else "no clip was lost")
     print_result(options.json, result, "\n".join(lines))
     return 0

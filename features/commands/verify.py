@@ -105,11 +105,15 @@ def _report_lines(report: "VerifyReport") -> Iterator[str]:
     shards = counted(report.shards, "shard")
     yield f"{report.path}: {rows} in {shards}, {format_bytes(report.nbytes)} in {report.seconds:.2f} s"
     for fault in report.faults:
-        yield f"  {fault.where} {fault.what}"
+        folder, slash, name = fault.where.rpartition("/")
+        # A journal's faults name their file themselves.
+        yield f"  {folder}{slash}{fault.what}" if fault.what.startswith(name) else f"  {fault.where} {fault.what}"
+    texts = report.bad_texts
     for name in report.bad_clips:
-        yield f"  bad clip {name!r}"
+        yield f"  bad {'text' if name in texts else 'clip'} {name!r}"
     if report.ok:
         yield "every committed clip reads back bit for bit"
     else:
-        counts = f"{counted(len(report.faults), 'fault')}, {counted(len(report.bad_clips), 'bad clip')}"
+        counts = f"{counted(len(report.faults), 'fault')}, {counted(len(report.bad_clips) - len(texts), 'bad clip')}"
+        counts += f", {counted(len(texts), 'bad text')}" if texts else ""
         yield f"{counts}: run `egopatch features repair {shlex.quote(str(report.path))}`"

@@ -49,6 +49,12 @@ class VerifyReport:
         """Ids that the faults name, each once."""
         return tuple(dict.fromkeys(name for fault in self.faults for name in fault.clips))
 
+    @property
+    def bad_texts(self) -> frozenset[str]:
+        """Those of `bad_clips` that are texts of the text substore."""
+        in_text = (fault for fault in self.faults if fault.where.startswith(f"{TEXT_FOLDER}/"))
+        return frozenset(name for fault in in_text for name in fault.clips)
+
 
 def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Read all committed rows and compare them with the ledger; also check the store's description for consistency.

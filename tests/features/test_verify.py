@@ -205,6 +205,19 @@ def test_verify_info_and_repair_commands_report_damage(
     assert "did you mean verify?" in capsys.readouterr().err
 
 
+def test_verify_names_a_bad_text_as_one_and_each_file_once(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "text" / "ledger.jsonl").write_bytes(b"")
+    (root / "ledger.jsonl.head").unlink()
+    assert main(["verify", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert "\n  ledger.jsonl.head is missing or damaged\n" in printed
+    assert "\n  text/ledger.jsonl ends after 0 of " in printed
+    assert "\n  bad text 'why?'\n" in printed
+    assert "2 faults, 0 bad clips, 3 bad texts: run" in printed
+    assert main(["repair", str(root)]) == 0
+    assert "removed 'why?'\nrun `egopatch extract run` to encode again what was removed\n" in capsys.readouterr().out
+
+
 def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     calls: list[tuple[int, int]] = []
     report = verify(whole, on_bytes=lambda *figures: calls.append(figures))
