@@ -118,8 +118,8 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
     A row with more cells than the header is a ValueError. Commas, semicolons or tabs may separate cells.
 
     Raises:
-        DatasetError: As `read_text`; or the header, line 1, lacks one of `columns` or repeats a column; or a quotation
-            mark is not closed, or is not doubled inside a quoted cell.
+        DatasetError: As `read_text`; or the header, line 1, lacks one of `columns`, repeats a column or does not name
+            one that has values; or a quotation mark is not closed, or is not doubled inside a quoted cell.
     """
     text = read_text(path, purpose)
     header = text.partition("\n")[0]
@@ -137,6 +137,12 @@ def csv_rows(path: Path, purpose: str, columns: Collection[str]) -> Iterator[tup
         line = reader.line_num + 1
         for cells in reader:
             more = f"has more cells than the header, which has {len(names)}"
+            for place, (name, cell) in enumerate(zip(names, cells), start=1):
+                if cell and not name:
+                    raise DatasetError(
+                        f"{path}:1: column {place} has no name, but line {line} has {cell!r} there; name the column, "
+                        "or remove it (with pandas: `to_csv(FILE, index=False)`)"
+                    )
             if any(cells):
                 yield f"{path}:{line}", ValueError(more) if len(cells) > len(names) else dict(zip(names, cells))
             line = reader.line_num + 1

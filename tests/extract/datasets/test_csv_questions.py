@@ -83,6 +83,10 @@ def test_answer_options_load_from_csv(tmp_path: Path) -> None:
             "question_id,clip_id,question,answer,part,answer\n1,a,What?,cup,train,jar\n",
             ":1: column 'answer' is used twice; expected each column once in the header",
         ),
+        (
+            ",question_id,clip_id,question,answer,part\n0,1,a,What?,cup,train\n1,2,a,Why?,cup,train\n",
+            ":1: column 1 has no name, but line 2 has '0' there; name the column, or remove it (with pandas: ",
+        ),
     ],
 )
 def test_malformed_csv_is_refused_with_its_reason(tmp_path: Path, text: str, fault: str) -> None:
