@@ -136,6 +136,19 @@ def test_predictions_of_every_seed_must_match_the_recorded_accuracy(tmp_path: Pa
     ]
 
 
+def test_predictions_for_other_questions_are_not_to_be_edited_by_hand(tmp_path: Path) -> None:
+    config = write_dataset(tmp_path / "data", videos=False)
+    run = write_run(tmp_path / "runs", "psa", predictions=guesses(2), all_=50.0)
+    with (run / "predictions.jsonl").open("a") as file:
+        file.write('{"question_id": "new", "answer": "red"}\n')
+    write_table(config, tmp_path / "runs")
+    (line,) = [line for line in (tmp_path / "runs" / "table.md").read_text().splitlines() if "to check" in line]
+    assert line.endswith(
+        "question_id 'new' is not in the questions file; expected one of its ids; evaluate the run again, or give the "
+        "config of these runs"
+    )
+
+
 def test_an_accuracy_that_predictions_contradict_has_no_interval(tmp_path: Path) -> None:
     """Answers that were edited may still give the recorded accuracy over all questions."""
     config = write_dataset(tmp_path / "data", videos=False)

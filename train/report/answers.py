@@ -184,7 +184,7 @@ def read_answers(folder: Path, questions: Questions) -> dict[str, str]:
     try:
         answers = read_predictions(folder / PREDICTIONS, (*questions.by_id.values(), *questions.unpublished))
     except PredictionError as error:
-        raise SourceError(f"{_first_line(error)}; give the report the config of these runs") from error
+        raise SourceError(f"{_first_line(error)}; evaluate the run again, or give the config of these runs") from error
     return {question_id: answers[question_id] for question_id in questions.by_id}
 
 
