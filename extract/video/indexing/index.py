@@ -15,8 +15,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from egopatch.extract.video.indexing.declared_size import missing_bytes
 from egopatch.extract.video.indexing.disposable import ALWAYS_DECODED, layer_reader
-from egopatch.extract.video.indexing.matroska import missing_bytes
 from egopatch.features.common.units import counted
 
 LogLine = tuple[int, str, str]  # level, part of FFmpeg, message
@@ -310,7 +310,7 @@ def _times_of(path: Path, frames: Sequence[_Shown]) -> list[int]:
 
 def _cut_off(path: Path, container: "av.container.InputContainer") -> str:
     """What is missing at the end of a file whose reader does not notice it; empty if nothing is."""
-    missing = missing_bytes(path) if "matroska" in container.format.name else 0
+    missing = missing_bytes(path, container.format.name)
     return f"it is {counted(missing, 'byte')} shorter than it declares" if missing else ""
 
 

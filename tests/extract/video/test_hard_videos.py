@@ -18,7 +18,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video import orientation
 from egopatch.extract.video.container import open_video
 from egopatch.extract.video.frames import DecodedClip, VideoError, read_frames, read_planes, uniform_indices
-from egopatch.extract.video.indexing.matroska import missing_bytes
+from egopatch.extract.video.indexing.declared_size import missing_bytes
 from egopatch.extract.video.orientation import Upright
 from egopatch.features.common.units import counted
 from tests.extract.video.odd_videos import REFUSED, moving
@@ -39,6 +39,7 @@ from tests.extract.video.videos import (
 
 MEDIA = Path(__file__).resolve().parents[3].parent / "shared" / "media"
 ALL = tuple(range(30))
+ASF_PROPERTIES = "a1dcab8c47a9cf118ee400c00c205365"
 
 
 @dataclass(frozen=True)
@@ -322,24 +323,47 @@ def test_matroska_cut_at_the_start_of_a_cluster_is_truncated(codec: str, tmp_pat
     assert said == {"declared"}
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.avi", "libx264"), ("a.avi", "mpeg4"), ("a.wmv", "msmpeg4v3")])
+def test_a_file_without_its_last_frames_or_index_is_truncated(name: str, codec: str, tmp_path: Path) -> None:
+    """FFmpeg takes it for complete where it ends between two frames."""
+    path = write_video(tmp_path / name, codec=codec)
+    content = path.read_bytes()
+    for cut in range(len(content) // 2, len(content), len(content) // 100):
+        path.write_bytes(content[:cut])
+        with pytest.raises(VideoError, match="; download it again"):
+            read_frames(Clip("whole", path), VideoConfig(frames=4))
+
+
 @pytest.mark.parametrize(
-    ("head", "missing"),
+    ("container", "head", "missing"),
     [
-        ("1a45dfa3 80 18538067 01ffffffffffffff ec80", 0),  # as streams are written: no size
-        ("1a45dfa3 80 18538067 ff ec80", 0),
-        ("1a45dfa3 80 18538067 82 ec80", 0),
-        ("1a45dfa3 80 18538067 8a ec80", 8),
-        ("1a45dfa3 80 18538067 010000000000000a ec80", 8),
-        ("1a45dfa3 80 18538067", 0),
-        ("1a45dfa3 80 18538067 00", 0),
-        ("00000018 66747970", 0),
-        ("", 0),
+        ("matroska,webm", "1a45dfa3 80 18538067 01ffffffffffffff ec80", 0),  # as streams are written: no size
+        ("matroska,webm", "1a45dfa3 80 18538067 ff ec80", 0),
+        ("matroska,webm", "1a45dfa3 80 18538067 82 ec80", 0),
+        ("matroska,webm", "1a45dfa3 80 18538067 8a ec80", 8),
+        ("matroska,webm", "1a45dfa3 80 18538067 010000000000000a ec80", 8),
+        ("matroska,webm", "1a45dfa3 80 18538067", 0),
+        ("matroska,webm", "1a45dfa3 80 18538067 00", 0),
+        ("matroska,webm", "00000018 66747970", 0),
+        ("matroska,webm", "", 0),
+        ("avi", "52494646 04000000 41564920", 0),
+        ("avi", "52494646 05000000 41564920 00", 0),  # nothing follows, so nothing pads it
+        ("avi", "52494646 06000000 41564920", 2),
+        ("avi", "52494646 04000000 41564920 52494646 06000000 41564958", 2),  # OpenDML: of several chunks
+        ("avi", "52494646 05000000 41564920 0000 52494646 06000000 41564958", 2),
+        ("avi", "52494646 00000000 41564920", 0),  # as streams are written
+        ("avi", "52494646 ffffffff 41564920", 0),
+        ("avi", "", 0),
+        ("asf", f"{ASF_PROPERTIES} {'00' * 24} 6000000000000000 {'00' * 40} 02000000", 4),
+        ("asf", f"{ASF_PROPERTIES} {'00' * 24} 6000000000000000 {'00' * 40} 03000000", 0),  # a broadcast
+        ("asf", "00", 0),
+        ("mpegts", "47", 0),
     ],
 )
-def test_matroska_declares_its_size(head: str, missing: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.mkv"
+def test_missing_bytes_of_what_a_file_declares(container: str, head: str, missing: int, tmp_path: Path) -> None:
+    path = tmp_path / "a"
     path.write_bytes(bytes.fromhex(head))
-    assert missing_bytes(path) == missing
+    assert missing_bytes(path, container) == missing
 
 
 def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
