@@ -1,6 +1,7 @@
 """Explains in one line what the operating system or a GPU refuses, with a remedy if one is known."""
 
 import errno
+import re
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -10,6 +11,7 @@ _OTHERS = {
     errno.EISDIR: "this path is a folder, not a file: choose another path",
     errno.EEXIST: "choose another path, or move it away",
 }
+_SHORTAGE = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
 
 
 def gpu_shortage(error: BaseException) -> str | None:
@@ -17,9 +19,15 @@ def gpu_shortage(error: BaseException) -> str | None:
 
     An OutOfMemoryError says "CUDA out of memory. Tried to allocate ... . GPU 0 has a total capacity of ... of which ...
     is free. ..."; an error of another type, "CUDA error: out of memory", if a GPU is so full that CUDA cannot start.
+    NCCL says it in the last line of several. cuBLAS and cuDNN have a status for it, but cuBLAS also gives its own after
+    an assertion failed in a kernel.
     """
-    first = str(error).partition("\n")[0]
-    return ". ".join(first.split(". ")[:3]) if "out of memory" in first else None
+    line = next((line for line in str(error).split("\n") if _SHORTAGE.search(line)), None)
+    if line is None:
+        return None
+    if "out of memory" in line:
+        return ". ".join(line.split(". ")[:3])
+    return f"{line} (no GPU memory is free, or an earlier kernel failed, which CUDA_LAUNCH_BLOCKING=1 would show)"
 
 
 def with_remedy(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from egopatch.features.__main__ import main
 from egopatch.features.common import disk, progress
 from egopatch.features.common.child_errors import ChildError, sendable
 from egopatch.features.common.command_line import describe_failure, local_path
-from egopatch.features.common.os_errors import with_remedy
+from egopatch.features.common.os_errors import gpu_shortage, with_remedy
 from egopatch.features.common.progress import BYTES, ProgressDisplay
 from egopatch.features.common.signals import signal_handlers
 from egopatch.features.common.units import counted, format_bytes
@@ -170,6 +170,35 @@ def test_a_silent_display_and_a_failed_task_print_nothing(clock: SimpleNamespace
     with pytest.raises(ZeroDivisionError), ProgressDisplay("train", 1, "steps", out=out):
         raise ZeroDivisionError
     assert out.getvalue() == ""
+
+
+_EITHER = " (no GPU memory is free, or an earlier kernel failed, which CUDA_LAUNCH_BLOCKING=1 would show)"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+            "Cuda failure 2 'out of memory'",
+            "Cuda failure 2 'out of memory'",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            f"CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`{_EITHER}",
+        ),
+        (
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+            f"cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED{_EITHER}",
+        ),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED", None),
+        ("CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in ...", None),
+    ],
+)
+def test_the_gpu_libraries_lack_of_memory_is_recognised(text: str, said: str | None) -> None:
+    """cuBLAS gives its status also after a failed assertion in a kernel, so the text names both causes."""
+    assert gpu_shortage(RuntimeError(text)) == said
 
 
 def test_os_errors_come_with_a_remedy() -> None:
