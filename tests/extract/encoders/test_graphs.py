@@ -105,6 +105,30 @@ def test_nondeterministic_encoder_may_still_be_captured() -> None:
     assert not lines
 
 
+def test_a_graph_that_leaves_no_memory_for_an_eager_batch_is_dropped() -> None:
+    encoder, lines, full = Encoder(), list[str](), list[bool]()
+
+    def encode() -> PatchTokens:
+        if full:
+            full.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return encoder()
+
+    def filling(run: Callable[[], PatchTokens]) -> Callable[[], PatchTokens]:
+        replay = gives_other_bits(run)
+
+        def last() -> PatchTokens:
+            found = replay()
+            full.append(True)
+            return found
+
+        return last
+
+    assert outputs(ReplayedEncoder(encode, filling, lines.append), encoder, 5) == [1, 2, 3, 4, 5]
+    (line,) = lines
+    assert "made of the encoder (CUDA out of memory." in line
+
+
 class Gpus:
     """Stands for torch on two GPUs: what is launched on the one that is captured is kept, on the other it runs."""
 
