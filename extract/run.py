@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import torch
+
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets import Clip, Dataset, load_dataset
 from egopatch.extract.datasets.origins import OriginCheck, compare_origins
@@ -201,6 +203,7 @@ class _Texts:
             encode_texts(self.network, self.store, works)
             works = _left_by_others(self.store, works, wait, "question")
         self.network.encoder.to("meta")  # the device's memory is for clips from now on
+        torch.cuda.empty_cache()  # workers are other processes, which torch's free memory in this one is no use to
 
     def add_counts(self, result: ExtractionResult) -> ExtractionResult:
         """`result` with the numbers of texts, as they are now."""

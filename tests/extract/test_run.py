@@ -163,6 +163,27 @@ def test_questions_are_encoded_without_tf32(bare: Path, monkeypatch: pytest.Monk
     assert seen == ["high", "highest"]  # the first only tries, on a CPU, how long a text may be
 
 
+def test_the_gpu_memory_of_the_question_network_is_given_back(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several workers encode in other processes, which cannot use what torch keeps for later in this one."""
+    networks, devices, init = list[TextEncoder](), list[str](), TextEncoder.__init__
+
+    def noted(self: TextEncoder, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        networks.append(self)
+
+    def empty_cache() -> None:
+        devices.extend(parameter.device.type for parameter in networks[-1].parameters())
+
+    def encode(*_: Any) -> None:
+        assert set(devices) == {"meta"}
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(TextEncoder, "__init__", noted)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr("egopatch.extract.run.encode_with_engine", encode)
+    assert main(["run", *options(bare)]) == 1
+
+
 # Kind of error, what a user should see of its text, and what follows that. CUDA cannot even start on a full GPU.
 LACKING = (
     torch.OutOfMemoryError,
