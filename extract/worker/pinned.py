@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from egopatch.extract.errors import JobFailed
 
 _STEP = 1 << 20  # bytes; a slot is registered as far as it is used, rounded up to this
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which torch's binding of the runtime does not name
 
 
 class PinnedSlots:
@@ -75,5 +76,7 @@ def _unregister(address: int) -> None:
 
 
 def _require(result: Any, what: str) -> None:
-    if result != torch.cuda.cudart().cudaError.success:
-        raise JobFailed(f"CUDA cannot {what} (error {int(result)}); free some memory and run the command again")
+    runtime = torch.cuda.cudart()
+    if result != runtime.cudaError.success:
+        remedy = "; free some memory and run the command again" if int(result) == _OUT_OF_MEMORY else ""
+        raise JobFailed(f"CUDA cannot {what} ({runtime.cudaGetErrorString(result)}, error {int(result)}){remedy}")

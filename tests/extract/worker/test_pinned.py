@@ -16,6 +16,7 @@ STEP = pinned._STEP
 
 class CudaError(IntEnum):
     success = 0
+    invalid_argument = 1
     out_of_memory = 2
 
 
@@ -37,8 +38,10 @@ class Runtime:
         return CudaError.success
 
     def cudaHostUnregister(self, address: int) -> CudaError:
-        del self.registered[address]
-        return CudaError.success
+        return CudaError.success if self.registered.pop(address, 0) else CudaError.invalid_argument
+
+    def cudaGetErrorString(self, error: CudaError) -> str:
+        return error.name.replace("_", " ")
 
 
 @pytest.fixture
@@ -73,10 +76,17 @@ def test_refused_memory_is_reported_and_can_be_tried_again(runtime: Runtime) -> 
     slots, memory = PinnedSlots(), np.empty(2 * STEP, np.uint8)
     runtime.most = STEP
     slots.cover(memory, 1)
-    with pytest.raises(JobFailed, match=rf"CUDA cannot pin {2 * STEP} bytes of memory \(error 2\); free some memory"):
+    with pytest.raises(
+        JobFailed, match=rf"pin {2 * STEP} bytes of memory \(out of memory, error 2\); free some memory"
+    ):
         slots.cover(memory, 2 * STEP)
     assert runtime.registered == {}
     slots.release()  # releases nothing twice
     runtime.most = 1 << 40
     slots.cover(memory, 2 * STEP)
     assert runtime.registered == {memory.ctypes.data: 2 * STEP}
+
+
+def test_another_refusal_is_named_without_advice_about_memory(runtime: Runtime) -> None:
+    with pytest.raises(JobFailed, match=r"^CUDA cannot release pinned memory \(invalid argument, error 1\)$"):
+        unpin(np.empty(100, np.uint8))
