@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from egopatch.configs.schema import ConfigError, HeadConfig, TrainConfig
 from egopatch.features import PatchTokens
@@ -297,6 +299,26 @@ def test_a_question_gets_the_same_logits_alone_and_in_a_batch(make_head: type[nn
             },
         )
         assert torch.allclose(head(alone)[0], together[b], atol=1e-4)
+
+
+def test_training_on_a_derived_store_does_not_map_kept_patches_to_the_grid() -> None:
+    """Only evaluation reads them; in training that would be three more launches a step."""
+
+    class Scatters(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += op is torch.ops.aten.scatter.src
+            return op(*args, **(kwargs or {}))
+
+    head, batch = make(), make_batch()
+    places = torch.rand(4, 3, 35).argsort(dim=-1).to(torch.int16)
+    derived = batch.with_tokens(PatchTokens(**batch.tokens.tensors(), positions=places))
+    with Scatters() as evaluated:
+        logits, _ = head.answer(derived)
+    with Scatters() as trained:
+        assert torch.equal(head(derived), logits)
+    assert (evaluated.count, trained.count) == (1, 0)
 
 
 @pytest.mark.parametrize("head", [{}, {"growth": True}, {"frames": 2}, {"scores": ("random",)}])

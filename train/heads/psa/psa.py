@@ -152,13 +152,27 @@ class PSA(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, A]."""
-        return self.answer(batch)[0]
+        return self._logits_and_kept(self._with_read_frames(batch))[0]
 
     def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [B, A] and the kept patches [B, T, rows * cols] bool."""
+        batch = self._with_read_frames(batch)
+        logits, kept = self._logits_and_kept(batch)
+        positions = _grid_positions(batch)
+        if positions is not None:
+            whole = kept.new_zeros(*kept.shape[:2], self.grid[0] * self.grid[1])
+            kept = whole.scatter(2, positions[batch.clip_index], kept)
+        return logits, kept
+
+    def _with_read_frames(self, batch: Batch) -> Batch:
+        """The batch with the tokens of the frames that this head reads."""
         assert batch.stored is not None
-        if len(self.frame_indices) < batch.stored.patches.shape[1]:
-            batch = batch.with_tokens(self.select_frames(batch.tokens))
+        if len(self.frame_indices) == batch.stored.patches.shape[1]:
+            return batch
+        return batch.with_tokens(self.select_frames(batch.tokens))
+
+    def _logits_and_kept(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [B, A] and the kept ones of the stored patches [B, T, n] bool."""
         readers = [self.read, *(reader for reader in self.readers.values() if isinstance(reader, QuestionReader))]
         # Under autocast only the products of all frames are in bfloat16: those of texts and questions are small, and
         # would take more launches for casts than for themselves.
@@ -173,12 +187,7 @@ class PSA(nn.Module):
             parts = [video, question]
             if "video" in self.levels:
                 parts.append(video[:, : question.shape[1]] * question)
-            logits = self.classify(torch.cat(parts, dim=-1))
-        positions = _grid_positions(batch)
-        if positions is not None:
-            whole = kept.new_zeros(*kept.shape[:2], self.grid[0] * self.grid[1])
-            kept = whole.scatter(2, positions[batch.clip_index], kept)
-        return logits, kept
+            return self.classify(torch.cat(parts, dim=-1)), kept
 
     def attend_patches(self, batch: Batch, question: Tensor, rows: RowPicker) -> tuple[Tensor, Tensor]:
         """Patch -> frame, for questions [U, W]: [B, T, W], and the kept patches [B, T, n] bool.
