@@ -1,6 +1,7 @@
 """`features convert`: copy a store, with its text states, to another format, dtype, shard size or codec."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from egopatch.features.commands.info import facts
@@ -24,6 +25,11 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     parser.add_argument("--shard", type=count, metavar="N", help="number of clips in a shard")
     parser.add_argument("--codec", choices=get_args(Codec), help="lossless compression of each clip")
     options = parser.parse_args(args)
+    if options.format is None and str(options.to) in CODECS and not Path(str(options.to)).exists():
+        parser.error(
+            f"--to is {str(options.to)!r}, a format; expected the folder of the copy: use --format {options.to}, and "
+            "also --to only for a folder of that name"
+        )
     require_store(options.store)
     from egopatch.features.tools.convert import convert
 

@@ -265,12 +265,25 @@ def test_convert_and_derive_commands_write_copies(whole: Store, capsys: pytest.C
     assert open_store(whole.path.with_name("store_keep0.25")).spec.array("patches").shape == (2, 2, 16)
 
 
+def test_a_copy_may_be_in_a_folder_named_after_a_format(
+    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(whole.path), "--to", "hdf5", "--format", whole.format]) == 0
+    assert main(["convert", str(whole.path), "--to", "hdf5"]) == 0  # resumes
+    assert open_store(tmp_path / "hdf5").format == whole.format
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
         (["derive", "x", "--keep", "7"], "argument --keep: 7 is out of range; expected a number above 0 and at most 1"),
         (["derive", "x", "--keep", "few"], "argument --keep: few is out of range; expected a number above 0"),
         (["convert", "x", "--shard", "many"], "argument --shard: many is out of range; expected at least 1 clip"),
+        (
+            ["convert", "x", "--to", "hdf5"],
+            "--to is 'hdf5', a format; expected the folder of the copy: use --format hdf5",
+        ),
         (["export", "x", "--to", "npz"], "argument --to: invalid choice: 'npz' (choose from 'npy', 'pt',"),
     ],
 )
