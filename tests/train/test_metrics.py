@@ -108,6 +108,17 @@ def test_missing_ids_are_named_and_the_rest_counted(tmp_path: Path) -> None:
     assert lines[-1].endswith("and 10 more")
 
 
+@pytest.mark.parametrize(("kept", "absent"), [(30, 0), (29, 30)])
+def test_missing_ids_are_left_out_if_malformed_lines_may_be_theirs(tmp_path: Path, kept: int, absent: int) -> None:
+    questions, _ = made_up(30)
+    path = tmp_path / "p.jsonl"
+    path.write_text("a,b\n" * kept)
+    with pytest.raises(PredictionError) as error:
+        read_predictions(path, questions)
+    assert str(error.value).endswith(f"{path}: and {kept + absent - 20} more")
+    assert ("has no answer" in str(error.value)) == bool(absent)
+
+
 def test_answers_to_other_questions_are_refused_in_one_line(tmp_path: Path) -> None:
     questions, answers = made_up(30)
     path = tmp_path / "p.jsonl"
@@ -331,6 +342,21 @@ def test_score_command_names_faulty_predictions(
     assert message in error
     assert out == ""
     assert "Traceback" not in error
+
+
+def test_score_command_gives_each_fault_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = made_up_release(tmp_path / "direct", n=50)
+    predictions = tmp_path / "p.jsonl"
+    write_predictions(predictions, records)
+    predictions.write_text("".join(predictions.read_text().splitlines(keepends=True)[3:]))
+    questions = tmp_path / "direct/formatted_test_qas_encode.json"
+    assert main(["score", "--questions", str(questions), "--predictions", str(predictions)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"train score: failed: {predictions}: question_id '0' has no answer")
+    assert [line.startswith(f"{predictions}: question_id '{row}' has") for row, line in enumerate(lines[1:], 1)] == [
+        True,
+        True,
+    ]
 
 
 def test_score_refuses_malformed_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import Question, egotaskqa, jsonl, qaego4d
 from egopatch.extract.datasets.records import Part, answer_vocabulary
 from egopatch.train.scores.metrics import (
+    PredictionError,
     difference,
     lines,
     read_predictions,
@@ -41,12 +42,16 @@ class QuestionFile:
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
-    """Score the answers and print the metrics."""
+    """Score the answers and print the metrics; returns 1 if the answers have faults."""
     _add_options(parser)
     options = parser.parse_args(list(args))
     file = read_question_file(options.questions, options.part)
     split = options.split or file.split
-    answers = read_predictions(options.predictions, file.questions)
+    try:
+        answers = read_predictions(options.predictions, file.questions)
+    except PredictionError as error:  # has a line for each fault
+        print(f"{parser.prog}: failed: {error}", file=sys.stderr)
+        return 1
     metrics = score(file.questions, answers, split)
     texts = text_metrics(file.questions, answers) if options.text else {}
     if file.vocabulary is None and any(question.encoded is None for question in file.questions):

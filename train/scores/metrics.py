@@ -218,15 +218,16 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
 
     Raises:
         PredictionError: The file is missing or not text, a line is malformed, or an id is repeated, unknown or missing.
-            If most ids are unknown, one line counts them.
+            If most ids are unknown, one line counts them. Missing ids are left out if malformed lines may be theirs.
     """
     known = {question.question_id for question in questions}
     answers: dict[str, str] = {}
     unknown: list[str] = []
+    malformed: list[str] = []
     faults: list[str] = []
     try:
         lines_read = parsing.json_lines(path, 'the answers, one {"question_id", "answer"} per line')
-        for position, (question_id, answer) in parsing.collect(lines_read, _prediction, faults):
+        for position, (question_id, answer) in parsing.collect(lines_read, _prediction, malformed):
             if question_id in answers:
                 faults.append(
                     f"{position}: question_id {question_id!r} is answered twice; expected one line per question"
@@ -247,7 +248,9 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
             f"question_id {_some(unknown)}, and {counted(len(absent), f'of {asked} has', f'of {asked} have')} no "
             f"answer, such as {_some(absent)}; use answers and questions of the same data set, split and part"
         )
-    faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
+    faults = malformed + faults
+    if len(absent) > len(malformed):
+        faults += [f"{path}: question_id {name!r} has no answer; expected one line per question" for name in absent]
     if faults:
         rest = len(faults) - SHOWN_FAULTS
         raise PredictionError(
