@@ -216,6 +216,9 @@ def test_os_errors_come_with_a_remedy() -> None:
     assert with_remedy(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")) == (
         "a: No such file or directory; check the path"
     )
+    assert with_remedy(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith(
+        "a file or standard output: No space"
+    )
     assert with_remedy(ValueError("no")) == "no"
     assert with_remedy(OSError("no route")) == "no route"
 
