@@ -1,5 +1,6 @@
 """Your own videos without annotations: the video files of a folder, cut into clips of about equal length."""
 
+import errno
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -58,6 +59,11 @@ def missing_hint(video: Path, names: Mapping[str, str]) -> str | None:
         names: `names_in` of its folder.
     """
     if video.is_symlink():
+        try:
+            video.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return "is a link that leads back to itself; make it a link to a video"
         return (
             f"is a link to {video.readlink()}, which does not exist; fetch that file (with git-annex: `git annex get`),"
             " or correct the link"

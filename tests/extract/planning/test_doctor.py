@@ -222,12 +222,13 @@ def test_custom_jsonl_data_set_is_checked(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_missing_video_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    names = ("a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4")
     clips = [json.dumps({"clip_id": name[0], "video": name}) + "\n" for name in names]
     (tmp_path / "clips.jsonl").write_text("".join(clips))
     (tmp_path / "A.MP4").write_bytes(b"video")
     (tmp_path / "b.mp4").symlink_to("annexed")
     (tmp_path / "c.mp4").mkdir()
+    (tmp_path / "e.mp4").symlink_to("e.mp4")
     _, _, findings = doctor(tmp_path, capsys, "--data.name", "jsonl", "--data.questions", "null")
     assert findings["clips without a video file"][1] == [
         f"a: {tmp_path / 'a.mp4'} does not exist, but 'A.MP4' is there; use one spelling in both places",
@@ -235,6 +236,7 @@ def test_a_missing_video_is_looked_for(tmp_path: Path, capsys: pytest.CaptureFix
         "`git annex get`), or correct the link",
         f"c: {tmp_path / 'c.mp4'}",
         f"d: {tmp_path / 'd.mp4'}",
+        f"e: {tmp_path / 'e.mp4'} is a link that leads back to itself; make it a link to a video",
     ]
 
 
