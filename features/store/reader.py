@@ -87,16 +87,17 @@ class RowReader:
     def _read_committed(self, target: np.ndarray, name: str, record: ClipRecord, array: ArraySpec) -> None:
         root, spec = self._catalog.root, self._catalog.spec
         shard, slot = divmod(record.row, spec.shard)
+        kind = "text" if spec.kind == "text" else "clip"
         advice = f"run `egopatch features verify {shlex.quote(str(root))}` and then `repair`"
         try:
             chunk = self._open_shard(shard).find_row(array, slot)
             intact = chunk.read_into(target) == record.checksums.get(array.name)
         except DamagedStore as error:
-            raise DamagedStore(f"clip {name!r} cannot be read: {error}; {advice}") from error
+            raise DamagedStore(f"{kind} {name!r} cannot be read: {error}; {advice}") from error
         if not intact:
             raise DamagedStore(
-                f"clip {name!r}: the bytes of {array.name} in {chunk.file.path} differ from those that were committed; "
-                f"{advice}"
+                f"{kind} {name!r}: the bytes of {array.name} in {chunk.file.path} differ from those that were "
+                f"committed; {advice}"
             )
 
     def _open_shard(self, shard: int) -> OpenShard:

@@ -218,6 +218,15 @@ def test_verify_names_a_bad_text_as_one_and_each_file_once(root: Path, capsys: p
     assert "removed 'why?'\nrun `egopatch extract run` to encode again what was removed\n" in capsys.readouterr().out
 
 
+def test_a_damaged_text_is_called_a_text_when_it_is_read(root: Path) -> None:
+    texts = open_store(root / "text")
+    row = texts.read_text(["why?"]).states.numpy().tobytes()
+    path = next(path for path in faulty_files(texts.path) if row in path.read_bytes())
+    path.write_bytes(path.read_bytes().replace(row, bytes(len(row))))
+    with pytest.raises(DamagedStore, match=r"^text 'why\?'"):
+        open_store(texts.path).read_text(["why?"])
+
+
 def test_progress_covers_clips_and_texts(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     calls: list[tuple[int, int]] = []
     report = verify(whole, on_bytes=lambda *figures: calls.append(figures))
