@@ -47,11 +47,12 @@ Prepare = Callable[[Clip, VideoConfig, VideoCache], Prepared]
 
 @dataclass(frozen=True)
 class UndecodedClip:
-    """A clip that could not be decoded: the reason in one line, and the traceback if there is one."""
+    """A clip that could not be decoded: the reason in one line, the traceback if there is one, and the time it took."""
 
     clip: Clip
     reason: str
     traceback: str = ""
+    seconds: float = 0.0
 
 
 class DecodePool(Generic[Prepared]):
@@ -127,7 +128,7 @@ class DecodePool(Generic[Prepared]):
                     self._received(result, slot) for result, slot in zip(outcome.results, task.slots, strict=True)
                 ]
             elif len(task.clips) == 1:
-                results = [self._received(UndecodedClip(task.clips[0], outcome), task.slots[0])]
+                results = [self._received(outcome, task.slots[0])]
             else:  # trying each clip alone shows which one it was
                 tasks.extendleft(
                     self._schedule([clip], [slot])
@@ -151,8 +152,8 @@ class DecodePool(Generic[Prepared]):
             slots.give_back(slot)  # the child has ended or reported its error, so it no longer writes
         return result  # type: ignore[return-value]
 
-    def _result_of(self, task: "_Task") -> "_TaskResult | str":
-        """The result of a task; if its child was killed, the reason, which is right if the task has one clip.
+    def _result_of(self, task: "_Task") -> "_TaskResult | UndecodedClip":
+        """The result of a task; if its child was killed, that of its first clip, which is right if it has no other.
 
         Raises:
             ChildProcessError: No child can be started.
@@ -162,11 +163,12 @@ class DecodePool(Generic[Prepared]):
         except ProcessExpired as error:
             clip = task.clips[0]
             if error.exitcode == OUT_OF_MEMORY:
-                return _too_large(clip, self._video)
+                return UndecodedClip(clip, _too_large(clip, self._video))
             if error.exitcode == OUT_OF_TIME:
                 limit = self._video.timeout_s
-                return f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
-            return f"the decoder of video {clip.video} died with exit code {error.exitcode}"
+                reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
+                return UndecodedClip(clip, reason, seconds=limit)
+            return UndecodedClip(clip, f"the decoder of video {clip.video} died with exit code {error.exitcode}")
         except BrokenProcessPool as error:
             raise self._children.start_error() from error
 
@@ -217,6 +219,7 @@ def _attempt(
     prepare: Prepare[Prepared], clip: Clip, video: VideoConfig, shared: Path, slot: int | None
 ) -> Prepared | SharedClip | UndecodedClip:
     """Prepare one clip in a child, within the limits."""
+    started = time.perf_counter()
     try:
         with limits(video):
             # A whole video is, as a rule, one clip: sharing what is found out about it costs more than it saves.
@@ -228,7 +231,7 @@ def _attempt(
     except BaseException as error:  # this clip's, as a rule
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # the next clips have no room either
             raise
-        return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc())
+        return UndecodedClip(clip, _reason(error, clip, video), traceback.format_exc(), time.perf_counter() - started)
 
 
 def _reason(error: BaseException, clip: Clip, video: VideoConfig) -> str:

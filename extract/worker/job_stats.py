@@ -26,12 +26,12 @@ class Stages:
     Attributes:
         total_s: Time from the start of the decoders to the last commit.
         start_s: Time until the first clip was decoded, including the start of the child processes.
-        decode_s: Decoding time of all children, in parallel with the encoder.
+        decode_s: Decoding time of all children, in parallel with the encoder, without that of clips that failed.
         wait_decode_s: Time for which the encoder waited for clips after the first.
         encode_s: Encoding time.
         write_s: Writing time of the store's thread, in parallel with the encoder.
         wait_write_s: Time for which the encoder waited for the disk.
-        decoders_s: `decode_s` divided by the number of children.
+        decoders_s: Decoding time of all children, also of clips that failed, divided by the number of children.
         handover_s: Time that the worker's main thread spent on taking frames from the children.
         busy_s: Time for which the encoder computed, as `BatchEncoder.busy_s`; less than `encode_s` if part of that is
             waiting.

@@ -61,7 +61,7 @@ class _TimedResults:
         self._results = results
         self.first_s: float | None = None
         self.others_s = 0.0
-        self.decode_s = 0.0
+        self.decode_s = self.failed_s = 0.0
 
     def __iter__(self) -> Iterator[Result]:
         return self
@@ -74,7 +74,10 @@ class _TimedResults:
             self.first_s = waited
         else:
             self.others_s += waited
-        self.decode_s += 0.0 if isinstance(result, UndecodedClip) else result.seconds
+        if isinstance(result, UndecodedClip):
+            self.failed_s += result.seconds
+        else:
+            self.decode_s += result.seconds
         return result
 
 
@@ -259,7 +262,7 @@ class _Filling:
                 encode_s=self._encoder.seconds,
                 write_s=writer.write_s,
                 wait_write_s=writer.wait_s,
-                decoders_s=results.decode_s / decoders,
+                decoders_s=(results.decode_s + results.failed_s) / decoders,
                 handover_s=self._encoder.handover_s,
                 busy_s=self._encoder.busy_s,
             ),

@@ -199,6 +199,10 @@ def test_failing_or_killed_child_fails_only_its_clip(reasons: dict[Callable[[], 
         assert re.search(reason, bad.reason), bad.reason
         assert "\n" not in bad.reason
         assert bad.traceback.startswith("Traceback") or reasons is KILLED  # a killed child has none to give
+        if "video.timeout_s" in bad.reason:
+            assert bad.seconds == video.timeout_s
+        elif reasons is FAILED:
+            assert bad.seconds > 0
 
 
 def find_the_disk_full(clip: Clip, *_: object) -> None:

@@ -88,7 +88,7 @@ class Decoders:
         for clip in clips:
             self.decoded.append(clip.clip_id)
             if clip.clip_id in self.bad:
-                yield UndecodedClip(clip, "it is bad")
+                yield UndecodedClip(clip, "it is bad", seconds=20.0)
             else:
                 frames = np.full((2, 3, 4, 4), IDS.index(clip.clip_id), np.float32)
                 yield PreparedClip(clip, frames, np.zeros(2, np.float32), f"sha of {clip.clip_id}", 9, 0.5)
@@ -154,6 +154,8 @@ def test_bad_clips_anywhere_in_a_shard_are_quarantined(store: Store, run: Callab
     assert store.read(good).patches[:, 0, 0, 0].tolist() == [IDS.index(name) for name in good]
     assert store.quarantine.keys() == bad
     assert (stats.committed, stats.quarantined) == (8, 4)
+    assert stats.stages.decode_s == 8 * 0.5
+    assert stats.stages.decoders_s == 8 * 0.5 + 4 * 20  # of one child, which the encoder waited for all the time
     # Whatever is missing from a batch, the network sees one shape.
     assert encoder.shapes == [(1, 2, 3, 4, 4)] * len(good)
 
