@@ -10,6 +10,7 @@ import yaml
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import FingerprintMismatch, StoreError
 from egopatch.features.tools.derive import derive
+from egopatch.train.__main__ import main
 from egopatch.train.fitting.experiment import pick_device
 from egopatch.train.fitting.fit import evaluate, fit
 from egopatch.train.rundir import lease, run_folder
@@ -105,6 +106,22 @@ def test_a_damaged_run_config_gives_a_one_line_error(tiny: Config, content: byte
     (tiny.run.dir / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"^.*/config\.yaml (is damaged|does not hold) .*; use another --run\.dir.*$"):
         fit(tiny, "x")
+
+
+def test_the_config_of_a_moved_run_names_its_new_folder(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved" / "psa"
+    fit(dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, epochs=1)), "x")
+    moved.parent.mkdir()
+    tiny.run.dir.rename(moved)
+    evaluation = ["evaluate", "--config", str(moved / "config.yaml")]
+    assert main(evaluation) == 1
+    assert capsys.readouterr().err == (
+        f"train evaluate: failed: run.dir is {tiny.run.dir}, where no head was trained, but one was in the folder of "
+        f"{moved / 'config.yaml'}, which was perhaps moved; add --run.dir {moved}\n"
+    )
+    assert main([*evaluation, "--run.dir", str(moved)]) == 0
 
 
 def test_damaged_and_missing_run_files_are_named(tiny: Config) -> None:
