@@ -27,8 +27,8 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     options = parser.parse_args(args)
     if options.format is None and str(options.to) in CODECS and not Path(str(options.to)).exists():
         parser.error(
-            f"--to is {str(options.to)!r}, a format; expected the folder of the copy: use --format {options.to}, and "
-            "also --to only for a folder of that name"
+            f"--to is {str(options.to)!r}, a format; expected the folder of the copy: use --format {options.to} "
+            "instead, or both options for a folder of that name"
         )
     require_store(options.store)
     from egopatch.features.tools.convert import convert
