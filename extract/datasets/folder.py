@@ -27,6 +27,7 @@ def find_videos(folder: Path) -> dict[str, Path]:
     Raises:
         DatasetError: There is no video, or a video's name cannot be part of a clip_id (one line per file), or `folder`
             is an archive.
+        OSError: A folder cannot be read.
     """
     if folder.is_file() and folder.suffix.lower() in ARCHIVES:
         raise DatasetError([f"{folder}: is an archive; unpack it, and name the folder with the videos"])
@@ -36,7 +37,8 @@ def find_videos(folder: Path) -> dict[str, Path]:
         paths = [path for path in files_below(folder, hidden=False) if path.suffix.lower() in SUFFIXES]
         found = {path.relative_to(folder).as_posix(): path for path in sorted(paths) if is_file_or_lost(path)}
     else:
-        raise DatasetError([f"{folder}: no such file or folder; expected a folder with videos, or a video"])
+        what = "is neither a file nor a folder" if folder.exists() else "no such file or folder"
+        raise DatasetError([f"{folder}: {what}; expected a folder with videos, or a video"])
     if not found:
         raise DatasetError([f"{folder}: contains no video; expected files that end in {', '.join(SUFFIXES)}"])
     if problems := [line for name, path in found.items() for line in _problems_of(name, path)]:
@@ -58,7 +60,7 @@ def missing_hint(video: Path, names: Mapping[str, str]) -> str | None:
         video: The path.
         names: `names_in` of its folder.
     """
-    if video.is_symlink():
+    if video.is_symlink() and not video.exists():
         try:
             video.stat()
         except OSError as error:

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import shlex
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from egopatch.extract.video.indexing.index import LogLine, VideoError
 from egopatch.extract.video.nvdec import accelerator, refusal
 from egopatch.features.io.lfs import pointer_fault
 
+# FFmpeg's formats whose file only names others. Its hash would not change with theirs, and some of them crash PyAV.
+LISTS = ("concat", "dash", "hls", "imf", "rtsp", "sdp")
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -21,9 +25,12 @@ def require_content(path: Path) -> None:
     """Check that the file exists and has bytes of its own.
 
     Raises:
-        VideoError: It does not, or is an archive or a pointer of Git LFS.
+        VideoError: It does not, or is no regular file, an archive or a pointer of Git LFS.
     """
     try:
+        # Asked first: to open a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise VideoError(f"video {path} is a {_kind(path.stat().st_mode)}; expected a regular file")
         with path.open("rb") as file:
             empty = not file.read(1)
         pointer = pointer_fault(path)
@@ -71,8 +78,13 @@ def video_stream(path: Path, container: "av.container.InputContainer") -> "av.Vi
     """The picture track that players show: never a cover or a preview where there is another.
 
     Raises:
-        VideoError: There is none, or FFmpeg has no decoder for it.
+        VideoError: There is none, or FFmpeg has no decoder for it; or the file only names other files.
     """
+    if container.format.name in LISTS:
+        raise VideoError(
+            f"video {path} is a list of other files ({container.format.long_name}), not a video; join them into one"
+            f" file, for instance with `ffmpeg -i {shlex.quote(str(path))} -c copy joined.mp4`, and name that"
+        )
     films = [stream for stream in container.streams.video if not stream.disposition & NOT_THE_FILM]
     if not films:
         kinds = [stream.type if stream not in container.streams.video else "cover" for stream in container.streams]
@@ -93,6 +105,12 @@ def video_stream(path: Path, container: "av.container.InputContainer") -> "av.Vi
 def cause_of(error: "av.FFmpegError", logged: Sequence[LogLine]) -> str:
     """The error, and the last line that FFmpeg logged, which often says more."""
     return f"{error.strerror}: {logged[-1][2].strip()}" if logged else str(error.strerror)
+
+
+def _kind(mode: int) -> str:
+    """What is there in place of a regular file."""
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def _codec(path: Path) -> str:

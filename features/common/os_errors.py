@@ -36,10 +36,9 @@ def with_remedy(error: BaseException) -> str:
         path = error.filename or "a file or standard output"  # unbuffered, that names itself as little as a file
         if error.errno in NO_SPACE:
             return f"{path}: {error.strerror}; free some space there and run the same command again"
-        return (
-            f"{path}: {error.strerror}; mount its file system for writing, give this user permission, or choose "
-            "another path"
-        )
+        # A file that may not be read is not helped by another mount.
+        remedy = "mount its file system for writing" if error.errno == errno.EROFS else "give this user permission"
+        return f"{path}: {error.strerror}; {remedy}, or choose another path"
     if isinstance(error, OSError) and error.filename and error.errno in _OTHERS:
         return f"{error.filename}: {error.strerror}; {_OTHERS[error.errno]}"
     return str(error)

@@ -9,10 +9,13 @@ def files_below(folder: Path, hidden: bool) -> list[Path]:
 
     Links to folders are followed, but a folder that several paths lead to is read by one of them: by the path without a
     link, if there is one.
+
+    Raises:
+        OSError: A folder cannot be read; without its files the list would look complete.
     """
     files, read, to_read = list[Path](), set[str](), [folder]
     for top in to_read:  # which grows: links come after all folders that are reached without them
-        for parent, folders, names in os.walk(top):
+        for parent, folders, names in os.walk(top, onerror=_refuse):
             if (real := os.path.realpath(parent)) in read:
                 folders.clear()
                 continue
@@ -22,6 +25,12 @@ def files_below(folder: Path, hidden: bool) -> list[Path]:
             to_read += [path for name in folders if (path := Path(parent, name)).is_symlink()]
             files += [Path(parent, name) for name in names if hidden or name[0] != "."]
     return files
+
+
+def _refuse(error: OSError) -> None:
+    # An ext4 disk has this folder at its top; only root can read it, and only a repair of the disk puts files there.
+    if not (isinstance(error, PermissionError) and Path(error.filename).name == "lost+found"):
+        raise error
 
 
 def is_file_or_lost(path: Path) -> bool:

@@ -1,8 +1,11 @@
 """`extract videos`: a folder of videos becomes a store, a clips file and a config, without annotations."""
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,27 @@ def test_find_videos_lists_a_folder_and_refuses_bad_input(tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=r"contains no video; expected files that end in \.3gp"):
         find_videos(tmp_path / "empty")
+
+
+def test_find_videos_refuses_what_it_cannot_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("open", "closed", "lost+found"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.mp4").touch()
+    scan = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if Path(path).name in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # the superuser may read everything
+    with pytest.raises(PermissionError, match="closed"):
+        find_videos(tmp_path)
+    (tmp_path / "closed").rename(tmp_path / ".closed")
+    assert list(find_videos(tmp_path)) == ["open/a.mp4"]  # the disk's own folder is nobody's
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(DatasetError, match=r"pipe\.mp4: is neither a file nor a folder; expected a folder with"):
+        find_videos(tmp_path / "pipe.mp4")
 
 
 def test_find_videos_follows_links_to_folders_and_lists_no_folder_twice(tmp_path: Path) -> None:

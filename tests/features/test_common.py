@@ -207,8 +207,11 @@ def test_os_errors_come_with_a_remedy() -> None:
         "/scratch/x: No space left on device; free some space there and run the same command again"
     )
     assert with_remedy(OSError(errno.EROFS, os.strerror(errno.EROFS), "/runs")) == (
-        "/runs: Read-only file system; mount its file system for writing, give this user permission, or choose another "
-        "path"
+        "/runs: Read-only file system; mount its file system for writing, or choose another path"
+    )
+    # It may be about reading, which another mount would not allow.
+    assert with_remedy(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs")) == (
+        "/runs: Permission denied; give this user permission, or choose another path"
     )
     assert with_remedy(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "a/b")) == (
         "a/b: Not a directory; a part of this path is a file, not a folder: choose another path, or move the file away"

@@ -179,7 +179,7 @@ def test_an_unreadable_video_does_not_hide_other_changes(
     out = capsys.readouterr().out
     assert "1 video hashed, 1 changed, 1 gone" in out
     for file in ("0.mp4", "1.mp4"):
-        assert f"  {file} cannot be read: {tmp_path / file}: Permission denied; mount its file system" in out
+        assert f"  {file} cannot be read: {tmp_path / file}: Permission denied; give this user permission" in out
     assert main(["repair", str(store.path), "--sources", str(tmp_path)]) == 1
     assert "so it may have changed; nothing was repaired: make it readable" in capsys.readouterr().err
     assert open_store(store.path).clip_ids == FIRST

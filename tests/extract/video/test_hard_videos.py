@@ -1,5 +1,6 @@
 """Videos as real data sets hold them: right frames at their true times, or a reason that names the cause."""
 
+import os
 import re
 import subprocess
 import sys
@@ -223,6 +224,22 @@ def damaged_middle(to: Path) -> Path:
     return path
 
 
+def pipe(to: Path) -> Path:
+    os.mkfifo(to / "a.mp4")
+    return to / "a.mp4"
+
+
+def device(to: Path) -> Path:
+    (to / "a.mp4").symlink_to("/dev/zero")
+    return to / "a.mp4"
+
+
+def playlist(to: Path) -> Path:
+    segment = write_video(to / "b.mp4").name
+    lines = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{segment}\n#EXT-X-ENDLIST\n"
+    return holding(lines.encode(), "a.m3u8")(to)
+
+
 FASTSTART = {"movflags": "faststart"}
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda to: to / "a.mp4", "does not exist; put the file there or correct its path"),
@@ -231,7 +248,14 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "link to nothing": (annexed, r"is a link to \.git/annex/a, which does not exist; fetch that file"),
     "in no folder": (lambda to: to / "none" / "a.mp4", "does not exist; put the file there"),
     "archive": (holding(b"\x1f\x8b", "a.tar.gz"), "a.tar.gz is an archive; unpack it and name a video in it"),
-    "a folder": (folder, "cannot be read: Is a directory"),
+    "a folder": (folder, "is a folder; expected a regular file"),
+    "a pipe": (pipe, "is a named pipe; expected a regular file"),
+    "a device": (device, "is a device; expected a regular file"),
+    "HLS playlist": (playlist, r"is a list of other files \(Apple HTTP Live Streaming\), not a video; join them into"),
+    "concat file": (
+        lambda to: holding(f"ffconcat version 1.0\nfile {write_video(to / 'b.mp4').name}\n".encode(), "a.mp4")(to),
+        r"is a list of other files \(Virtual concatenation script\), not a video",
+    ),
     "empty": (holding(b""), r"is empty \(0 bytes\)"),
     "pointer of LFS": (
         holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
