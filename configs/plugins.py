@@ -48,19 +48,20 @@ def traceback_kept(whose: str) -> Iterator[None]:
     """Turn an error of code from outside this package into one that commands print with its traceback.
 
     A command prints a ValueError or an OSError as one line, since those of this package say all that a user needs. An
-    error in outside code is found only by its traceback. Errors of this package's own classes, such as `ConfigError`,
-    with which that code refuses its input, are left unchanged.
+    error in outside code is found only by its traceback. A `sys.exit` in it would end the command without a word, and
+    with an exit code that means something else: 0 would call the work done. Errors of this package's own classes, such
+    as `ConfigError`, with which that code refuses its input, are left unchanged.
 
     Args:
         whose: Whose code the block calls, such as `the head mine`.
 
     Raises:
-        RuntimeError: Replaces any other ValueError or OSError, which becomes its cause. A BrokenPipeError is left
-            unchanged too: nobody reads the output any more.
+        RuntimeError: Replaces any other ValueError or OSError, or a SystemExit, which becomes its cause. A
+            BrokenPipeError is left unchanged too: nobody reads the output any more.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SystemExit) as error:
         if isinstance(error, BrokenPipeError) or of_this_package(error):
             raise
         raise RuntimeError(f"{whose} raises {type(error).__name__}: {error}") from error

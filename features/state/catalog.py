@@ -69,13 +69,14 @@ class Catalog:
             self._read(shard)
             # Rows that are being replaced are absent from the ledger while their files change. A writer that was killed
             # meanwhile holds no lock any more: its rows are absent until they are encoded again.
-            for replacing in sorted(self.ledger.replacing):
-                before = None
-                # When one writer has replaced them, the next one may have begun to.
-                while replacing in self.ledger.replacing and self.position != before:
-                    before = self.position
-                    self.storage.wait_for_commit(replacing)
-                    self._read(replacing)
+            abandoned: set[int] = set()
+            # What is read after a wait may say that the next writer has begun to replace these rows, or others.
+            while waiting := self.ledger.replacing - abandoned:
+                replacing, before = min(waiting), self.position
+                self.storage.wait_for_commit(replacing)
+                self._read(replacing)
+                if self.position == before:
+                    abandoned.add(replacing)
 
     def _read(self, shard: int | None) -> None:
         # The ledger is read first: ids are written before any of their clips can be committed.

@@ -319,3 +319,13 @@ def test_a_transform_function_that_returns_the_wrong_type_is_refused(tmp_path: P
 def test_a_broken_pipe_in_plugin_code_is_passed_through() -> None:
     with pytest.raises(BrokenPipeError), traceback_kept("the head mine"):
         raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("code", [0, 3, "no GPU here"])
+def test_an_exit_in_plugin_code_is_an_error_of_that_code(code: int | str) -> None:
+    # An exit code of 0 would call the work done, and 3 says that other processes hold its shards.
+    with (
+        pytest.raises(RuntimeError, match=f"^the head mine raises SystemExit: {code}$"),
+        traceback_kept("the head mine"),
+    ):
+        sys.exit(code)

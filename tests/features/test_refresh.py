@@ -250,6 +250,30 @@ def test_a_reader_waits_for_consecutive_replacements_of_a_row(tmp_path: Path, mo
     assert torch.equal(open_store(store.path).read(FIRST[:1]).patches[0], patches(90))
 
 
+def test_a_reader_waits_for_replacements_that_begin_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(lambda ids: create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:5]))
+    second = IDS[4]  # of shard 1
+    store.write_shard(1, {second: clip(1)}, {second: "hash"}, {}, {second: ORIGINS[FIRST[0]]})
+    refresh(store)
+    work = work_on(store, second)
+    store.write_shard(1, {second: clip(91)}, {second: "new"}, {}, {second: MOVED}, work.replaces)
+    ledger = raw_ledger_journal(store.catalog.storage)
+    lines = [line.entry for line in ledger.read().lines]
+    (drop, announce, commit), (*then, last) = lines[-6:-3], lines[-3:]
+    ledger.append(drop)
+    # While the reader waits for shard 0, the writer goes on to shard 1.
+    meanwhile = {0: iter([[announce, commit, *then]]), 1: iter([[last]])}
+
+    def wait(self: LocalStorage, shard: int) -> None:
+        for record in next(meanwhile[shard]):
+            ledger.append(record)
+
+    monkeypatch.setattr(LocalStorage, "wait_for_commit", wait)
+    check(store.path, OLD | {FIRST[0]: 90, second: 91})
+
+
 def test_a_clip_failing_to_re_encode_is_always_committed_or_quarantined(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

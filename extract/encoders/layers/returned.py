@@ -11,6 +11,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from egopatch.configs.plugins import call_fault, traceback_kept
@@ -121,11 +122,13 @@ def _fits(tensor: object, shape: tuple[int, ...] | None, given: Tensor) -> bool:
         isinstance(tensor, Tensor)
         and tuple(tensor.shape) == shape
         and tensor.is_floating_point()
+        and tensor.layout == torch.strided
         and tensor.device == given.device
     )
 
 
 def _described(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} of {value.dtype} on {value.device}"
+        layout = "" if value.layout == torch.strided else f", {value.layout},"
+        return f"{tuple(value.shape)} of {value.dtype}{layout} on {value.device}"
     return "(none)" if value is None else f"of type {type(value).__name__}"

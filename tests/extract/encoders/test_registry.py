@@ -154,6 +154,10 @@ def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
             lambda t: replace(t, patches=t.patches.long()),
             r"patches .* of torch\.int64 on cpu; expected .* floating-point",
         ),
+        (
+            lambda t: replace(t, cls=t.cls.to_sparse()),
+            r"cls .* of torch\.float32, torch\.sparse_coo, on cpu; expected",
+        ),
         (lambda t: t.to("meta"), "cls .* on meta; expected .* on cpu"),
         # The second row would be dropped silently.
         (lambda t: PatchTokens(*(torch.cat([x, x]) for x in (t.cls, t.patches, t.saliency))), r"cls \(2, 3\) of"),
