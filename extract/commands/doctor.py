@@ -8,6 +8,8 @@ from egopatch.configs.command_line import ConfigParser, parse_options
 from egopatch.configs.experiment_line import name_experiment
 from egopatch.configs.schema import DataConfig
 from egopatch.features.common.command_line import print_result
+from egopatch.features.common.disk import nearest_existing
+from egopatch.features.common.units import counted
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -20,9 +22,13 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
 
     has_data = options.config or config.data.root != DataConfig.root
     diagnosis = examine(config) if has_data else None
-    checks = check_machine(Path.cwd())
+    store = Path() if "://" in str(config.store.path) else Path(config.store.path)
+    checks = check_machine(nearest_existing(store) if has_data else Path.cwd())
+    errors = [check.name for check in checks if check.state == "error"]
     found = {} if diagnosis is None else dataclasses.asdict(diagnosis)
     lines = [*map(str, checks), *([] if diagnosis is None else [name_experiment(format_diagnosis(diagnosis), args)])]
+    if diagnosis is not None and errors:  # whose lines the diagnosis may have pushed out of sight
+        lines.append(f"{counted(len(errors), 'error')} of the machine, see above: {', '.join(errors)}")
     print_result(options.json, {**found, "machine": [dataclasses.asdict(check) for check in checks]}, "\n".join(lines))
-    sound = (diagnosis is None or diagnosis.sound) and not any(check.state == "error" for check in checks)
+    sound = (diagnosis is None or diagnosis.sound) and not errors
     return 0 if sound else 1

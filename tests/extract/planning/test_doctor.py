@@ -8,6 +8,8 @@ import pytest
 
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders.checkpoints.package import MINILM
+from egopatch.extract.planning import machine
+from egopatch.extract.planning.machine import Check
 from tests.extract.datasets.test_released import egoschema, nextqa, qaego4d
 
 ANSWERS = "<UNK0>\n<UNK1>\ncup\nyes\nno\n"
@@ -75,6 +77,23 @@ def test_valid_data_set_has_no_findings(tmp_path: Path, records: Records, capsys
     out = capsys.readouterr().out
     assert "no faults found" in out
     assert f"{'direct answers':<26} 5, unknown ones included" in out.splitlines()
+
+
+def test_the_disk_of_the_store_is_checked_and_an_error_of_the_machine_ends_the_report(
+    tmp_path: Path, records: Records, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_disk(folder: Path) -> Check:
+        return Check("disk", "error", f"{folder} cannot be written to", "set store.path to another disk")
+
+    write(tmp_path, records)
+    monkeypatch.setattr(machine, "check_disk", no_disk)
+    stores = tmp_path / "stores"
+    stores.mkdir()
+    args = ["doctor", "--data.root", str(tmp_path), "--store.path", str(stores / "new" / "x"), *TOKENIZER]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    assert f"disk: {stores} cannot be written to" in out
+    assert out.splitlines()[-1] == "1 error of the machine, see above: disk"
 
 
 FAULTS = {
