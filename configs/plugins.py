@@ -48,7 +48,7 @@ def traceback_kept(whose: str) -> Iterator[None]:
     """Turn an error of code from outside this package into one that commands print with its traceback.
 
     A command prints a ValueError or an OSError as one line, since those of this package say all that a user needs. An
-    error in outside code is found only by its traceback. A `sys.exit` in it would end the command without a word, and
+    error in outside code is found only by its traceback. A `sys.exit` in it would end the command without an error, and
     with an exit code that means something else: 0 would call the work done. Errors of this package's own classes, such
     as `ConfigError`, with which that code refuses its input, are left unchanged.
 
