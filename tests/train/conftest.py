@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import Config
+from egopatch.train.processes.process_pool import can_fork
 from tests.train.tiny import write_tiny
 
 
@@ -17,3 +18,10 @@ def shared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture
 def tiny(shared_tiny: Config, tmp_path: Path) -> Config:
     return dataclasses.replace(shared_tiny, run=dataclasses.replace(shared_tiny.run, dir=tmp_path / "runs" / "psa"))
+
+
+@pytest.fixture
+def forks() -> None:
+    """Skips where the runs of a sweep are not forked: with a GPU, or if a test before has compiled with a CUDA build."""
+    if not can_fork():
+        pytest.skip("this process cannot train in forked ones")

@@ -78,7 +78,7 @@ def test_an_error_in_a_custom_head_keeps_its_traceback(
     assert re.search(r"test_own_heads\.py\", line \d+, in (refuses|measures|builds)", traced(caught.value))
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="runs of a sweep are forked only without a GPU")
+@pytest.mark.usefixtures("forks")
 def test_the_traceback_of_a_custom_head_survives_a_forked_process(own: Registered) -> None:
     config = own(lambda _, sizes: Linear(sizes, refuses), stacks=True)
     with pytest.raises(RuntimeError, match="head Linear raises ValueError") as caught:
@@ -189,6 +189,7 @@ def test_the_stacking_note_appears_only_for_ratios_trained_together(
     assert (f"note: {STACKED}" in capsys.readouterr().out) == noted
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(("stacks", "processes"), [(True, 2), (False, 1)])
 def test_runs_of_a_head_that_stacks_train_in_several_processes(
     stacks: bool, processes: int, own: Registered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

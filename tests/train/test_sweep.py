@@ -79,6 +79,7 @@ def test_a_stopped_sweep_resumes_and_a_finished_one_trains_nothing(tiny: Config)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
@@ -113,6 +114,7 @@ def test_a_signal_to_all_processes_stops_every_run_group_at_its_place(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_killed_sweep_leaves_no_process_and_resumes(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     there, arrives = os.pipe()
 
