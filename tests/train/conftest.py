@@ -22,6 +22,6 @@ def tiny(shared_tiny: Config, tmp_path: Path) -> Config:
 
 @pytest.fixture
 def forks() -> None:
-    """Skips where the runs of a sweep are not forked: with a GPU, or if a test before has compiled with a CUDA build."""
+    """Skips where the runs of a sweep are not forked: with a GPU, or after a test that compiled with a CUDA build."""
     if not can_fork():
         pytest.skip("this process cannot train in forked ones")
