@@ -19,7 +19,7 @@ _VALUES = (
     re.compile(r": (\S+) does not conform to restriction"),
 )
 _END_OF_TYPES = re.compile(r"Given value type: |Got value: ")
-_NO_PATH = re.compile(r"expected str, bytes or os.PathLike object, not (\w+)$")
+_NO_PATH = re.compile(r"(?:os\.PathLike object|returns a str), not '?(\w+)'?$")  # before and since Python 3.12
 _TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|(?:typing\.)?Literal\[([^\]]+)\]|Not of type (\w+)")
 _NUMBER = re.compile(r"-?[\d.]+")
 _WORDS = {
