@@ -237,7 +237,9 @@ def _attempt(
 def _reason(error: BaseException, clip: Clip, video: VideoConfig) -> str:
     if isinstance(error, VideoError):
         return str(error)
-    about = _too_large(clip, video) if _is_about_memory(error) else f"video {clip.video} cannot be decoded"
+    # FFmpeg also lacks the memory that a damaged file seems to need.
+    is_shortage = _is_about_memory(error)
+    about = f"{_too_large(clip, video)}, or is damaged" if is_shortage else f"video {clip.video} cannot be decoded"
     return " ".join(f"{about}: {type(error).__name__}: {error}".split())
 
 

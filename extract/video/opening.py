@@ -6,6 +6,7 @@ import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import av.logging
@@ -18,6 +19,8 @@ from egopatch.features.io.lfs import pointer_fault
 
 # FFmpeg's formats whose file only names others. Its hash would not change with theirs, and some of them crash PyAV.
 LISTS = ("concat", "dash", "hls", "imf", "rtsp", "sdp")
+# Titles and the like, which may be in any encoding and are not used; PyAV 19 always accepts them.
+_ANY_TITLES: dict[str, Any] = {} if av.__version__ >= "19" else {"metadata_errors": "replace"}
 NOT_THE_FILM = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -59,9 +62,8 @@ def opened(path: Path, on_gpu: bool = False, logged: Sequence[LogLine] = ()) -> 
         VideoError: The GPU cannot be used, although the file can be opened.
         av.FFmpegError: The file cannot be opened.
     """
-    # `file:`, because FFmpeg takes what precedes a colon for a protocol. Titles and the like, which may be in any
-    # encoding, are not used.
-    open_file = functools.partial(av.open, f"file:{path.absolute()}", metadata_errors="replace")
+    # `file:`, because FFmpeg takes what precedes a colon for a protocol.
+    open_file = functools.partial(av.open, f"file:{path.absolute()}", **_ANY_TITLES)
     if not on_gpu:
         return open_file()
     try:

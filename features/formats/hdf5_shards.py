@@ -93,8 +93,9 @@ class Hdf5Format:
                 for slot, row in zip(slots, rows, strict=True):
                     dataset[slot] = row.content
         path = folder / "shard.h5"
-        path.write_bytes(image.getbuffer())
-        return {_shard_file(shard): StagedFile(path, size_and_crc(image.getbuffer()))}
+        content = image.getvalue()
+        path.write_bytes(content)
+        return {_shard_file(shard): StagedFile(path, size_and_crc(content))}
 
     def open(self, files: ReadableFiles, spec: StoreSpec, shard: int, index: object = None) -> "Hdf5Shard":
         """Open the file and read its chunk offsets, which takes longer than reading a row."""

@@ -84,7 +84,7 @@ def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
     for name, arrays in clips:
         content = io.BytesIO()
         torch.save({key: value.clone() for key, value in arrays.items()}, content)
-        _write_file(folder, f"{name}.pt", content.getbuffer())
+        _write_file(folder, f"{name}.pt", content.getvalue())
 
 
 def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
@@ -94,7 +94,7 @@ def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
         with h5py.File(content, "w") as file:
             for key, value in arrays.items():
                 file.create_dataset(key, data=as_numpy(value))
-        _write_file(folder, f"{name}.h5", content.getbuffer())
+        _write_file(folder, f"{name}.h5", content.getvalue())
 
 
 def write_webdataset(folder: Path, clips: Iterable[Clip]) -> None:
@@ -125,9 +125,10 @@ def write_lmdb(folder: Path, clips: Iterable[Clip]) -> None:
             for name, arrays in clips:
                 content = io.BytesIO()
                 np.savez(content, **{key: as_numpy(value) for key, value in arrays.items()})  # type: ignore[arg-type]
-                doing, size = f"store clip {name!r}", len(content.getbuffer())
+                value = content.getvalue()
+                doing, size = f"store clip {name!r}", len(value)
                 with env.begin(write=True) as transaction:
-                    transaction.put(name.encode(), content.getvalue())
+                    transaction.put(name.encode(), value)
     except lmdb.Error as error:
         if free_bytes(folder) < size:  # lmdb itself calls a full disk an "Input/output error"
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error

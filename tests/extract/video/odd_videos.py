@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from egopatch.extract.video.opening import opened
 from tests.extract.video.videos import B_FRAMES, FPS, holding, write_audio, write_video
 
 FILES = Path(__file__).resolve().parents[2] / "data" / "videos"
@@ -33,7 +34,7 @@ class Odd:
 
 def full_decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
     """Times [count] from the file's start, and upright pixels, of every frame: decoded from the first to the last."""
-    with av.open(f"file:{path}", metadata_errors="ignore") as file:
+    with opened(path) as file:
         stream = max(file.streams.video, key=lambda one: one.frames)
         start_s = (file.start_time or 0) / av.time_base
         frames = list(file.decode(stream))

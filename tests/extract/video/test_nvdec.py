@@ -87,7 +87,7 @@ def test_unusual_file_matches_pyav_or_is_refused(name: str, tmp_path: Path) -> N
 
 def codec_of(path: Path) -> str:
     """FFmpeg's name of the codec of the film, which may stand behind a preview."""
-    with av.open(f"file:{path}", metadata_errors="replace") as file:
+    with opening.opened(path) as file:
         return max(file.streams.video, key=lambda stream: stream.frames).codec_context.name
 
 
@@ -242,8 +242,7 @@ def first(exif: Path) -> Iterator[av.VideoFrame]:
 
 
 def test_side_data_without_a_name_is_read_from_the_copy(exif: Path, first: av.VideoFrame) -> None:
-    with pytest.raises(ValueError, match="31 is not a valid Type"):
-        _ = first.side_data
+    """PyAV 18 cannot name it, and raises ValueError."""
     assert np.array_equal(Upright(exif)(GpuFrame(first, "nv12")), full_decode(exif)[1][0])
 
 
