@@ -108,6 +108,7 @@ def test_no_kernel_of_the_committed_budget_spills() -> None:
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")  # of Triton 3.8 with Python 3.13
 @pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
 def test_dropout_compiles_to_vector_accesses_without_spills(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
@@ -193,7 +194,7 @@ def test_the_reference_operator_passes_opcheck() -> None:
 
 
 # Inductor imports parts of torch, and inspects modules, that raise deprecation warnings.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Guards may run slower on Python 3.13.0")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_reference_compiles_to_one_graph(backend: str) -> None:
     case = make_case(3, 7, 2, 33, 96, 2, torch.float16, scaled=True)
