@@ -233,7 +233,10 @@ class _OpenedStore:
         clips_left = _count(still_missing(self.works, store))
         if self.works:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
-            record_job(config, stats)
+            try:
+                record_job(config, stats)
+            except PermissionError as error:  # all clips are in the store, which users may share
+                print(f"note: {error.filename}: {error.strerror}; no forecast knows the times of this job", flush=True)
         catalog = store.catalog
         # A store may also have clips that the annotations no longer name.
         ids = {clip.clip_id for clip in dataset.clips}

@@ -17,6 +17,7 @@ from egopatch.extract.datasets import Clip
 from egopatch.extract.video.frames import DecodedClip, read_frames, read_planes
 from egopatch.extract.video.indexing.cache import FileVersion, VideoCache, version_of
 from egopatch.extract.video.indexing.index import VideoError
+from egopatch.extract.video.opening import require_content
 from egopatch.extract.video.planes import Colours, Planes
 from egopatch.extract.video.transforms import Window
 
@@ -119,7 +120,8 @@ def read_clip(
         OSError: The file can no longer be read.
     """
     started = time.perf_counter()
-    before = version_of(clip.video) if clip.video.exists() else None
+    require_content(clip.video)
+    before = version_of(clip.video)
     decoded = (read_planes if as_planes else read_frames)(clip, video, cache)
     frames, *others = [finish(decoded) for finish in finishes]
     version = version_of(clip.video)

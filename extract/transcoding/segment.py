@@ -18,6 +18,7 @@ from egopatch.extract.video.container import UnclearPackets, VideoFile, open_vid
 from egopatch.extract.video.frames import has_varying_rate, rows_within
 from egopatch.extract.video.indexing.cache import VideoCache, version_of
 from egopatch.extract.video.indexing.index import VideoError
+from egopatch.extract.video.opening import require_content
 from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder, replacing
 
@@ -59,7 +60,8 @@ def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
     """
     target = folder / f"{clip.clip_id}.mp4"
     make_folder(target.parent)  # a clip id may have slashes
-    before = version_of(clip.video) if clip.video.exists() else None
+    require_content(clip.video)
+    before = version_of(clip.video)
     with open_video(clip.video, cache) as file, replacing(target) as temporary:
         try:
             times_s, means = _write(clip, file, temporary)

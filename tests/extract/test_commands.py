@@ -1,5 +1,6 @@
 """The commands of stage one, end to end, on twenty synthetic clips and a random-weight network."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -340,6 +341,17 @@ def test_bfloat16_without_cpu_support_prints_advice(
         assert len(advice) == (0 if supported else 1)
     main(["plan", *options(bare), "--probe", "0"])
     assert "--encoder.dtype" not in capsys.readouterr().out
+
+
+def test_statistics_of_another_user_do_not_fail_a_finished_job(
+    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "store.jobs.jsonl")
+
+    monkeypatch.setattr("egopatch.extract.run.record_job", refuse)
+    assert main(["run", *options(bare)]) == 0
+    assert "note: store.jobs.jsonl: Permission denied; no forecast knows the times" in capsys.readouterr().out
 
 
 def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:

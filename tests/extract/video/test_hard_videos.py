@@ -395,20 +395,23 @@ def grey_and_noise(index: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def test_missing_read_permission_is_reported(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4")
-    path.chmod(0)
+    (tmp_path / "videos").mkdir()
+    path = write_video(tmp_path / "videos" / "a.mp4")
     code = (
-        "import sys; from pathlib import Path; from egopatch.configs.schema import VideoConfig;"
-        "from egopatch.extract.datasets import Clip; from egopatch.extract.video.frames import read_frames\n"
-        "import os\n"
+        "import os; from pathlib import Path; from egopatch.configs.schema import VideoConfig;"
+        "from egopatch.extract.datasets import Clip; from egopatch.extract.feed.clips import read_clip;"
+        "from egopatch.extract.video.indexing.cache import VideoCache\n"
         "if os.geteuid() == 0: os.seteuid(65534)\n"  # the superuser may read everything
-        f"try: read_frames(Clip('a', Path({str(path)!r})), VideoConfig())\n"
+        f"try: read_clip(Clip('a', Path({str(path)!r})), VideoConfig(), VideoCache(), ())\n"
         "except ValueError as error: print(error)"
     )
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "cannot be read: Permission denied" in done.stdout
+    for closed in (path, path.parent):
+        closed.chmod(0)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        closed.chmod(0o755)
+        assert "cannot be read: Permission denied" in done.stdout
 
 
 @pytest.mark.parametrize("seed", range(20))
