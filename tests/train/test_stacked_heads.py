@@ -14,8 +14,9 @@ from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.psa.selection import Patches, PatchSelection
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
+from egopatch.train.steps.loss import cross_entropy
 from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate
-from egopatch.train.steps.stacked_heads import StackedHeads, cross_entropy, deterministic
+from egopatch.train.steps.stacked_heads import StackedHeads, deterministic
 from tests.train.test_psa import CONFIG, SIZES, make_batch
 
 TRAIN = TrainConfig(lr=3e-3, warmup=0.0, label_smoothing=0.1)

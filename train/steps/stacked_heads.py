@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from egopatch.configs.schema import ConfigError, TrainConfig
-from egopatch.train.data.batch import Batch, Options
+from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import NO_CLASS
 from egopatch.train.heads import PSA, Choice, errors_kept, unwrapped
 from egopatch.train.heads.common.noise import Noise, mix
@@ -27,13 +26,12 @@ from egopatch.train.heads.psa.selection import PatchSelection
 from egopatch.train.ops.philox import Draw
 from egopatch.train.processes.distributed import ALONE, Distributed
 from egopatch.train.steps.captured import CapturedStep
+from egopatch.train.steps.loss import contrast, cross_entropy
 from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate, set_rate
 
 GRADIENT_NORM = 1.0
 # Replaces the step in the position of noise at evaluation.
 EVALUATION = -1
-# Difference of two cosines that counts as one in the contrast of paraphrase and counterfactual.
-CONTRAST_TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True)
@@ -310,21 +308,17 @@ class StackedHeads:
         return loss + self.train.contrast * self._contrast(logits, batch, tensors) if self.train.contrast else loss
 
     def _contrast(self, logits: Tensor, batch: Batch, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Loss [M, B], small if a question's logits [M, B, A] are closer to its paraphrase's than to its
-        counterfactual's: the cross-entropy of choosing the paraphrase by the cosine of the logits.
-
-        Questions and variants have the same dropout, so that they differ in words alone.
+        """`contrast` [M, B] of the questions' logits [M, B, A]; questions and variants have the same dropout, so that
+        they differ in words alone.
         """
         assert batch.variants is not None
-        cosines = []
+        found = []
         for variant in batch.variants:
             self._set_rows(variant)
             with self._autocast():
-                found = self._map_heads(lambda head, variant=variant: head(variant), tensors)
-            pair = _centred(logits, batch.options), _centred(found, batch.options)
-            cosines.append(functional.cosine_similarity(*pair, dim=-1))
-        near, far = cosines
-        return functional.softplus((far - near) / CONTRAST_TEMPERATURE)
+                found.append(self._map_heads(lambda head, variant=variant: head(variant), tensors))
+        paraphrase, counterfactual = found
+        return contrast(logits, paraphrase, counterfactual, batch.options)
 
     def _set_noise(self, batch: Batch, *numbers: int) -> None:
         first, second = (*numbers, 0)[:2]
@@ -371,33 +365,6 @@ def _logits_and_kept(head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     assert isinstance(psa, PSA)
     logits, kept = psa.answer(batch)
     return (head.choose(logits, batch) if isinstance(head, Choice) else logits), kept
-
-
-def cross_entropy(logits: Tensor, answers: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy of M heads' logits [M, B, A] for the answers [B], [M, B].
-
-    Equals `functional.cross_entropy`, with fewer operations if labels are smoothed.
-    """
-    log_shares = logits.log_softmax(dim=-1)
-    if not smoothing:  # the shares of options that a question does not have are zero, and their logarithms infinite
-        return -log_shares.gather(-1, answers.expand(len(logits), -1)[..., None]).squeeze(-1)
-    rest = -smoothing / logits.shape[-1]
-    target = logits.new_full(logits.shape[1:], rest).scatter_(1, answers[:, None], rest - (1 - smoothing))
-    return (log_shares * target).sum(dim=-1)
-
-
-def _centred(logits: Tensor, options: Options | None) -> Tensor:
-    """Logits minus their mean over the answers, which no probability depends on.
-
-    Options that a question does not have are zero: their own logits, far below all others, would make any two questions
-    alike.
-    """
-    logits = logits.float()
-    if options is None:
-        return logits - logits.mean(dim=-1, keepdim=True)
-    present = options.index >= 0
-    mean = logits.masked_fill(~present, 0).sum(dim=-1, keepdim=True) / present.sum(dim=-1, keepdim=True)
-    return (logits - mean).masked_fill(~present, 0)
 
 
 class _Caller(nn.Module):
