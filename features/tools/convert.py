@@ -85,8 +85,8 @@ def copy_store(
         decoded: Read the tokens as float32, multiplied by their scale, instead of bit for bit.
     """
     target = create_store(to, spec, fingerprint, source.planned_ids, format or source.format, "--to")
-    origins, quarantined, again = source.origins(), source.quarantine, _encoded_again(source, target)
-    done = len(target.clip_ids) - len(again)
+    origins, quarantined, again = source.origins(), source.quarantine, _outdated(source, target)
+    done = len(set(target.clip_ids) - again)
     for work in target.missing_shards(replace=again):
         ids = [name for name in work.ids if name in origins]
         rows: dict[str, dict[str, Tensor]] = {}
@@ -114,12 +114,13 @@ def copy_store(
             on_clips(done, len(origins))
 
 
-def _encoded_again(source: Store, target: Store) -> set[str]:
-    """Clips of an earlier copy that `source` has encoded again since, or has put in quarantine."""
+def _outdated(source: Store, target: Store) -> set[str]:
+    """Clips of an earlier copy that `source` has encoded since, has encoded again, or has put in quarantine."""
     origins, quarantined = source.origins(), source.quarantine
     copied = {name: origin for name, origin in target.origins().items() if name in origins}
     sources, copied_sources = source.sources(list(copied)), target.sources(list(copied))
     return {
+        *(name for name in target.quarantine if name in origins),
         *(name for name in target.clip_ids if name in quarantined),
         *(name for name in copied if (origins[name], sources[name]) != (copied[name], copied_sources[name])),
     }

@@ -177,6 +177,24 @@ def test_an_interrupted_conversion_resumes(whole: Store, tmp_path: Path) -> None
         convert(whole.path, tmp_path / "copy", dtype="bfloat16")
 
 
+def test_a_clip_that_left_quarantine_since_the_first_copy_is_copied(whole: Store, tmp_path: Path) -> None:
+    """A second copy to the same place left it in quarantine, and so lacked it without a word."""
+    whole.write_shard(1, {}, {}, {IDS[5]: Failure("broken", "Traceback")}, replaces=whole.catalog.ledger.versions([IDS[5]]))
+    convert(whole.path, tmp_path / "copy")
+    derive(whole.path, tmp_path / "small", keep=0.5)
+    whole.write_shard(0, {BAD: clip(2, whole.spec)}, {BAD: "sha256:retried"})
+    steps: list[tuple[int, int]] = []
+    copies = [
+        convert(whole.path, tmp_path / "copy", on_clips=lambda *counts: steps.append(counts)),
+        derive(whole.path, tmp_path / "small", keep=0.5),
+    ]
+    for copy in copies:
+        assert copy.clip_ids == tuple(name for name in IDS if name != IDS[5])
+        assert {name: record.attempts for name, record in copy.quarantine.items()} == {IDS[5]: 1}
+        assert copy.sources([BAD]) == {BAD: "sha256:retried"}
+    assert steps == [(9, 9)]
+
+
 def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
     with pytest.raises(StoreError, match="inside the store"):
         convert(whole.path, whole.path / "copy")
