@@ -51,7 +51,8 @@ class Owner:
         )
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        host = self.host if self.host.isprintable() else repr(self.host)  # a host name may be any bytes
+        return f"process {self.pid} on {host}"
 
     def may_be_alive(self) -> bool:
         """False only if the process has certainly ended; other machines and PID namespaces cannot be observed."""

@@ -179,7 +179,9 @@ def test_an_interrupted_conversion_resumes(whole: Store, tmp_path: Path) -> None
 
 def test_a_clip_that_left_quarantine_since_the_first_copy_is_copied(whole: Store, tmp_path: Path) -> None:
     """A second copy to the same place left it in quarantine, and so lacked it without a word."""
-    whole.write_shard(1, {}, {}, {IDS[5]: Failure("broken", "Traceback")}, replaces=whole.catalog.ledger.versions([IDS[5]]))
+    whole.write_shard(
+        1, {}, {}, {IDS[5]: Failure("broken", "Traceback")}, replaces=whole.catalog.ledger.versions([IDS[5]])
+    )
     convert(whole.path, tmp_path / "copy")
     derive(whole.path, tmp_path / "small", keep=0.5)
     whole.write_shard(0, {BAD: clip(2, whole.spec)}, {BAD: "sha256:retried"})

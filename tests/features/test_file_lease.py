@@ -137,6 +137,17 @@ def test_unlock_removes_stale_leases_and_refuses_live_ones(
     assert "has no leases to remove" in capsys.readouterr().out
 
 
+def test_a_host_name_of_any_bytes_stays_in_one_printable_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Linux takes any bytes as a host name: `unlock` removed the lease and then ended with a UnicodeEncodeError."""
+    odd = replace(Owner.this_process(), host="node\udcff\x1b[31m\n7", pid=12)
+    lease_path(store.path, 0).parent.mkdir(exist_ok=True)
+    lease_path(store.path, 0).write_text(json.dumps(asdict(odd)))
+    assert main(["unlock", str(store.path)]) == 0
+    expected = r"removed lease 00000000.json: process 12 on 'node\udcff\x1b[31m\n7'"
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert str(replace(odd, host="node-7.küche")) == "process 12 on node-7.küche"
+
+
 def test_unlock_refuses_a_shard_that_does_not_exist(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     shards = len(store.missing_shards())
     for shard in (-1, shards, 99):
