@@ -283,13 +283,14 @@ def require_intact(contents: Contents, where: Location) -> None:
 
     Raises:
         DamagedStore: Lines are lost; the message names the file, the line and what to do.
-        StoreError: The whole folder is gone, so that nothing can be repaired.
+        StoreError: The whole store is gone, so that nothing can be repaired.
     """
     if contents.lines_lost:
-        if isinstance(where, Path) and not where.exists():
+        # A writer may have made the folder again for its lease or its files, but neither of these two.
+        if isinstance(where, Path) and not any((where / name).exists() for name in ("store.json", "ids.jsonl")):
             raise StoreError(
-                f"{where.absolute()} does not exist any more; if it was moved, open the store at its new place; if "
-                "its disk was unmounted, mount it again"
+                f"store {where.absolute()} does not exist any more; if it was moved, open the store at its new place; "
+                "if its disk was unmounted, mount it again"
             )
         remedy = f"run `egopatch features repair {shlex.quote(str(where))}`"
         raise DamagedStore(f"{where}: {'; '.join(contents.faults)}; {remedy}")

@@ -108,6 +108,7 @@ def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], by
 def test_damage_is_reported_by_line_number(
     journal: FileJournal, damage: Callable[[bytes], bytes], message: str
 ) -> None:
+    journal.path.with_name("store.json").touch()
     journal.path.write_bytes(damage(journal.path.read_bytes()))
     contents = journal.read()
     with pytest.raises(DamagedStore, match=message):

@@ -347,8 +347,17 @@ def test_a_store_that_could_not_be_opened_is_refused_before_anything_is_written(
 def test_a_store_whose_folder_is_moved_is_not_damaged(store: Store) -> None:
     store.path.rename(store.path.with_name("moved"))
     for use in (lambda: store.read(IDS), lambda: store.quarantine, store.catalog.refresh):
-        with pytest.raises(StoreError, match=f"^{store.path} does not exist any more; if it was moved, open"):
+        with pytest.raises(StoreError, match=f"^store {store.path} does not exist any more; if it was moved, open"):
             use()
+
+
+def test_a_writer_whose_store_is_moved_advises_no_repair(make_local: Callable[..., Store]) -> None:
+    """It makes the folder again for its files, and a repair of that folder would find no store there."""
+    store = make_local()
+    with store.lease(0):
+        store.path.rename(store.path.with_name("moved"))
+        with pytest.raises(StoreError, match=f"^store {store.path} does not exist any more; if it was moved, open"):
+            store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "sha256:0"})
 
 
 def test_a_store_can_be_pickled(make: Make) -> None:
