@@ -41,7 +41,8 @@ class CoreEncoder(BatchEncoder):
             assert isinstance(clip.frames, np.ndarray)
             started = time.perf_counter()
             try:
-                tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]))
+                # What the encoder returns may be memory that it, or another clip's frames, use again.
+                tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]), copy=True)
             finally:
                 clip.release()
             return {name: tensor[0] for name, tensor in tokens.items()}, time.perf_counter() - started

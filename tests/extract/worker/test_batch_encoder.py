@@ -55,6 +55,27 @@ def test_clip_tokens_do_not_depend_on_the_batch(encoder: VideoEncoder, monkeypat
     torch.testing.assert_close(rows, whole.patches, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_are_copies_of_what_the_encoder_may_use_again(
+    encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, former = encoder.forward, list[PatchTokens]()
+
+    def reuses_memory(frames: Tensor) -> PatchTokens:
+        tokens = forward(frames)
+        former[:] = former or [tokens]
+        for name, tensor in tokens.tensors().items():
+            former[0].tensors()[name].copy_(tensor)
+        return former[0]
+
+    asked = clips(encoder, 2)
+    with CoreEncoder(encoder, 1, "float32") as batches:
+        expected = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
+        monkeypatch.setattr(encoder, "forward", reuses_memory)
+        found = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
+    for name, row in found.items():
+        assert all(torch.equal(tensor, expected[name][key]) for key, tensor in row.items())
+
+
 def test_cores_encode_in_parallel_and_the_thread_count_is_restored(
     encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
