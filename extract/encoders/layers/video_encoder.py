@@ -92,7 +92,7 @@ class VideoEncoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, frames: Tensor) -> PatchTokens:
-        """Encode clips.
+        """Encode clips. On a CPU several threads call this at once.
 
         Args:
             frames: [B, T, 3, size, size], normalised; any floating type, on the encoder's device.
