@@ -98,9 +98,15 @@ class PreparedClip:
         Args:
             kinds: For each encoder the frames that it takes: 0 is `frames`, and the others follow.
         """
-        frames, release = (self.frames, *self.others), _AfterAll(len(kinds), self.release)
-        # Without `memory`, because each device would register the shared memory for itself, which CUDA refuses.
-        return [replace(self, frames=frames[kind], others=(), release=release, memory=None) for kind in kinds]
+        frames, release = [self.frames, *self.others], _AfterAll(len(kinds), self.release)
+        parts = []
+        for number, kind in enumerate(kinds):
+            own = frames[kind]
+            if isinstance(own, np.ndarray) and kind in kinds[:number]:
+                own = own.copy()  # an encoder may change its input in place
+            # Without `memory`, because each device would register the shared memory for itself, which CUDA refuses.
+            parts.append(replace(self, frames=own, others=(), release=release, memory=None))
+        return parts
 
 
 def read_clip(

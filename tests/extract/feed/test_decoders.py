@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -62,3 +63,12 @@ def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bo
     first, second = (part.frames for part in found.for_encoders([0, 1]))
     assert [run.cut.colours is not None for run in first] == [all(cuts)]
     assert isinstance(second, tuple) == cuts[1]
+
+
+def test_a_clip_for_two_encoders_survives_what_one_does_to_its_frames() -> None:
+    clip = PreparedClip(Clip("a", Path("a")), np.ones((2, 3, 4, 4), np.float32), np.zeros(2, np.float32), "sha", 1, 0.0)
+    first, second, third = clip.for_encoders([0, 0, 0])
+    for part in (third, second, first):
+        assert isinstance(part.frames, np.ndarray)
+        assert part.frames.all()
+        part.frames[:] = 0
