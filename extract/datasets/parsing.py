@@ -26,6 +26,7 @@ MAX_CLIP_ID_BYTES = 240
 MAX_NAME_BYTES = 255
 # Text with these can be neither a path, nor an array's value, nor UTF-8 output.
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+USABLE = "text without NUL or lone surrogates"
 _NO_NAMES = frozenset(("", ".", ".."))  # these cannot name a file
 # Spreadsheets separate cells by one of these, depending on the language; the header's most frequent one is used.
 _DELIMITERS = ",;\t"
@@ -346,9 +347,14 @@ def compared(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip().casefold())
 
 
+def is_usable(text: str) -> bool:
+    """Whether a text has neither NUL nor lone surrogates."""
+    return text.isprintable() or not _UNUSABLE.search(text)
+
+
 def _require_usable(record: Mapping[str, Any], key: str, text: str) -> None:
-    if not text.isprintable() and _UNUSABLE.search(text):
-        raise ValueError(f"{key!r} is {_shown(record, key)}; expected text without NUL or lone surrogates")
+    if not is_usable(text):
+        raise ValueError(f"{key!r} is {_shown(record, key)}; expected {USABLE}")
 
 
 def _shown(record: Mapping[str, Any], key: str) -> str:

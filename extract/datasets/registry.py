@@ -13,7 +13,7 @@ from typing import Any
 
 from egopatch.configs.plugins import Plugins, call_fault, traceback_kept
 from egopatch.configs.schema import ConfigError, DataConfig
-from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, qaego4d
+from egopatch.extract.datasets import egoschema, egotaskqa, jsonl, nextqa, parsing, qaego4d
 from egopatch.extract.datasets.records import PARTS, UNKNOWN_ANSWERS, Clip, Dataset, DatasetError, Question, texts_of
 
 Loader = Callable[[DataConfig], Dataset]
@@ -76,8 +76,10 @@ def load_dataset(data: DataConfig) -> Dataset:
             f"data.name is {data.name!r}, but the function that {owner} registers for it returns a "
             f"{type(dataset).__name__}; expected an extract.datasets.Dataset"
         )
-    if plugin is not None and (faults := [f"data.name {data.name}: {fault}" for fault in _misfits(dataset)]):
-        raise DatasetError(faults)
+    if plugin is not None:
+        if faults := [f"data.name {data.name}: {fault}" for fault in _misfits(dataset)]:
+            raise DatasetError(faults)
+        dataset = _in_tuples(dataset)
     if data.paraphrases and any(question.variants is None for question in dataset.questions.get("train", ())):
         raise ConfigError(f"data.paraphrases is true, but the data set {data.name} has no paraphrases; set it to false")
     return dataset
@@ -140,8 +142,19 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
     if missing := sorted(set(texts_of(questions)).difference(dataset.texts)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         yield f"texts lacks {missing[0]!r}{more}; make it with texts_of(questions)"
+    if dataset.choices and (classes := [answer for answer in dataset.answers if answer not in UNKNOWN_ANSWERS]):
+        yield (
+            f"answers contains {classes[0]!r:.200}, but the questions have options; make it with answer_vocabulary([])"
+        )
     if any(not question.options for question in questions) and UNKNOWN_ANSWERS[1] not in dataset.answers:
         yield f"answers lacks {UNKNOWN_ANSWERS[1]}; make it with answer_vocabulary(training answers)"
+
+
+def _in_tuples(dataset: Dataset) -> Dataset:
+    """The data set with tuples in place of lists, which equal no tuple and which its function may change later."""
+    questions = {part: tuple(dataset.questions[part]) for part in PARTS}
+    clips, answers, texts = tuple(dataset.clips), tuple(dataset.answers), tuple(dataset.texts)
+    return dataclasses.replace(dataset, clips=clips, questions=questions, answers=answers, texts=texts)
 
 
 def _repeated(values: Sequence[str]) -> list[str]:
@@ -160,15 +173,18 @@ def _wrong_fields(dataset: Dataset) -> Iterator[str]:
     for what, id_name, records, fields in groups:
         for name, (fits, expected) in fields.items():
             values = [getattr(record, name) for record in records]
-            if not all(map(fits, _distinct(values))):
+            if not all(fits(value) and _is_usable(value) for value in _distinct(values)):
                 named = ((getattr(record, id_name), value) for record, value in zip(records, values, strict=True))
                 for record_id, value in named:
-                    if not fits(value):
-                        yield f"{what} {record_id!r}: {name} is {value!r:.200}; expected {expected}"
+                    if not fits(value) or not _is_usable(value):
+                        needed = parsing.USABLE if fits(value) else expected
+                        yield f"{what} {record_id!r}: {name} is {value!r:.200}; expected {needed}"
     yield from (f"texts contains {text!r:.200}; expected a text" for text in dataset.texts if not isinstance(text, str))
     for answer in dataset.answers:
         if answer not in UNKNOWN_ANSWERS and not (answer and _is_lower(answer)):
             yield f"answers contains {answer!r:.200}; expected {_LOWER}"
+        elif not _is_usable(answer):
+            yield f"answers contains {answer!r:.200}; expected {parsing.USABLE}"
 
 
 def _distinct(values: list[Any]) -> Collection[Any]:
@@ -181,6 +197,12 @@ def _distinct(values: list[Any]) -> Collection[Any]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_usable(value: object) -> bool:
+    """Whether files can hold the text, or the texts of a tuple; true for values of other types."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, tuple | list) else ()
+    return all(map(parsing.is_usable, texts))
 
 
 def _is_lower(value: object) -> bool:
@@ -198,7 +220,7 @@ def _is_time(value: object) -> bool:
 _Field = tuple[Callable[[Any], bool], str]  # whether a value fits, and what was expected
 _LOWER = "a text in lower case without surrounding spaces"
 _TEXTS: _Field = (_are_texts, "a tuple of texts, which may be empty")
-_TIME: _Field = (_is_time, "seconds or None")
+_TIME: _Field = (_is_time, "seconds as an int or a float, or None")
 _CLIP_FIELDS: Mapping[str, _Field] = {
     "clip_id": (_is_text, "a text"),
     "video": (lambda value: isinstance(value, Path), "a pathlib.Path"),
@@ -212,7 +234,7 @@ _QUESTION_FIELDS: Mapping[str, _Field] = {
     "answer": (_is_lower, _LOWER),
     "form": (lambda value: value in ("open", "binary"), "open or binary"),
     "tags": _TEXTS,
-    "encoded": (lambda value: value is None or isinstance(value, int), "a class or None"),
+    "encoded": (lambda value: value is None or isinstance(value, int), "a class as an int, or None"),
     "written": (lambda value: value is None or _is_text(value), "a text or None"),
     "options": _TEXTS,
     "variants": (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -214,7 +215,11 @@ def asked(**changed: object) -> dict[str, object]:
         ({"clips": (CLIP, CLIP)}, "clip_id 'a' appears twice; expected each once"),
         ({"clips": (replace(CLIP, video="a.mp4"),)}, "clip 'a': video is 'a.mp4'; expected a pathlib.Path"),
         ({"clips": (replace(CLIP, clip_id=7),)}, "clip 7: clip_id is 7; expected a text"),
-        ({"clips": (replace(CLIP, start_s=float("nan")),)}, "clip 'a': start_s is nan; expected seconds or None"),
+        ({"clips": (replace(CLIP, start_s=float("nan")),)}, "clip 'a': start_s is nan; expected seconds as an int or"),
+        (
+            {"clips": (replace(CLIP, end_s=np.int64(7)),)},
+            r"end_s is np.int64\(7\); expected seconds as an int or a float",
+        ),
         ({"clips": ({"clip_id": "a"},)}, "clips contains {'clip_id': 'a'}; expected a Clip"),
         ({"clips": (replace(CLIP, clip_id="b"),)}, "question '1': clip_id 'a' is not in clips; add it there"),
         (
@@ -246,6 +251,14 @@ def asked(**changed: object) -> dict[str, object]:
             "texts lacks 'what\\?' and 1 more; make it",
         ),
         ({"answers": ("a cup",)}, "answers lacks <UNK1>; make it with answer_vocabulary"),
+        (asked(question_id="\udce9"), r"question_id is '\\udce9'; expected text without NUL or lone surrogates"),
+        (asked(answer="a\0cup"), r"question '1': answer is 'a\\x00cup'; expected text without NUL or lone surrogates"),
+        (asked(tags=("caf\udce9",)), r"question '1': tags is \('caf\\udce9',\); expected text without NUL or lone"),
+        ({"answers": (*GOOD.answers, "\udce9")}, r"answers contains '\\udce9'; expected text without NUL or lone"),
+        (
+            {**asked(options=("a cup", "a hat")), "texts": ("a cup", "a hat", "what?")},
+            r"answers contains 'a cup', but the questions have options; make it with answer_vocabulary\(\[\]\)",
+        ),
     ],
 )
 def test_an_inconsistent_data_set_is_refused(
@@ -256,6 +269,13 @@ def test_an_inconsistent_data_set_is_refused(
         load_dataset(DataConfig(name="mine"))
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: GOOD)
     assert load_dataset(DataConfig(name="mine")) == GOOD
+
+
+def test_lists_in_a_data_set_become_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = {name: list(getattr(GOOD, name)) for name in ("clips", "answers", "texts")}
+    listed = replace(GOOD, questions={part: [QUESTION] for part in reversed(PARTS)}, **lists)  # type: ignore[arg-type]
+    monkeypatch.setitem(DATASETS._registered, "mine", lambda _: listed)
+    assert load_dataset(DataConfig(name="mine")) == GOOD  # a list would never equal the answers of a trained head
 
 
 @pytest.mark.parametrize(
