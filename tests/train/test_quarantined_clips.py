@@ -48,9 +48,12 @@ def test_json_counts_the_questions_about_quarantined_clips(
     assert "note: 8 of 64 test questions are about quarantined clips" in err
 
 
-def test_a_run_whose_test_clips_are_all_quarantined_is_refused(tmp_path: Path) -> None:
-    config = write_tiny(tmp_path, bad=tuple(f"clip|P{i}|0|{i + 1}" for i in range(33, 48, 2)))
-    refusal = r"^.* has 64 test questions, all about quarantined clips, .*`egopatch extract retry --config CONFIG`$"
+@pytest.mark.parametrize(("questions", "clips"), [("64 test", range(33, 48, 2)), ("256 train", range(32))])
+def test_a_run_whose_clips_are_all_quarantined_is_refused(tmp_path: Path, questions: str, clips: range) -> None:
+    config = write_tiny(tmp_path, bad=tuple(f"clip|P{i}|0|{i + 1}" for i in clips))
+    refusal = (
+        rf"^.* has {questions} questions, all about quarantined clips, .*`egopatch extract retry --config CONFIG`$"
+    )
     with pytest.raises(RunError, match=refusal):
         fit(config, "x")
     fit(with_run(config, "blind", head_name="majority"), "x")

@@ -244,6 +244,15 @@ def test_a_custom_data_set_without_questions_is_refused_by_name(tiny: Config, mo
         fit(replace(tiny, data=replace(tiny.data, name="mine")), "x")
 
 
+def test_a_vocabulary_without_any_training_answer_is_refused(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(tiny.data)
+    monkeypatch.setattr(experiment, "load_dataset", lambda data: replace(dataset, answers=("<UNK0>", "<UNK1>", "pink")))
+    with pytest.raises(
+        RunError, match=r"data has 256 train questions, but none has an answer that is published and in the answer voc"
+    ):
+        fit(tiny, "x")
+
+
 def test_a_data_set_without_val_questions_is_refused_before_its_features_are_read(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

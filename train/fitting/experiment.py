@@ -178,7 +178,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     encoded = {part: table.without_clips(quarantined) for part, table in tables.items()}
     train_table = encoded["train"].answerable()
     # Before the features are read, which may take minutes.
-    _require_questions(config.data.root, tables, encoded["test"], train_table, is_trained=card is not None)
+    _require_questions(config.data.root, tables, encoded, train_table, is_trained=card is not None)
     features = Features(
         store,
         text_store,
@@ -260,21 +260,27 @@ def _require_vocabulary(config: Config, card: Card, dataset: Dataset) -> None:
 def _require_questions(
     root: Path,
     tables: Mapping[str, QuestionTable],
-    encoded_test: QuestionTable,
+    encoded: Mapping[str, QuestionTable],
     train_table: QuestionTable,
     is_trained: bool,
 ) -> None:
     """Refuse data below `root` without questions to test on or, unless the head `is_trained`, to learn from."""
-    counts = {"train": len(train_table), "val": len(tables["val"]), "test": len(tables["test"])}
+    for part in ("test",) if is_trained else ("test", "train"):
+        if len(tables[part]) and not len(encoded[part]):
+            raise RunError(
+                f"{root} has {counted(len(tables[part]), f'{part} question')}, all about quarantined clips, so none "
+                "can be used; repair the videos (`egopatch extract status --config CONFIG` names a reason), then run "
+                "`egopatch extract retry --config CONFIG`"
+            )
+    if not is_trained and len(encoded["train"]) and not len(train_table):
+        raise RunError(
+            f"{root} has {counted(len(encoded['train']), 'train question')}, but none has an answer that is published "
+            "and in the answer vocabulary, so a head can learn nothing; correct the answers or the vocabulary"
+        )
+    counts = {part: len(table) for part, table in tables.items()}
     if not (counts["test"] if is_trained else all(counts.values())):
         found = ", ".join(f"{count} {part}" for part, count in counts.items())
         raise RunError(f"{root} has {found} questions; expected some of each: check data.root, data.split")
-    if not len(encoded_test):
-        raise RunError(
-            f"{root} has {counted(counts['test'], 'test question')}, all about quarantined clips, so none can be "
-            "answered; repair the videos (`egopatch extract status --config CONFIG` names a reason), then run "
-            "`egopatch extract retry --config CONFIG`"
-        )
     if not is_trained and not any(question.counts for question in tables["val"].questions):
         raise RunError(
             f"{root} has {counted(counts['val'], 'val question')}, but none has a published answer, so they cannot "
