@@ -301,3 +301,41 @@ def test_a_head_that_cannot_be_copied_is_named(own: Registered) -> None:
         ConfigError, match=r"^the head Linear cannot be copied \(cannot pickle '_thread\.lock' object\)"
     ):
         fit(own(build), "x")
+
+
+def test_layers_added_by_forward_are_refused(own: Registered) -> None:
+    class Adds(Linear):
+        def forward(self, batch: Batch) -> Tensor:
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(self.linear.out_features, self.linear.out_features)
+            return self.late(super().forward(batch))
+
+    with pytest.raises(
+        ConfigError, match=r"^the forward of the head mine adds late\.weight, which would neither be tr"
+    ):
+        fit(own(lambda _, sizes: Adds(sizes)), "x")
+
+
+def test_buffers_set_by_measure_must_be_persistent(own: Registered) -> None:
+    class Measures(Linear):
+        def __init__(self, sizes: Sizes) -> None:
+            super().__init__(sizes)
+            self.register_buffer("mean", torch.zeros(sizes.width), persistent=False)
+
+        def measure(self, tokens: PatchTokens) -> None:
+            self.get_buffer("mean").copy_(tokens.patches.float().mean((0, 1, 2)))
+
+    with pytest.raises(ConfigError, match=r"^Measures\.measure sets mean, which is not stored with the weights; expec"):
+        fit(own(lambda _, sizes: Measures(sizes)), "x")
+
+
+@pytest.mark.parametrize(("dtype", "sparse"), [(torch.complex64, False), (torch.float32, True)])
+def test_parameters_that_cannot_be_trained_are_refused(dtype: torch.dtype, sparse: bool, own: Registered) -> None:
+    def build(_: object, sizes: Sizes) -> nn.Module:
+        head = Linear(sizes)
+        head.table = nn.Embedding(2, sizes.width, sparse=sparse, dtype=dtype)
+        return head
+
+    found = "an Embedding with sparse=True in table" if sparse else r"the parameter table\.weight of torch\.complex64"
+    with pytest.raises(ConfigError, match=rf"^the head mine has {found}; expected"):
+        fit(own(build), "x")

@@ -131,13 +131,15 @@ def _measure_head(whole: nn.Module, features: Features, table: QuestionTable, to
         whole.read.whiten.measure(features.text_tokens(table.options))
     if tokens is not None:
         assert callable(head.measure)
-        attributes, stored = _attributes(head), _stored(head)
+        attributes, stored, unstored = _attributes(head), _stored(head), _unstored(head)
         with errors_kept(head):
             head.measure(tokens)
-        if lost := next((name for name, value in _attributes(head).items() if value is not attributes.get(name)), None):
+        lost = [name for name, value in _attributes(head).items() if value is not attributes.get(name)]
+        lost += [name for name, version in _unstored(head).items() if version != unstored.get(name)]
+        if lost:
             raise ConfigError(
-                f"{type(head).__name__}.measure sets {lost}, which is not stored with the weights; expected a "
-                "buffer: call register_buffer in its __init__, and copy_ into it"
+                f"{type(head).__name__}.measure sets {lost[0]}, which is not stored with the weights; expected a "
+                "persistent buffer: call register_buffer in its __init__, and copy_ into it"
             )
         if changed := next((name for name, kind in _stored(head).items() if kind != stored.get(name)), None):
             raise ConfigError(
@@ -155,6 +157,12 @@ def _attributes(head: nn.Module) -> dict[str, object]:
         for name, value in vars(module).items()
         if name != "training"  # set before every step
     }
+
+
+def _unstored(head: nn.Module) -> dict[str, tuple[int, int]]:
+    """Identity and version of each buffer that is not persistent, by its name."""
+    stored = head.state_dict().keys()
+    return {name: (id(tensor), tensor._version) for name, tensor in head.named_buffers() if name not in stored}
 
 
 def _stored(head: nn.Module) -> dict[str, str]:

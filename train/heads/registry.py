@@ -249,6 +249,18 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
             f"the head {head.name} has parameters without a shape, such as {lazy[0]}; expected none: compute the shape "
             "from the argument sizes of its build"
         )
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point() and parameter.requires_grad:
+            raise ConfigError(
+                f"the head {head.name} has the parameter {name} of {parameter.dtype}; expected a real floating-point "
+                "type: store the real and the imaginary part of complex numbers as two parameters"
+            )
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise ConfigError(
+                f"the head {head.name} has an {type(part).__name__} with sparse=True in {name}; expected sparse=False, "
+                "because the optimiser takes no sparse gradients"
+            )
     first: dict[int, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         shared = first.setdefault(id(parameter), name)
@@ -276,7 +288,17 @@ def _checked(head: Head, module: object, answers: int) -> nn.Module:
     module.register_forward_pre_hook(partial(_note_versions, versions := dict[int, int]()))
     module.register_forward_hook(partial(_require_unchanged, head.name, versions))
     module.register_forward_hook(partial(_require_logits, head.name, answers))
+    module.register_forward_hook(partial(_require_no_more, head.name, frozenset(first.values())))
     return module
+
+
+def _require_no_more(name: str, known: frozenset[str], module: nn.Module, inputs: tuple[Batch], _: object) -> None:
+    """Refuse parameters that `forward` has created: the optimiser and the stored weights have only those of `build`."""
+    if late := next((parameter for parameter, _ in module.named_parameters() if parameter not in known), None):
+        raise ConfigError(
+            f"the forward of the head {name} adds {late}, which would neither be trained nor stored; create all layers "
+            "in its __init__, with shapes from the argument sizes of its build"
+        )
 
 
 def _note_versions(versions: dict[int, int], module: nn.Module, inputs: tuple[Batch]) -> None:
