@@ -23,7 +23,14 @@ import psutil
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.children.spawned import require_semaphores
 from egopatch.extract.encoders.checkpoints.package import LITE0, MINILM, Package
-from egopatch.features.common.machine import NEWEST_TRITON, OLDEST_TRITON, SPILLING_TRITON, release, usable_cores
+from egopatch.features.common.machine import (
+    NEWEST_TRITON,
+    OLDEST_GPU,
+    OLDEST_TRITON,
+    SPILLING_TRITON,
+    release,
+    usable_cores,
+)
 from egopatch.features.common.units import format_bytes
 
 GB = 10**9
@@ -61,11 +68,13 @@ class Gpu:
         torch_cuda: CUDA version that torch was built for, such as `12.8`; None for a CPU build.
         driver_cuda: Newest CUDA version that the driver supports, such as `12.8`; None if there is no driver.
         names: GPUs that torch can use, each with its memory.
+        capability: Compute capability (major, minor) of the oldest of them; None if there are none.
     """
 
     torch_cuda: str | None
     driver_cuda: str | None
     names: tuple[str, ...]
+    capability: tuple[int, int] | None
 
 
 def check_machine(folder: Path) -> tuple[Check, ...]:
@@ -74,7 +83,7 @@ def check_machine(folder: Path) -> tuple[Check, ...]:
     return (
         Check("python", "ok", f"{platform.python_version()}, {sys.executable}"),
         check_torch(gpu),
-        check_triton(_version("triton"), bool(gpu.names), _has_compiler()),
+        check_triton(_version("triton"), gpu.capability, _has_compiler()),
         *_decoders(bool(gpu.names)),
         _cores(),
         _memory(),
@@ -108,11 +117,11 @@ def _has_compiler() -> bool:
     return "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
 
 
-def check_triton(found: str | None, has_gpu: bool, has_compiler: bool) -> Check:
-    """Compare Triton's version with those that the kernels were tried with."""
+def check_triton(found: str | None, capability: tuple[int, int] | None, has_compiler: bool) -> Check:
+    """Compare Triton's version with those that the kernels were tried with, and the oldest GPU with what it needs."""
     oldest, newest = (f"{major}.{minor}" for major, minor in (OLDEST_TRITON, NEWEST_TRITON))
     tried, slower = f"the tested versions, {oldest} to {newest}", "so heads use the slower reference"
-    if found is None and not has_gpu:
+    if found is None and capability is None:
         return Check("triton", "ok", "not needed without a GPU")
     if found is None:
         return Check("triton", "warning", f"not installed, {slower}", f"pip install 'triton>={oldest}'")
@@ -120,7 +129,11 @@ def check_triton(found: str | None, has_gpu: bool, has_compiler: bool) -> Check:
     if this < OLDEST_TRITON:
         mend = f"pip install --upgrade 'triton>={oldest}'"
         return Check("triton", "warning", f"{found} is older than {tried}, {slower}", mend)
-    if has_gpu and not has_compiler:
+    if capability is not None and capability < OLDEST_GPU:
+        old = f"{found}, but a GPU has compute capability {'.'.join(map(str, capability))}"
+        lacks = f"{old}, so encoders and heads use slower code of PyTorch"
+        return Check("triton", "warning", lacks, "use a GPU of 8.0 or newer, such as an A100 or an RTX 3090")
+    if capability is not None and not has_compiler:
         lacks = f"{found}, but no C compiler, with which it builds a part of itself at its first use on a GPU"
         return Check("triton", "warning", lacks, "install gcc and Python's headers (apt-get install gcc python3-dev)")
     sizes = "block sizes measured on an H100" if this < SPILLING_TRITON else "smaller block sizes, which do not spill"
@@ -153,12 +166,10 @@ def _find_gpu() -> Gpu:
     # Imported here, because torch takes seconds to import.
     import torch
 
-    names = []
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(number)
-            names.append(f"{properties.name} ({format_bytes(properties.total_memory)})")
-    return Gpu(torch.version.cuda, _driver_cuda(), tuple(names))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_properties(number) for number in range(count)]
+    names = tuple(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in gpus)
+    return Gpu(torch.version.cuda, _driver_cuda(), names, min(((gpu.major, gpu.minor) for gpu in gpus), default=None))
 
 
 def _driver_cuda() -> str | None:

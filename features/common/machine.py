@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # torch 2.10 and 2.11 bring; the first with which the sizes that were measured on an H100 spill registers, so that
 # smaller ones are used; and the newest that was tried.
 OLDEST_TRITON, SPILLING_TRITON, NEWEST_TRITON = (3, 6), (3, 8), (3, 9)
+# Compute capability (major, minor) of the oldest GPUs that Triton compiles for.
+OLDEST_GPU = (8, 0)
 
 
 def release(version: str) -> tuple[int, int]:
@@ -69,16 +71,21 @@ def find_device(name: str) -> "torch.device":
 
 
 @functools.cache
-def triton_fault() -> str | None:
-    """Why Triton's kernels cannot run on this machine's GPUs, and what they need; None if they can.
+def triton_fault(device: "torch.device") -> str | None:
+    """Why Triton's kernels cannot run on a GPU of this machine, and what they need; None if they can.
 
     Raises:
         RuntimeError: The GPU has no free memory.
     """
     if find_spec("triton") is None:
         return "Triton is not installed; expected 3.6 or newer (pip install triton)"
+    import torch
     from triton.runtime import driver
 
+    if torch.version.hip is not None:
+        return "torch is built for AMD's GPUs; the kernels are for NVIDIA's"
+    if (capability := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+        return f"{device} has compute capability {'.'.join(map(str, capability))}; expected 8.0 or newer"
     try:
         driver.active.get_current_device()  # at its first use on a machine, Triton builds a part of itself
     except Exception as error:  # of many types, such as a RuntimeError, and the compiler's own

@@ -10,6 +10,7 @@ import torch
 from egopatch.features.common.machine import find_device, limit_threads, triton_fault, usable_cores
 
 EIGHT = set(range(8))
+CUDA = torch.device("cuda", 1)
 
 
 @pytest.fixture
@@ -116,11 +117,26 @@ def test_triton_without_a_c_compiler_is_a_fault(monkeypatch: pytest.MonkeyPatch)
         def active(self) -> object:
             raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
 
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr("triton.runtime.driver", Driver())
-    fault = triton_fault.__wrapped__()  # without the cache
+    fault = triton_fault.__wrapped__(CUDA)  # without the cache
     assert fault is not None
     assert fault.startswith("Triton cannot start (Failed to find C compiler. Please")
     assert fault.endswith("expected a C compiler, such as gcc, and Python's headers")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_does_not_compile_for_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a T4."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert triton_fault.__wrapped__(CUDA) == "cuda:1 has compute capability 7.5; expected 8.0 or newer"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_do_not_run_on_gpus_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which torch says that they are CUDA devices."""
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert triton_fault.__wrapped__(CUDA) == "torch is built for AMD's GPUs; the kernels are for NVIDIA's"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -130,6 +146,7 @@ def test_triton_on_a_full_gpu_does_not_lack_a_compiler(monkeypatch: pytest.Monke
         def active(self) -> object:
             raise RuntimeError("Triton Error [CUDA]: out of memory")
 
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr("triton.runtime.driver", Driver())
     with pytest.raises(RuntimeError, match="out of memory"):
-        triton_fault.__wrapped__()
+        triton_fault.__wrapped__(CUDA)

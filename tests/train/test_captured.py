@@ -162,9 +162,9 @@ def test_why_not_captured_names_the_obstacle(tiny: Config, monkeypatch: pytest.M
         return ("triton", "fits") if shape[-1] > WIDTH else ("reference", "too narrow")
 
     monkeypatch.setattr(build_heads, "implementation_in_use", only_wide)
-    monkeypatch.setattr(build_heads, "triton_fault", lambda: None)
+    monkeypatch.setattr(build_heads, "triton_fault", lambda _: None)
     assert why_not_captured(tiny, experiment) == "select_attend runs its reference (too narrow)"
-    monkeypatch.setattr(build_heads, "triton_fault", lambda: "no compiler")
+    monkeypatch.setattr(build_heads, "triton_fault", lambda _: "no compiler")
     assert why_not_captured(tiny, experiment) == "dropout runs its reference (no compiler)"
 
 
@@ -173,7 +173,7 @@ def test_capture_checks_the_kernels_on_the_padded_coarse_width(tiny: Config, mon
     experiment.features.residency = "gpu"
     seen = []
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: shape)
-    monkeypatch.setattr(build_heads, "triton_fault", lambda: None)
+    monkeypatch.setattr(build_heads, "triton_fault", lambda _: None)
     monkeypatch.setattr(
         build_heads, "implementation_in_use", lambda shape, *_: (seen.append(shape[-1]) or "triton", "")
     )

@@ -47,7 +47,7 @@ def why_not_captured(config: Config, experiment: Experiment) -> str | None:
         return f"features are not on the GPU (train.residency: {features.residency})"
     if not can_capture(config.head.name):
         return f"Head.captures is false for the head {config.head.name}"
-    if fault := triton_fault():
+    if fault := triton_fault(experiment.device):
         return f"dropout runs its reference ({fault})"
     for width in selected_widths(config, experiment.sizes):
         frame = torch.empty(1, 1, experiment.sizes.patches, width, device=experiment.device)

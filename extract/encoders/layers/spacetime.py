@@ -140,13 +140,13 @@ def _fits_kernel(x: Tensor, frames: int, axis: Axis) -> bool:
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     longest = (x.shape[1] - 1) // frames if axis == "space" else frames
-    return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS and _triton_starts()
+    return x.dtype in (torch.float16, torch.bfloat16) and longest < MOST_TOKENS and _triton_runs(x.device)
 
 
 @functools.cache
-def _triton_starts() -> bool:
-    """Whether Triton's kernels can run here; prints a note if they cannot."""
-    if fault := triton_fault():
+def _triton_runs(device: torch.device) -> bool:
+    """Whether Triton's kernels can run on a GPU; prints a note if they cannot."""
+    if fault := triton_fault(device):
         print(f"note: attention uses PyTorch's slower kernels: {fault}", flush=True)
     return not fault
 

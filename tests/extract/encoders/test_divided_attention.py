@@ -24,17 +24,17 @@ def test_kernel_tests_pass_in_the_triton_interpreter() -> None:
     run(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 
-def test_gpu_on_which_triton_cannot_start_attends_by_pytorch(
+def test_gpu_without_triton_attends_by_pytorch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(spacetime, "triton_fault", lambda: "no compiler")
-    spacetime._triton_starts.cache_clear()
-    tokens = SimpleNamespace(is_cuda=True, shape=(2, 33, 64), dtype=torch.bfloat16)
+    monkeypatch.setattr(spacetime, "triton_fault", lambda _: "no compiler")
+    spacetime._triton_runs.cache_clear()
+    tokens = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=(2, 33, 64), dtype=torch.bfloat16)
     try:
         with torch.no_grad():
             assert not any(spacetime._fits_kernel(tokens, 4, axis) for axis in ("time", "space"))  # type: ignore[arg-type]
     finally:
-        spacetime._triton_starts.cache_clear()
+        spacetime._triton_runs.cache_clear()
     assert capsys.readouterr().out == "note: attention uses PyTorch's slower kernels: no compiler\n"
 
 

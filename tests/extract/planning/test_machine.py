@@ -14,11 +14,11 @@ from egopatch.extract.planning.machine import Gpu, check_disk, check_torch, chec
 @pytest.mark.parametrize(
     ("gpu", "state", "expected"),
     [
-        (Gpu("12.8", "12.9", ("H100 (79.0 GB)",)), "ok", "built for CUDA 12.8, driver for CUDA 12.9; H100"),
-        (Gpu("13.0", None, ()), "ok", "no NVIDIA driver here"),
-        (Gpu(None, "12.8", ()), "warning", "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"),
-        (Gpu("13.0", "12.10", ()), "error", "the driver is for CUDA 12.10 at most; update the driver, or pip"),
-        (Gpu("12.8", "12.10", ()), "warning", "torch sees no GPU; check nvidia-smi"),
+        (Gpu("12.8", "12.9", ("H100 (79.0 GB)",), (9, 0)), "ok", "built for CUDA 12.8, driver for CUDA 12.9; H100"),
+        (Gpu("13.0", None, (), None), "ok", "no NVIDIA driver here"),
+        (Gpu(None, "12.8", (), None), "warning", "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"),
+        (Gpu("13.0", "12.10", (), None), "error", "the driver is for CUDA 12.10 at most; update the driver, or pip"),
+        (Gpu("12.8", "12.10", (), None), "warning", "torch sees no GPU; check nvidia-smi"),
     ],
 )  # fmt: skip
 def test_torch_check_compares_the_cuda_build_with_the_driver(gpu: Gpu, state: str, expected: str) -> None:
@@ -28,22 +28,23 @@ def test_torch_check_compares_the_cuda_build_with_the_driver(gpu: Gpu, state: st
 
 
 @pytest.mark.parametrize(
-    ("version", "has_gpu", "state", "expected"),
+    ("version", "capability", "state", "expected"),
     [
-        (None, False, "ok", "not needed without a GPU"),
-        (None, True, "warning", "pip install 'triton>=3.6'"),
-        ("3.5.1", True, "warning", "older than the tested versions, 3.6 to 3.9, so heads use the slower reference"),
-        ("3.6.0", True, "ok", "block sizes measured on an H100"),
-        ("3.7.0+git12", True, "ok", "block sizes measured on an H100"),
-        ("3.8.0", True, "ok", "smaller block sizes"),
-        ("3.9.0", True, "ok", "smaller block sizes"),
-        ("3.10.0", True, "warning", "newer than the tested versions, 3.6 to 3.9; smaller block sizes"),
+        (None, None, "ok", "not needed without a GPU"),
+        (None, (9, 0), "warning", "pip install 'triton>=3.6'"),
+        ("3.5.1", (9, 0), "warning", "older than the tested versions, 3.6 to 3.9, so heads use the slower reference"),
+        ("3.6.0", (9, 0), "ok", "block sizes measured on an H100"),
+        ("3.7.0+git12", (9, 0), "ok", "block sizes measured on an H100"),
+        ("3.8.0", (9, 0), "ok", "smaller block sizes"),
+        ("3.9.0", (9, 0), "ok", "smaller block sizes"),
+        ("3.9.0", (7, 5), "warning", "capability 7.5, so encoders and heads use slower code of PyTorch"),
+        ("3.10.0", (9, 0), "warning", "newer than the tested versions, 3.6 to 3.9; smaller block sizes"),
     ],
 )  # fmt: skip
 def test_triton_check_compares_the_version_with_tested_ones(
-    version: str | None, has_gpu: bool, state: str, expected: str
+    version: str | None, capability: tuple[int, int] | None, state: str, expected: str
 ) -> None:
-    check = check_triton(version, has_gpu, has_compiler=True)
+    check = check_triton(version, capability, has_compiler=True)
     assert check.state == state
     assert expected in str(check)
 
@@ -52,11 +53,11 @@ def test_missing_c_compiler_is_a_warning_on_a_gpu(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     found = machine._has_compiler()
-    assert check_triton("3.9.0", False, found).state == "ok"
-    check = check_triton("3.9.0", True, found)
+    assert check_triton("3.9.0", None, found).state == "ok"
+    check = check_triton("3.9.0", (8, 0), found)
     assert (check.state, "install gcc" in str(check)) == ("warning", True)
     monkeypatch.setenv("CC", "my-compiler")
-    assert check_triton("3.9.0", True, machine._has_compiler()).state == "ok"
+    assert check_triton("3.9.0", (8, 0), machine._has_compiler()).state == "ok"
 
 
 def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:

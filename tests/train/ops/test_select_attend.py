@@ -254,7 +254,7 @@ def test_auto_takes_triton_on_a_gpu_or_warns_with_the_reason(
 ) -> None:
     """Uses fake tensors that only claim to be on a GPU, an H100."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(machine, "triton_fault", lambda: None)
+    monkeypatch.setattr(machine, "triton_fault", lambda _: None)
     with FakeTensorMode():
         gpu = torch.device("cuda", 0)
         tokens = torch.empty(1, 1, patches, width, device=gpu)

@@ -33,7 +33,7 @@ def dropout(x: Tensor, draw: Draw, p: float) -> Tensor:
 
 def _by_kernel(device: torch.device) -> bool:
     # torch.compile cannot trace the look-up.
-    return device.type == "cuda" and (torch.compiler.is_compiling() or triton_fault() is None)
+    return device.type == "cuda" and (torch.compiler.is_compiling() or triton_fault(device) is None)
 
 
 def _arguments(draw: Draw, device: torch.device) -> tuple[list[int], int, Tensor, Tensor | None]:
