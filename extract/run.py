@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.common.units import counted
 from egopatch.features.state.counts import read_ledger
+from egopatch.features.values.location import parse_location
 
 WAIT_POLL_S = 1.0
 
@@ -169,7 +171,9 @@ def require_one_decode(configs: Sequence[Config]) -> None:
             f"encoder.arch is {imported.NETWORK.name} in one config, but an imported store needs no decode to share; "
             "run that config alone"
         )
-    paths = [str(config.store.path) for config in configs]
+    locations = [parse_location(config.store.path) for config in configs]
+    # A folder has many spellings.
+    paths = [str(place.resolve() if isinstance(place, Path) else place) for place in locations]
     if twice := {path for path in paths if paths.count(path) > 1}:
         raise ConfigError(f"store.path is {twice.pop()} in two configs; each needs a store of its own")
     if len(configs) > 1 and (first.engine.name != "joblib" or worker_count(first) != 1):

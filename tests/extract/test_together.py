@@ -150,11 +150,12 @@ def test_a_stale_store_is_named(fresh: Path, capsys: pytest.CaptureFixture[str])
         ({"data": {"split": "indirect"}}, r"data\.split is 'direct' for store .*"),
         ({"engine": {"decoders": 2}}, r"engine\.decoders is 1 for store .*"),
         ({"store": {"path": "a"}}, r"store\.path is .*a in two configs"),
+        ({"store": {"path": "b/../a"}}, r"store\.path is .*a in two configs"),
     ],
 )
 def test_configs_that_cannot_share_a_decode_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     if "store" in change:
-        change = {"store": {"path": str(tmp_path / "a")}}
+        change = {"store": {"path": str(tmp_path / change["store"]["path"])}}
     configs = [load_config(Path(file)) for file in (config_file(tmp_path, "a"), config_file(tmp_path, "b", **change))]
     with pytest.raises(ConfigError, match=message):
         require_one_decode(configs)
