@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -69,12 +69,14 @@ class Gpu:
         driver_cuda: Newest CUDA version that the driver supports, such as `12.8`; None if there is no driver.
         names: GPUs that torch can use, each with its memory.
         capability: Compute capability (major, minor) of the oldest of them; None if there are none.
+        unsupported: One of them that torch's build has no code for, with its capability; None if there is none.
     """
 
     torch_cuda: str | None
     driver_cuda: str | None
     names: tuple[str, ...]
     capability: tuple[int, int] | None
+    unsupported: str | None = None
 
 
 def check_machine(folder: Path) -> tuple[Check, ...]:
@@ -97,6 +99,9 @@ def check_torch(gpu: Gpu) -> Check:
     """Compare torch's build with the driver's CUDA version."""
     build = "CPU build" if gpu.torch_cuda is None else f"built for CUDA {gpu.torch_cuda}"
     found = f"{_version('torch')}, {build}"
+    if gpu.unsupported is not None:
+        lacks = f"{found}, which has no code for {gpu.unsupported}"
+        return Check("torch", "error", lacks, f"install another build: {WHEELS} has newer and older ones")
     if gpu.names:
         return Check("torch", "ok", f"{found}, driver for CUDA {gpu.driver_cuda}; {', '.join(gpu.names)}")
     if gpu.driver_cuda is None:
@@ -169,7 +174,26 @@ def _find_gpu() -> Gpu:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_properties(number) for number in range(count)]
     names = tuple(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in gpus)
-    return Gpu(torch.version.cuda, _driver_cuda(), names, min(((gpu.major, gpu.minor) for gpu in gpus), default=None))
+    capabilities = [(gpu.major, gpu.minor) for gpu in gpus]
+    unsupported = (
+        f"{gpu.name}, of compute capability {gpu.major}.{gpu.minor}"
+        for gpu, capability in zip(gpus, capabilities, strict=True)
+        if not has_code(torch.cuda.get_arch_list(), capability)
+    )
+    return Gpu(torch.version.cuda, _driver_cuda(), names, min(capabilities, default=None), next(unsupported, None))
+
+
+def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a build of torch for `architectures` runs on GPUs of `capability`.
+
+    Machine code (`sm_86`) runs on the same and later minor versions, PTX (`compute_90`) is compiled for later GPUs. A
+    build for AMD's GPUs, whose architectures have other names, is not judged.
+    """
+    for kind, number in (name.rstrip("af").split("_") for name in architectures if "_" in name):
+        version = divmod(int(number), 10)
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return True
+    return all(name.startswith("gfx") for name in architectures)
 
 
 def _driver_cuda() -> str | None:

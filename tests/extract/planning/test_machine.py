@@ -15,6 +15,10 @@ from egopatch.extract.planning.machine import Gpu, check_disk, check_torch, chec
     ("gpu", "state", "expected"),
     [
         (Gpu("12.8", "12.9", ("H100 (79.0 GB)",), (9, 0)), "ok", "built for CUDA 12.8, driver for CUDA 12.9; H100"),
+        (
+            Gpu("12.6", "13.0", ("RTX 5090 (31.8 GB)",), (12, 0), "RTX 5090, of compute capability 12.0"),
+            "error", "has no code for RTX 5090, of compute capability 12.0; install another build",
+        ),
         (Gpu("13.0", None, (), None), "ok", "no NVIDIA driver here"),
         (Gpu(None, "12.8", (), None), "warning", "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"),
         (Gpu("13.0", "12.10", (), None), "error", "the driver is for CUDA 12.10 at most; update the driver, or pip"),
@@ -47,6 +51,15 @@ def test_triton_check_compares_the_version_with_tested_ones(
     check = check_triton(version, capability, has_compiler=True)
     assert check.state == state
     assert expected in str(check)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 0), False), ((7, 5), True), ((8, 9), True), ((9, 0), True), ((12, 0), False)]
+)
+def test_a_build_of_torch_runs_on_later_minor_versions(capability: tuple[int, int], expected: bool) -> None:
+    assert machine.has_code(["sm_75", "sm_80", "sm_86", "sm_90a"], capability) is expected
+    assert machine.has_code(["sm_90", "compute_90"], (12, 0))
+    assert machine.has_code(["gfx942"], capability)
 
 
 def test_missing_c_compiler_is_a_warning_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
