@@ -60,9 +60,14 @@ class TextNetwork:
     def _try_longest_text(self, encoder: TextEncoder) -> None:
         """Refuse a `text.max_length` that the network has no positions for, while a CPU can still say so."""
         length = self.config.text.max_length
+        ids, mask = self.tokenizer([" ".join(["what"] * length)])
         try:
-            encoder(*self.tokenizer([" ".join(["what"] * length)]))
+            encoder(ids, mask)
         except (IndexError, RuntimeError) as error:
+            try:
+                encoder(ids[:, :2], mask[:, :2])
+            except Exception:  # so the length is not the cause
+                raise error from None
             reason = " ".join(str(error).split())[:100]
             raise ConfigError(
                 f"text.max_length is {length}, and the text network of {self.checkpoint.path} takes no text of so many "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from egopatch.configs.schema import ConfigError
+from egopatch.configs.schema import Config, ConfigError, TextConfig
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import (
     NETWORKS,
@@ -29,6 +29,7 @@ from egopatch.extract.encoders.checkpoints.package import MINILM
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.encoders.networks import lite
 from egopatch.extract.encoders.networks.network import Network, VideoOptions
+from egopatch.extract.texts import TextNetwork
 from egopatch.extract.video.transforms import Transform
 from egopatch.features import open_store
 from egopatch.features.values.spec import PatchTokens
@@ -258,6 +259,22 @@ def test_invalid_output_of_a_plugin_text_encoder_is_refused(states: object, why:
     ids = torch.zeros(2, 7, dtype=torch.long)
     with pytest.raises(ConfigError, match=f"^the text half of the encoder mine returns {why}"):
         encoder(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("longest", [0, 8])
+def test_only_a_text_that_is_too_long_is_blamed_on_its_length(longest: int) -> None:
+    class Short(Words):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            if input_ids.shape[1] > longest:
+                raise RuntimeError("shapes do not fit")
+            return torch.zeros(*input_ids.shape, 5)
+
+    network = Network("mine", build, lambda checkpoint, depth: Short(None), WHOLE)
+    config = Config(text=TextConfig(model=MINILM.name))
+    text = TextNetwork(config, network, torch.device("cpu"), NOTHING)
+    kind, why = (ConfigError, "text.max_length is 30, and ") if longest else (RuntimeError, "shapes do not fit$")
+    with pytest.raises(kind, match=f"^{why}"):
+        _ = text.encoder
 
 
 def test_build_text_that_returns_another_type_is_refused() -> None:
