@@ -81,9 +81,9 @@ class Catalog:
     def _read(self, shard: int | None) -> None:
         # The ledger is read first: ids are written before any of their clips can be committed.
         committed = ledger_journal(self.storage).read(self.position, shard)
-        require_intact(committed, self.root)
+        require_intact(committed, self.storage.full_location)
         planned = ids_journal(self.storage).read(self._planned_to)
-        require_intact(planned, self.root)
+        require_intact(planned, self.storage.full_location)
         if planned.from_start:
             self._plan = RowPlan()
         self._plan.add_all(planned)
@@ -144,10 +144,9 @@ class Catalog:
         """
         if isinstance(ids, str):
             raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
-        absent = [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]
-        if wrong := [name for name in absent if not isinstance(name, str)]:
+        if wrong := [name for name in ids if not isinstance(name, str)]:
             raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips; clip_ids lists them")
-        if absent:
+        if absent := [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]:
             raise AbsentClip(absent, f"store {self.root}")
         return [self.ledger.clips[name].clip(name) for name in ids]
 

@@ -62,7 +62,7 @@ class Quarantine:
         """
         with self._lock:
             contents = quarantine_journal(self._storage).read(self._position)
-            require_intact(contents, self._storage.location)
+            require_intact(contents, self._storage.full_location)
             failed = {} if contents.from_start else self._failed
             for line in contents.lines:
                 clip, failure = line.entry

@@ -85,28 +85,29 @@ class LocalStorage:
 
     def __init__(self, location: Path) -> None:
         self.location = location
+        self.full_location = location.absolute()
 
     def prepare(self) -> None:
-        make_folder(self.location)
+        make_folder(self.full_location)
 
     def open(self, name: str) -> LocalFile:
-        with opening(self.location / name):
-            return LocalFile(self.location / name)
+        with opening(self.full_location / name):
+            return LocalFile(self.full_location / name)
 
     def size_and_crc(self, name: str) -> FileSum:
-        with opening(self.location / name):
-            return size_and_crc_of_file(self.location / name)
+        with opening(self.full_location / name):
+            return size_and_crc_of_file(self.full_location / name)
 
     def exists(self, name: str) -> bool:
-        return (self.location / name).exists()
+        return (self.full_location / name).exists()
 
     def read(self, name: str) -> bytes:
-        with opening(self.location / name):
-            return (self.location / name).read_bytes()
+        with opening(self.full_location / name):
+            return (self.full_location / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
         """See `interface.Storage`; the caller holds a lock against other writers."""
-        write_file(self.location / name, content)
+        write_file(self.full_location / name, content)
 
     def create(self, name: str, content: bytes) -> None:
         """See `interface.Storage`; called within `adding_rows`."""
@@ -115,26 +116,26 @@ class LocalStorage:
 
     def journal(self, name: str, parse: Callable[[Record], Entry], by_shard: bool = False) -> FileJournal[Entry]:
         """See `interface.Storage`; always one file, with or without `by_shard`."""
-        return FileJournal(self.location / name, parse)
+        return FileJournal(self.full_location / name, parse)
 
     @contextmanager
     def adding_rows(self) -> Iterator[None]:
-        with locked(self.location / "growth.lock"):
+        with locked(self.full_location / "growth.lock"):
             yield
 
     def lease(self, shard: int) -> AbstractContextManager[None]:
-        return file_lease.hold(self.location, shard)
+        return file_lease.hold(self.full_location, shard)
 
     def require_no_writers(self) -> None:
-        file_lease.require_no_writers(self.location)
+        file_lease.require_no_writers(self.full_location)
 
     def unlock(self, shard: int | None = None) -> list[str]:
-        return file_lease.remove(self.location, shard)
+        return file_lease.remove(self.full_location, shard)
 
     @contextmanager
     def staging(self, shard: int) -> Iterator[Path]:
         """See `interface.Storage`; on the same file system, so that files can be renamed into place."""
-        folder = self.location / _STAGING / f"{shard:08d}-{uuid.uuid4().hex}"
+        folder = self.full_location / _STAGING / f"{shard:08d}-{uuid.uuid4().hex}"
         make_folder(folder)
         try:
             yield folder
@@ -158,14 +159,14 @@ class LocalStorage:
             lock_file(file.fileno(), fcntl.LOCK_SH, path)
 
     def _commit_lock(self, shard: int) -> Path:
-        return self.location / "commits" / f"{shard:08d}.lock"
+        return self.full_location / "commits" / f"{shard:08d}.lock"
 
     def publish(self, shard: int, staged: Mapping[str, Path], sums: FileSums) -> str:
         try:
             with ThreadPoolExecutor(len(staged)) as threads:  # so that the disk combines the syncs into one wait
                 list(threads.map(sync_file, staged.values()))
             for name, path in staged.items():
-                rename_into_place(path, self.location / name)
+                rename_into_place(path, self.full_location / name)
         except FileNotFoundError:
             raise write_conflict(f"shard {shard} of {self.location}") from None
         return ""
@@ -175,18 +176,18 @@ class LocalStorage:
 
     def write_ids(self, shard: int) -> set[str]:
         """See `interface.Storage`: the staging folders of unfinished writes."""
-        return {folder.name for folder in (self.location / _STAGING).glob(f"{shard:08d}-*")}
+        return {folder.name for folder in (self.full_location / _STAGING).glob(f"{shard:08d}-*")}
 
     def write_ids_by_shard(self) -> dict[int, set[str]]:
         found: dict[int, set[str]] = {}
-        for folder in (self.location / _STAGING).glob("*-*"):
+        for folder in (self.full_location / _STAGING).glob("*-*"):
             if (shard := folder.name.partition("-")[0]).isdecimal():
                 found.setdefault(int(shard), set()).add(folder.name)
         return found
 
     def discard(self, shard: int, write_id: str, names: Sequence[str]) -> None:
         if write_id:
-            shutil.rmtree(self.location / _STAGING / write_id, ignore_errors=True)
+            shutil.rmtree(self.full_location / _STAGING / write_id, ignore_errors=True)
             return
         for name in names:
-            (self.location / name).unlink(missing_ok=True)
+            (self.full_location / name).unlink(missing_ok=True)

@@ -123,7 +123,11 @@ class Storage(ReadableFiles, Protocol):
 
     @property
     def location(self) -> Location:
-        """Folder or URL of the store."""
+        """Folder or URL of the store, as it was given."""
+
+    @property
+    def full_location(self) -> Location:
+        """`location`, with an absolute path: it stays valid if the process changes its working directory."""
 
     def prepare(self) -> None:
         """Create the folder, or check that objects can be written.

@@ -90,7 +90,7 @@ class ObjectStorage(ObjectFiles):
 
     def __init__(self, url: ObjectUrl) -> None:
         super().__init__(Bucket(url), "")
-        self.location = url
+        self.location = self.full_location = url
 
     def prepare(self) -> None:
         self._bucket.exists("store.json")

@@ -30,7 +30,7 @@ from egopatch.features.store.summary import as_html, as_text, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
-from egopatch.features.values.errors import FingerprintMismatch, StoreError
+from egopatch.features.values.errors import FingerprintMismatch, StoreError, require_type
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
@@ -224,6 +224,8 @@ class Store:
         """As `read_arrays`, but only for the given `arrays`."""
         ids = _listed(ids)
         records = self.catalog.clip_records(ids)
+        if out is not None:
+            require_type("out", out, PatchTokens, "buffers of this store: store.buffers(rows)")
         buffers = None if out is None else out.tensors()
         tensors = {
             array.name: empty_rows(array, len(ids)) if buffers is None else first_rows(array, len(ids), buffers)
@@ -317,7 +319,7 @@ class Store:
         Raises:
             AbsentClip, DamagedStore: As in `read`.
             StoreError: The store does not record the grid of its patches.
-            ValueError: The frames have another shape, or whole numbers.
+            ValueError: The frames have another shape, whole numbers, or values far outside [0, 1].
         """
         if self.spec.grid is None:
             raise StoreError(f"store {self.path} does not record the grid of its patches; use to_pixels with a grid")
@@ -432,7 +434,7 @@ class Store:
         self._reader.close()
 
     def __reduce__(self) -> tuple[object, tuple[Location, Fingerprint]]:
-        return open_store, (self.path, self.fingerprint)
+        return open_store, (self.catalog.storage.full_location, self.fingerprint)
 
 
 def _listed(ids: Iterable[str]) -> Sequence[str]:

@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 from weakref import WeakValueDictionary
@@ -99,7 +99,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """A batch for `DataLoader(collate_fn=...)`: `clip_id` is a list, and tensors have the batch first.
 
         torch's own collate gives the same batches, more slowly.
+
+        Raises:
+            TypeError: `clips` is one item: the loader makes no batches.
         """
+        if isinstance(clips, Mapping):
+            raise TypeError(
+                "collate was given one item; expected a list: set the DataLoader's batch_size or batch_sampler,"
+                " or leave out collate_fn"
+            )
         if not isinstance(clips, _Clips):
             return default_collate(list(clips))
         batch: dict[str, Any] = {"clip_id": list(clips.ids)}
@@ -110,7 +118,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def read(self, ids: Sequence[str], out: PatchTokens | None = None) -> dict[str, Tensor]:
         """The tensors of `ids` by name, with the batch first."""
         if self._process != os.getpid():  # a forked worker: open files and locks are not shared
-            self._store, self._process = open_store(self._store.path, self._store.fingerprint), os.getpid()
+            path = self._store.catalog.storage.full_location
+            self._store, self._process = open_store(path, self._store.fingerprint), os.getpid()
         return self._store.read_arrays(ids, self._dtype, out)
 
     def keep_mapped(self, worker: int, number: int, memory: Tensor) -> None:
@@ -204,14 +213,18 @@ def _receive(
 
 
 class _InUse:
-    """The memory of a slot for NumPy; once no array or tensor refers to it any more, the worker may fill it again."""
+    """The memory of a slot for NumPy; once no array or tensor refers to it any more, the worker may fill it again.
+
+    A process that is forked has a copy of this object, whose end says nothing about the tensors of its parent.
+    """
 
     def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+        self._memory, self._process = memory, os.getpid()
         self.__array_interface__ = memory.numpy().__array_interface__
 
     def __del__(self) -> None:
-        self._memory[0] = 0
+        if os.getpid() == self._process:
+            self._memory[0] = 0
 
 
 def _views(memory: Tensor, layout: Layout) -> dict[str, Tensor]:

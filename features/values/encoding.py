@@ -81,7 +81,8 @@ def quantise(patches: Tensor, scale: Tensor, dtype: str) -> Tensor:
 
 def dequantise(patches: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Stored patches [..., T, N, D] multiplied by their scale, and rounded to `dtype` once."""
-    wide = torch.promote_types(dtype, torch.float32)  # a small scale has few digits as a float16
+    # A small scale has few digits as a float16, and torch multiplies no float8.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     return patches.to(wide).mul_(scale.to(wide).unsqueeze(-1)).to(dtype)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from egopatch.features import (
     AbsentClip,
@@ -22,6 +23,7 @@ from egopatch.features import (
     StoreSpec,
     create_store,
     open_store,
+    torch_dataset,
 )
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
 from tests.features.faults import damage_row
@@ -87,11 +89,16 @@ def test_one_id_instead_of_a_list_is_refused(make: Make) -> None:
 
 
 def test_ids_that_are_no_text_are_refused(make: Make) -> None:
-    for ids in ([IDS[0], 5], [IDS[:2]]):
+    for ids in ([IDS[0], 5], [IDS[:2]], [list(IDS[:1])]):
         with pytest.raises(
             TypeError, match=f"^ids holds {re.escape(repr(ids[-1]))}; expected ids of clips; clip_ids lists"
         ):
             make().read(ids)
+
+
+def test_a_tensor_instead_of_buffers_is_refused(make: Make) -> None:
+    with pytest.raises(TypeError, match=r"^out is tensor\(.*; expected buffers of this store: store.buffers\(rows\)$"):
+        make().read((), out=torch.zeros(2))  # type: ignore[arg-type]
 
 
 def test_a_negative_number_of_buffers_is_refused(make: Make) -> None:
@@ -365,6 +372,26 @@ def test_a_store_can_be_pickled(make: Make) -> None:
     fill(store)
     copy = pickle.loads(pickle.dumps(store))
     assert torch.equal(copy.read(IDS).patches, store.read(IDS).patches)
+
+
+def test_an_open_store_stays_itself_in_another_working_directory(
+    make_local: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = fill(make_local(IDS[:9]))
+    monkeypatch.chdir(tmp_path)
+    store = open_store("store")
+    dataset = torch_dataset(store)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for reader in (store, pickle.loads(pickle.dumps(store))):  # as for a spawned worker
+        assert torch.equal(reader.read(IDS[:1]).cls[0], written[IDS[0]]["cls"])
+    (batch,) = DataLoader(dataset, 9, num_workers=1, collate_fn=dataset.collate, multiprocessing_context="fork")
+    assert batch["clip_id"] == list(IDS[:9])
+    written = fill(make_local())
+    store.catalog.refresh()
+    assert torch.equal(store.read(IDS[9:]).cls[0], written[IDS[9]]["cls"])
+    assert store.quarantine == {}
+    assert str(store.path) == "store"  # messages show it as it was given
 
 
 def test_a_flipped_bit_is_never_read(store: Store) -> None:

@@ -1,6 +1,7 @@
 """Items and batches equal `Store.read` in any kind of worker, and memory in use is never overwritten."""
 
 import gc
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def test_a_quantised_store_is_batched_raw_or_dequantised(tmp_path: Path) -> None
     batch = next(iter(DataLoader(clips, 4, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork")))
     assert "scale" not in batch
     check(store, batch, torch.float16)
+    float8 = store.read(IDS, torch.float8_e4m3fn).patches
+    assert torch.equal(float8.float(), store.read(IDS, torch.float32).patches.to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
@@ -102,6 +105,25 @@ def test_forked_workers_never_overwrite_memory_in_use(store: Store, dtype: torch
     del batch, kept, loader
     gc.collect()
     assert not any(memory[0] for memory in clips._mapped.values())
+
+
+def test_a_forked_process_that_ends_does_not_free_memory_in_use(store: Store) -> None:
+    clips = torch_dataset(store)
+    loader = iter(DataLoader(clips, 1, num_workers=1, collate_fn=clips.collate, multiprocessing_context="fork"))
+    batch = next(loader)
+    if (child := os.fork()) == 0:
+        del batch  # as a process that ends normally does
+        os._exit(0)
+    os.waitpid(child, 0)
+    for later in loader:
+        check(store, later)
+    check(store, batch)
+
+
+def test_a_loader_without_batches_is_refused_by_collate(store: Store) -> None:
+    clips = torch_dataset(store)
+    with pytest.raises(TypeError, match=r"^collate was given one item; expected a list: set the DataLoader's batch"):
+        next(iter(DataLoader(clips, batch_size=None, collate_fn=clips.collate)))
 
 
 def test_memory_of_exited_workers_is_released(store: Store) -> None:
