@@ -37,6 +37,11 @@ def draw(tokens: PatchTokens, grid: tuple[int, int], frames: NDArray[np.float32]
         raise ValueError(f"frames has shape {frames.shape}; expected [{steps} or more, 3, height, width] in [0, 1]")
     if frames.dtype.kind != "f":
         raise ValueError(f"frames has dtype {frames.dtype}; expected float32 in [0, 1]: divide values up to 255 by 255")
+    if frames.size and not (frames.min() > -0.5 and frames.max() < 1.5):  # bicubic resizing overshoots a little
+        raise ValueError(
+            f"frames has values from {frames.min():g} to {frames.max():g}; expected [0, 1]: divide values up to 255 by"
+            " 255, and undo a normalisation"
+        )
     positions = None if tokens.positions is None else tokens.positions[0]
     height, width = frames.shape[2:]
     maps = to_pixels(saliency, grid, height, width, positions=positions).numpy()

@@ -51,6 +51,9 @@ def test_a_picture_is_bright_where_the_saliency_is_high(store: Store) -> None:
         ValueError, match=r"frames has dtype uint8; expected float32 in \[0, 1\]: divide values up to 255"
     ):
         store.show("one", (frames * 255).astype(np.uint8))
+    for wrong, values in ((frames * 255, "0 to 102"), (frames - 1, "-1 to -0.6"), (frames * np.nan, "nan to nan")):
+        with pytest.raises(ValueError, match=rf"^frames has values from {values}; expected \[0, 1\]: divide values up"):
+            store.show("one", wrong)
     assert store.show("one", torch.from_numpy(frames)) == store.show("one", frames)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from egopatch.train.report.kept_picture import draw_prediction, mark_kept
 from egopatch.train.report.table import is_synthetic
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.run_folder import RunError
+from tests.features.conftest import FINGERPRINT, SPEC
 from tests.features.faults import limited
 from tests.train.fake_runs import write_run
 from tests.train.tiny import with_run, write_tiny
@@ -174,6 +176,14 @@ def test_a_store_without_clips_is_refused(trained: Config, tmp_path: Path, capsy
         assert main(["ask", *experiment, "--run", str(trained.run.dir), "what is this?", *clip]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith(message.format(shlex.join(experiment)))
+
+
+def test_arguments_of_predict_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, ())
+    wrong: dict[str, Any] = {"clip_id": ["clip"], "question": None, "answers": "3"}
+    for name, value in wrong.items():
+        with pytest.raises(TypeError, match=f"^{name} is {re.escape(repr(value))}; expected "):
+            predict(store, **({"clip_id": "clip", "question": "what?"} | {name: value}))
 
 
 def test_paths_in_place_of_a_store_or_an_experiment_are_refused() -> None:

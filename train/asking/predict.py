@@ -24,15 +24,20 @@ def predict(store: Store, clip_id: str, question: str, run: str | Path | None = 
         answers: Number of answers to return.
 
     Raises:
-        TypeError: `store` is not an open store.
+        TypeError: `store` is not an open store, `clip_id` or `question` not text, or `answers` not a whole number.
         RunError: There is no trained head in `run`, or none below `runs`.
         ConfigError: `question` is empty or `answers` below 1; the head reads no video, or chooses among a question's
             own options; or the store has no such clip.
         FingerprintMismatch: The store or the text network is not the one that the head was trained with.
     """
     require_type("store", store, Store, "an open store: open_store(path)")
+    require_type("clip_id", clip_id, str, "the id of one clip; store.clip_ids lists them")
+    require_type("question", question, str, "text")
+    require_type("answers", answers, int, "a whole number")
     if answers < 1:
         raise ConfigError(f"answers is {answers}; expected a number of at least 1")
     config = config_of_run(best_run([RUNS], features=store.fingerprint) if run is None else Path(run))
-    config = dataclasses.replace(config, store=dataclasses.replace(config.store, path=str(store.path)))
+    config = dataclasses.replace(
+        config, store=dataclasses.replace(config.store, path=str(store.catalog.storage.full_location))
+    )
     return predict_clips(config, [clip_id], question, answers)[0]
