@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import select
@@ -122,11 +123,23 @@ def messages_apart(as_json: bool) -> AbstractContextManager[object]:
 
 
 def print_result(as_json: bool, record: Mapping[str, Any], text: str | None = None) -> None:
-    """Print the result of a command: one JSON object with `--json`, else `text`; nothing if it is None."""
+    """Print the result of a command: one JSON object with `--json`, else `text`; nothing if it is None.
+
+    JSON has neither NaN nor infinity, which become null.
+    """
     if as_json:
-        print(json.dumps(record, indent=1, default=str))
+        print(json.dumps(_finite(record), indent=1, default=str))
     elif text is not None:
         print(text)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None in place of each number in it that is NaN or infinite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def pick_varied(faults: Sequence[str], most: int) -> list[str]:

@@ -261,3 +261,13 @@ def test_timestamps_of_any_dtype_are_compared(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         torch.save({"patches": torch.ones(2, 4, 8), "timestamps": times > 0}, tmp_path / name / "clip.pt")
     assert compare(tmp_path / "a", tmp_path / "b").times_differ_s == 0
+
+
+def test_json_of_an_infinite_error_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, value, channels in (("a", 1, 8), ("zeros", 0, 8), ("narrow", 1, 4)):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "clip.npy", np.full((2, 4, channels), value, np.float32))
+    for other in ("zeros", "narrow"):
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / other), "--json"]) == 1
+        result = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert result["error"] is None
