@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.extract.datasets.records import UNKNOWN_ANSWERS
+from egopatch.extract.worker import job as worker_job
 from egopatch.features import Fingerprint, FingerprintMismatch, create_store, open_store
 from egopatch.train import predict
 from egopatch.train.__main__ import main
@@ -233,6 +235,15 @@ def test_best_run_picks_the_best_val_head_with_real_weights(tmp_path: Path) -> N
         best_run(folders, split="direct")
 
 
+def test_a_head_whose_package_is_not_installed_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "runs", "gated", model="gated", card={"answers": ["cup"]})
+    (folder / "config.yaml").touch()
+    with pytest.raises(
+        RunError, match=r"and can be used here; .* is .*/runs/gated \(head.name is 'gated'; expected one"
+    ):
+        best_run([tmp_path / "runs"])
+
+
 def test_ask_usage_errors_print_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +347,20 @@ def test_a_cache_that_cannot_be_made_is_named_with_its_option(trained: Config, t
     card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "lite"})
     with pytest.raises(ConfigError, match=r"cache is .*/file/c, which cannot be written \(.*; .* set another --cache"):
         encode_video(tmp_path, trained, card, None, tmp_path / "file" / "c")
+
+
+def test_a_video_is_not_encoded_with_an_updated_encoder(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its features would stay in the cache, and be refused even once the encoder is as it was."""
+    (tmp_path / "a.mp4").touch()
+    card = dataclasses.replace(Card.read(trained.run.dir), fingerprint={"arch": "colours", "plugin": "colours 1.2"})
+    updated = SimpleNamespace(fingerprint=Fingerprint({"arch": "colours", "plugin": "colours 1.3"}))
+    monkeypatch.setattr(worker_job, "resolve_job", lambda _: updated)
+    said = r"plugin: head has 'colours 1.2', here 'colours 1.3'\); restore the package or checkpoint"
+    with pytest.raises(FingerprintMismatch, match=said):
+        encode_video(tmp_path / "a.mp4", trained, card, None, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_full_disk_leaves_the_picture_that_was_there(

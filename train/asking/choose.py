@@ -33,8 +33,11 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
         RunError: No trained head there reads video and has an answer vocabulary.
     """
     choosers: list[Run] = []
+    faults: list[str] = []  # of heads whose package is broken or not installed here
     for folder in folders:
-        able = [run for run in _runs(folder) if _is_usable(run, split, features)]
+        trained = [run for run in _runs(folder) if _is_trained(run, split, features)]
+        faults += [f"{run.dir} ({fault})" for run in trained if (fault := _load_fault(run))]
+        able = [run for run in trained if not _load_fault(run) and reads_video(_head(run))]
         if runs := [run for run in able if not chooses_options(run.card.get("answers") or ())]:
             return max(runs, key=lambda run: (not is_standin(run.card), -math.inf if run.val is None else run.val)).dir
         choosers += able
@@ -46,6 +49,11 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
             "folder with --run"
         )
     about = "" if features is None else " and was trained on the features of this store"
+    if faults:
+        raise RunError(
+            f"{names} holds no trained head that reads video{about} and can be used here; the first of those that "
+            f"cannot is {faults[0]}"
+        )
     raise RunError(
         f"{names} holds no trained head that reads video{about}; train one with `egopatch train fit --config CONFIG`, "
         "or on EgoSynth with `egopatch demo --small`, or name its folder with --run"
@@ -71,15 +79,23 @@ def _runs(folder: Path) -> list[Run]:
         return []
 
 
-def _is_usable(run: Run, split: str | None, features: Fingerprint | None) -> bool:
+def _head(run: Run) -> str:
+    return str(run.card.get("model"))
+
+
+def _load_fault(run: Run) -> str | None:
+    """Why the head of a run is not available here; None if it is."""
     try:
-        video = reads_video(str(run.card.get("model")))
-    except ConfigError:  # the package that registers the head is not installed here
-        return False
+        reads_video(_head(run))
+        return None
+    except ConfigError as error:
+        return str(error)
+
+
+def _is_trained(run: Run, split: str | None, features: Fingerprint | None) -> bool:
     trained_on = run.card.get("fingerprint")
     return (
-        video
-        and (run.dir / WEIGHTS).is_file()
+        (run.dir / WEIGHTS).is_file()
         and (run.dir / CONFIG).is_file()
         and split in (None, run.split)
         and (features is None or (trained_on is not None and not features.differences(Fingerprint(trained_on), "", "")))

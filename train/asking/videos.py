@@ -12,7 +12,7 @@ from pathlib import Path
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, load_dataset
 from egopatch.extract.datasets.folder import find_videos
-from egopatch.features import StoreError, open_store
+from egopatch.features import Fingerprint, FingerprintMismatch, StoreError, open_store
 from egopatch.train.rundir.card import Card
 from egopatch.train.rundir.lease import writable
 from egopatch.train.rundir.run_folder import RunError
@@ -54,11 +54,13 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         DatasetError: There is no video.
         StoreError: None of its clips can be decoded; the message gives the first reason.
         CheckpointError, ConfigError: As `extract.run.extract_features`; also if `cache` cannot be written.
+        FingerprintMismatch: The encoder gives other features than those that the head was trained on.
         RunError: The head reads no video, or its features cannot be encoded here: they were imported or derived.
     """
     # Imported here, because the rest of stage two works without a video library.
     from egopatch.extract.planning.own_videos import config_beside, prepare_own_videos
     from egopatch.extract.run import extract_features
+    from egopatch.extract.worker.job import resolve_job
 
     if card.fingerprint is None:
         raise RunError(
@@ -79,7 +81,10 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     encoded = 0
     if not (folder / FINISHED).exists():
         with writable("cache", cache):
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
+        _require_same_features(experiment.run.dir, card.fingerprint, resolve_job(config).fingerprint)
+        with writable("cache", cache):
+            folder.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):
             prepare_own_videos(video, folder / "store", experiment, clip_s)
             encoded = extract_features(config, wait=True).stats.committed
@@ -91,6 +96,17 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
         raise StoreError(f"--video is {video}, but none of it can be decoded: {next(iter(quarantined.values()))}")
     (folder / FINISHED).write_text(json.dumps({"video": str(video.absolute())}) + "\n")
     return EncodedVideo(config, folder, stored, quarantined, encoded)
+
+
+def _require_same_features(run: Path, trained_on: Mapping[str, object], now: Fingerprint) -> None:
+    """Refuse to encode with an updated package or checkpoint: the cache would keep features that the head refuses."""
+    head = Fingerprint(dict(trained_on))  # type: ignore[arg-type]
+    if different := head.differences(now, "head has", "here"):
+        raise FingerprintMismatch(
+            f"the head in {run} was trained on features that differ from those that the encoder gives here "
+            f"({'; '.join(different)}); restore the package or checkpoint that the head was trained with, or encode "
+            "its store again and train it anew"
+        )
 
 
 def cache_key(video: Path, fingerprint: Mapping[str, object], clip_s: float | None) -> str:
