@@ -36,7 +36,9 @@ _OTHER_CREDENTIALS = (
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
     "AWS_SKIP_SIGNATURE",
 )
-_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken", "InvalidToken")
+_EXPIRED = "ExpiredToken"
+_WRONG_CLOCK = "RequestTimeTooSkewed"
+_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "InvalidToken")
 _WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed")
 _UPLOAD_CHUNK = 16 << 20  # bytes in one request of a large upload; four chunks are in memory at once
 _BLOCK = 4 << 20
@@ -183,6 +185,8 @@ class Bucket:
 
     def exists(self, name: str) -> bool:
         """Whether an object of this name exists, or one below a folder of this name."""
+        from obstore.exceptions import BaseError
+
         with self._one_line_errors(f"looking for {name or self.url}"):
             try:
                 if name:
@@ -190,6 +194,10 @@ class Bucket:
                     return True
             except FileNotFoundError:
                 pass
+            except BaseError:
+                # The answer to HEAD has no body that gives the reason; the refusal of a listing has one.
+                next(iter(self._store.list(name, chunk_size=1)), None)
+                raise
             return _complete(lambda: any(page for page in self._store.list(name or None, chunk_size=1)))
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -229,6 +237,16 @@ class Bucket:
                 )
             elif isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.url}: {doing}") from None
+            elif code == _EXPIRED:
+                message = (
+                    f"{self.url}: {self._endpoint} refused the credentials while {doing}: they have expired; set "
+                    f"new ones ({', '.join(_KEYS)}, AWS_SESSION_TOKEN), and run the same command again"
+                )
+            elif code == _WRONG_CLOCK:
+                message = (
+                    f"{self.url}: {self._endpoint} has another time than this machine while {doing} ({code}); set this "
+                    "machine's clock, and run the same command again"
+                )
             elif code in _REFUSED or "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):
                 message = (
                     f"{self.url}: {self._endpoint} refused the credentials while {doing} ({code or 'forbidden'}); "

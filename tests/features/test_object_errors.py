@@ -63,6 +63,27 @@ def test_refused_credentials_are_reported_without_showing_them(
     assert caught.value.__suppress_context__
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (400, "ExpiredToken", "they have expired; set new ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION"),
+        (403, "RequestTimeTooSkewed", "set this machine's clock"),
+    ],
+)
+def test_expired_credentials_and_a_wrong_clock_are_named(
+    status: int,
+    code: str,
+    said: str,
+    environment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with answering(lambda _: (status, _error(code), {})) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+        assert features(["info", "s3://bucket/store"]) == 1
+    assert said in only_line(capfd)
+
+
 def test_a_bucket_in_another_region_names_aws_region(refusing: None) -> None:
     with pytest.raises(
         StoreError, match=r"^s3://elsewhere/store: .* expects another region while .*; check AWS_REGION$"
