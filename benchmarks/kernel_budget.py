@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_budget.py [--json] [--quick | --main] [--triton FOLDER]
 
-Every shipped configuration is compiled for sm_80, sm_90a and sm_100a. Exit code 1 if one spills registers or needs more
-shared memory than the GPU has, 2 if this machine cannot compile. `--triton` compiles with another version than the
-environment's, from a folder of its own (pip install --no-deps --target FOLDER triton==3.6.0).
+Every shipped configuration is compiled for sm_80, sm_90a, sm_100a and sm_120a. Exit code 1 if one spills registers or
+needs more shared memory than the GPU has, 2 if this machine cannot compile. `--triton` compiles with another version
+than the environment's, from a folder of its own (pip install --no-deps --target FOLDER triton==3.6.0).
 """
 
 import argparse
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 # Bytes of shared memory that a block can have: CUDA programming guide, table of capabilities.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 KERNELS = ("forward", "logits", "queries")
 DTYPES = {
     "float16": torch.float16,

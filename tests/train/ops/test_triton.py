@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernel_budget import DTYPES, SHAPES, TARGET, assemble, shipped
+from benchmarks.kernel_budget import DTYPES, SHAPES, SHARED_LIMIT, TARGET, assemble, shipped
 from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.child_pytest import run_pytest
 from tests.train.ops.cases import make_case
@@ -82,7 +82,7 @@ def budget(*arguments: str) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_shipped_kernels_fit_the_hardware_limits() -> None:
     usages = budget("--quick")
-    instructions = {"sm_80": "mma", "sm_90a": "wgmma", "sm_100a": "tcgen05"}
+    instructions = {"sm_80": "mma", "sm_90a": "wgmma", "sm_100a": "tcgen05", "sm_120a": "mma"}
     kernels = ("forward", "logits", "queries")
     assert {(u["kernel"], u["arch"]) for u in usages} == {(kernel, arch) for kernel in kernels for arch in instructions}
     assert [u for u in usages if u["shared_bytes"] > u["shared_limit"]] == []
@@ -101,6 +101,8 @@ def test_the_main_shape_fits_in_every_dtype() -> None:
 def test_no_kernel_of_the_committed_budget_spills() -> None:
     usages = json.loads((ROOT / "benchmarks" / "results" / "kernel_budget.json").read_text())
     assert [usage for usage in usages if not usage["fits"]] == []
+    # RTX 30 and 40 (8.6 and 8.9) run what an A100 does, in the shared memory of RTX 50.
+    assert max(usage["shared_bytes"] for usage in usages if usage["arch"] == "sm_80") <= SHARED_LIMIT[120]
     compiled = [(u["triton"], u["kernel"], u["arch"], tuple(u["shape"]), u["dtype"], u["pooled"]) for u in usages]
     cases = shipped(SHAPES, tuple(DTYPES))
     expected = [(v, c.kernel, TARGET[c.arch], c.shape, c.dtype, c.pooled) for v in VERSIONS for c in cases]
@@ -109,7 +111,7 @@ def test_no_kernel_of_the_committed_budget_spills() -> None:
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")  # of Triton 3.8 with Python 3.13
-@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", [80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (100, 120))])
 def test_dropout_compiles_to_vector_accesses_without_spills(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     from triton import compile as compile_ahead
@@ -157,22 +159,11 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         select_attend(*arguments, implementation="triton")
 
 
-@pytest.mark.parametrize(
-    ("capability", "fault", "reason"),
-    [
-        # A T4, whose 64 KB of shared memory are half of what the forward kernel needs.
-        ((7, 5), None, "tokens is on a GPU of compute capability 7.5; expected 8.0 or newer"),
-        ((8, 0), "no compiler", "no compiler"),
-    ],
-)
-def test_a_gpu_that_cannot_run_the_kernels_runs_the_reference(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fault: str | None, reason: str
-) -> None:
+def test_a_gpu_that_cannot_run_the_kernels_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "TRITON", "3.9.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(plan.machine, "triton_fault", lambda: fault)
+    monkeypatch.setattr(plan.machine, "triton_fault", lambda device: f"no compiler for {device}")
     tokens: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    assert plan.choose_implementation(tokens, torch.float32, "auto") == ("reference", reason)
+    assert plan.choose_implementation(tokens, torch.float32, "auto") == ("reference", "no compiler for cuda:0")
 
 
 def test_the_reference_needs_no_triton() -> None:

@@ -21,8 +21,6 @@ Implementation = Literal["auto", "reference", "triton"]
 TRITON = version("triton") if find_spec("triton") is not None else None
 SPILLING_TRITON = TRITON is not None and machine.release(TRITON) >= machine.SPILLING_TRITON
 
-# Compute capability; the blocks of the kernels need more registers and shared memory than older GPUs have.
-OLDEST_GPU = (8, 0)
 MAX_PATCHES = 1024
 MAX_WIDTH = 1536
 # Up to this many patches a frame is one block, whose scores and logits stay in registers between the two reads.
@@ -44,8 +42,7 @@ class Blocks:
         channels: Channels at a time, a divisor of D.
         stages: Stages of the pipelined loads.
         warps: Warps of a program.
-        registers: Most registers of a thread, so that two programs share a multiprocessor; 0 leaves
-            it to the compiler.
+        registers: Most registers of a thread; 0 leaves it to the assembler.
         chunk: Scores of a frame that the selection holds in one tensor.
         pool_channels: Channels at a time while pooling.
         pool_stages: Stages of the pipelined loads while pooling.
@@ -126,13 +123,9 @@ def _obstacle(tokens: Tensor, dtype: torch.dtype) -> str | None:
         return f"Triton {TRITON} is installed; expected 3.6 or newer, which torch 2.10 and newer install"
     if not tokens.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tokens is on {tokens.device}; expected a CUDA device"
-    # torch.compile cannot trace these look-ups.
-    if tokens.is_cuda and not torch.compiler.is_compiling():
-        capability = torch.cuda.get_device_capability(tokens.device)
-        if capability < OLDEST_GPU:
-            return f"tokens is on a GPU of compute capability {capability[0]}.{capability[1]}; expected 8.0 or newer"
-        if fault := machine.triton_fault():
-            return fault
+    # torch.compile cannot trace this look-up.
+    if tokens.is_cuda and not torch.compiler.is_compiling() and (fault := machine.triton_fault(tokens.device)):
+        return fault
     if dtype == torch.float64:
         return "queries is torch.float64; expected at most float32"
     if tokens.shape[2] > MAX_PATCHES:
@@ -162,30 +155,39 @@ def plan_launch(patches: int, width: int, heads: int, token_bytes: int, generati
         width: D.
         heads: H.
         token_bytes: Bytes of a token's channel.
-        generation: First number of the GPU's compute capability: 8 (A100), 9 (H100, H200), 10 (B200).
+        generation: First number of the GPU's compute capability: 8 (A100; RTX 30 and 40), 9 (H100, H200), 10 (B200),
+            12 (RTX 50).
     """
     forward, backward = (_blocks(patches, width, heads, token_bytes, generation, back) for back in (False, True))
     columns = -(-heads // backward.heads) * backward.heads * QUESTIONS
-    float32 = token_bytes == 4
+    float32, ampere = token_bytes == 4, _like_ampere(generation)
     # The largest number that does not spill with any version of Triton.
-    patches = 16 if float32 and generation == 10 else 32 if float32 or generation == 8 else 64
+    patches = 16 if float32 and generation == 10 else 32 if float32 or ampere else 64
     # Three stages spill with Triton 3.9 in the first case, with 3.6 in the second.
     two_stages = (float32 and generation == 10) or (
-        token_bytes == 1 and generation == 8 and columns > 64 and not SPILLING_TRITON
+        token_bytes == 1 and ampere and columns > 64 and not SPILLING_TRITON
     )
     product = Product(
         rows=next(rows for rows in (64, 32, 16) if columns % rows == 0),
         patches=min(backward.block, patches),
-        channels=64 if float32 or generation == 8 else 128,
+        channels=64 if float32 or ampere else 128,
         warps=4,
         stages=2 if two_stages else 3,
     )
     return Launch(forward, backward, product)
 
 
+def _like_ampere(generation: int) -> bool:
+    """Whether GPUs run what generation 8 does, whose blocks are the smallest.
+
+    RTX 50 has its matrix instructions, and the 99 KB of shared memory of RTX 30 and 40.
+    """
+    return generation not in (9, 10)
+
+
 def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: int, backward: bool) -> Blocks:
     """Block sizes of the forward or the backward kernel."""
-    float32, ampere = token_bytes == 4, generation == 8
+    float32, ampere = token_bytes == 4, _like_ampere(generation)
     whole = max(16, _power_of_two(patches))
     several = whole > (ONE_BLOCK_FLOAT32 if float32 else ONE_BLOCK)
     block = (64 if float32 else 128) if several else whole
@@ -217,6 +219,8 @@ def _blocks(patches: int, width: int, heads: int, token_bytes: int, generation: 
     four_warps = block <= (128 if ampere and backward else 64) and not (ampere and several)
     if registers and four_warps:
         registers = 136  # of which the assembler takes 128; with 128, bfloat16 results spill
+    if generation == 12 and (block < ONE_BLOCK or (backward and token_bytes == 1)):
+        registers = 255  # without a limit, the assembler spills up to 152 bytes for one more program a multiprocessor
     # With Triton 3.8 these spill if the selection reads a question's scores in two halves; others, if it does not.
     unhalved = generation == 10 and SPILLING_TRITON and width > 768
     unhalved = unhalved and (patches == ONE_BLOCK or (token_bytes == 1 and width == _power_of_two(width)))
