@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 # Bytes of shared memory that a block can have: CUDA programming guide, table of capabilities.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100a": 227 * 1024, "sm_120a": 99 * 1024}
 TARGET = {80: "sm_80", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
 KERNELS = ("forward", "logits", "queries")
 DTYPES = {
@@ -70,9 +70,12 @@ class Usage:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    shared_limit: int
     matrix_instruction: str
     triton: str  # version of the compiler; the machine that compiles does not matter
+
+    @property
+    def shared_limit(self) -> int:
+        return SHARED_LIMIT[self.arch]
 
     @property
     def fits(self) -> bool:
@@ -176,7 +179,6 @@ def measure(case: Case) -> Usage:
         registers=registers,
         spill_bytes=spilled,
         shared_bytes=compiled.metadata.shared,
-        shared_limit=SHARED_LIMIT[case.arch],
         matrix_instruction=next((name for name, text in instructions.items() if text in ptx), "fma"),
         triton=triton.__version__,
     )
@@ -210,9 +212,23 @@ def line(usage: Usage) -> str:
     )
 
 
+def to_json(usages: Sequence[Usage]) -> str:
+    """A table: names are written once, since there are thousands of rows."""
+    columns = json.dumps([field.name for field in fields(Usage)])
+    rows = ",\n".join(json.dumps(list(asdict(usage).values())) for usage in usages)
+    return f'{{"columns": {columns}, "rows": [\n{rows}\n]}}'
+
+
+def from_json(text: str) -> list[Usage]:
+    """What `to_json` wrote."""
+    table = json.loads(text)
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    return [Usage(**row | {"shape": tuple(row["shape"])}) for row in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and shared memory of the select_attend kernels.")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--quick", action="store_true", help="only the main shape and one of odd N, in float16")
     parser.add_argument("--main", action="store_true", help="only the main shape, in every dtype")
     parser.add_argument("--triton", type=Path, metavar="FOLDER", help="folder of another version of Triton")
@@ -241,8 +257,7 @@ def main() -> int:
             if not args.json:
                 print(line(usage), flush=True)
     if args.json:
-        rows = [{**asdict(usage), "programs": usage.programs, "fits": usage.fits} for usage in usages]
-        print("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]")
+        print(to_json(usages))
     return 0 if all(usage.fits for usage in usages) else 1
 
 

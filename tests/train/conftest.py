@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from egopatch.configs.schema import Config
+from egopatch.train.fitting.fit import fit
 from egopatch.train.processes.process_pool import can_fork
-from tests.train.tiny import write_tiny
+from tests.train.tiny import with_run, write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,14 @@ def shared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture
 def tiny(shared_tiny: Config, tmp_path: Path) -> Config:
     return dataclasses.replace(shared_tiny, run=dataclasses.replace(shared_tiny.run, dir=tmp_path / "runs" / "psa"))
+
+
+@pytest.fixture
+def trained(tiny: Config) -> Config:
+    """A head psa, trained for an epoch."""
+    config = with_run(tiny, "psa", train_epochs=1)
+    fit(config, "egopatch train fit")
+    return config
 
 
 @pytest.fixture

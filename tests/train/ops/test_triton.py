@@ -1,6 +1,5 @@
 """The Triton kernels without a GPU: interpreted, registered, and compiled ahead of time."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernel_budget import DTYPES, SHAPES, SHARED_LIMIT, TARGET, assemble, shipped
+from benchmarks.kernel_budget import DTYPES, SHAPES, SHARED_LIMIT, TARGET, Usage, assemble, from_json, shipped
 from egopatch.train.ops.select_attend import library, plan, select_attend
 from tests.child_pytest import run_pytest
 from tests.train.ops.cases import make_case
@@ -72,10 +71,10 @@ def test_all_kernel_tests_pass_in_the_interpreter() -> None:
     assert run_interpreted("-m", "slow or not slow") >= 170
 
 
-def budget(*arguments: str) -> list[dict[str, object]]:
+def budget(*arguments: str) -> list[Usage]:
     result = run(["benchmarks/kernel_budget.py", "--json", *arguments])
     assert result.returncode in (0, 1), result.stderr
-    return json.loads(result.stdout)
+    return from_json(result.stdout)
 
 
 @needs_triton
@@ -84,26 +83,26 @@ def test_shipped_kernels_fit_the_hardware_limits() -> None:
     usages = budget("--quick")
     instructions = {"sm_80": "mma", "sm_90a": "wgmma", "sm_100a": "tcgen05", "sm_120a": "mma"}
     kernels = ("forward", "logits", "queries")
-    assert {(u["kernel"], u["arch"]) for u in usages} == {(kernel, arch) for kernel in kernels for arch in instructions}
-    assert [u for u in usages if u["shared_bytes"] > u["shared_limit"]] == []
+    assert {(u.kernel, u.arch) for u in usages} == {(kernel, arch) for kernel in kernels for arch in instructions}
+    assert [u for u in usages if u.shared_bytes > u.shared_limit] == []
     # With Triton 3.6 on Hopper, a frame of odd size spills 16 bytes if results are bfloat16 (docs/kernels.md).
-    assert [u for u in usages if u["spill_bytes"] > (16 if u["shape"][0] % 2 else 0)] == []  # type: ignore[index,operator]
-    assert all(u["matrix_instruction"] == instructions[u["arch"]] for u in usages)
+    assert [u for u in usages if u.spill_bytes > (16 if u.shape[0] % 2 else 0)] == []
+    assert all(u.matrix_instruction == instructions[u.arch] for u in usages)
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_main_shape_fits_in_every_dtype() -> None:
     """The other shapes and versions of Triton are compiled by hand, with their results committed."""
-    assert [u for u in budget("--main") if u["spill_bytes"] or u["shared_bytes"] > u["shared_limit"]] == []
+    assert [usage for usage in budget("--main") if not usage.fits] == []
 
 
 def test_no_kernel_of_the_committed_budget_spills() -> None:
-    usages = json.loads((ROOT / "benchmarks" / "results" / "kernel_budget.json").read_text())
-    assert [usage for usage in usages if not usage["fits"]] == []
+    usages = from_json((ROOT / "benchmarks" / "results" / "kernel_budget.json").read_text())
+    assert [usage for usage in usages if not usage.fits] == []
     # RTX 30 and 40 (8.6 and 8.9) run what an A100 does, in the shared memory of RTX 50.
-    assert max(usage["shared_bytes"] for usage in usages if usage["arch"] == "sm_80") <= SHARED_LIMIT[120]
-    compiled = [(u["triton"], u["kernel"], u["arch"], tuple(u["shape"]), u["dtype"], u["pooled"]) for u in usages]
+    assert max(usage.shared_bytes for usage in usages if usage.arch == "sm_80") <= SHARED_LIMIT["sm_120a"]
+    compiled = [(u.triton, u.kernel, u.arch, u.shape, u.dtype, u.pooled) for u in usages]
     cases = shipped(SHAPES, tuple(DTYPES))
     expected = [(v, c.kernel, TARGET[c.arch], c.shape, c.dtype, c.pooled) for v in VERSIONS for c in cases]
     assert Counter(compiled) == Counter(expected)
