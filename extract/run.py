@@ -70,9 +70,11 @@ class ExtractionResult:
     clips_left: int = 0
 
 
-def extract_features(config: Config, wait: bool = False) -> ExtractionResult:
-    """Encode everything that is missing from the store; arguments and errors as in `extract_together`."""
-    return extract_together([config], wait=wait)[0]
+def extract_features(job: ExtractionJob, wait: bool = False) -> ExtractionResult:
+    """Encode everything that is missing from the store of a resolved config; otherwise as `extract_together`."""
+    limit_threads()
+    _require_one_gpu(job.config)
+    return _extract([job], wait=wait)[0]
 
 
 def extract_together(
@@ -103,11 +105,20 @@ def extract_together(
     _require_one_gpu(configs[0])
     if configs[0].encoder.arch == imported.NETWORK.name:
         return [_encode_questions_of_imported(configs[0], job_slice, wait)]
-    jobs = [resolve_job(config) for config in configs]
+    return _extract([resolve_job(config) for config in configs], retry, job_slice, refresh, wait)
+
+
+def _extract(
+    jobs: Sequence[ExtractionJob],
+    retry: bool = False,
+    job_slice: Slice = ALL_SHARDS,
+    refresh: bool = False,
+    wait: bool = False,
+) -> list[ExtractionResult]:
     for job in jobs:
         if job.frames_line is not None:
             print(f"note: {job.frames_line}", flush=True)
-    dataset = load_dataset(configs[0].data)
+    dataset = load_dataset(jobs[0].config.data)
     clips = {clip.clip_id: clip for clip in dataset.clips}
     stores = [_open(job, dataset, retry, job_slice, refresh) for job in jobs]
     for opened in stores:

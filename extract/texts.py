@@ -36,7 +36,7 @@ class TextNetwork:
     """The frozen text network, with its checkpoint.
 
     Tokenizer and encoder are loaded at their first use, because that takes seconds and most runs find every text
-    stored. Using them raises CheckpointError, ConfigError and JobFailed, as `extract_features` does.
+    stored. Using them raises CheckpointError, ConfigError and JobFailed, as `extract_together` does.
     """
 
     config: Config
@@ -96,7 +96,7 @@ def find_text_network(config: Config, network: Network, device: torch.device, vi
     """The text network of `config.text` for `device`; where it has no file of its own, its weights come from `video`.
 
     Raises:
-        CheckpointError, ConfigError: As for `extract_features`.
+        CheckpointError, ConfigError: As for `extract_together`.
     """
     return TextNetwork(config, network, device, open_text_checkpoint(network, video, config.text.model))
 
@@ -112,7 +112,7 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     """The fingerprint of the text substore, and the rows that a run would store there for `texts`, at most 64.
 
     Raises:
-        CheckpointError, ConfigError, JobFailed: As for `extract_features`.
+        CheckpointError, ConfigError, JobFailed: As for `extract_together`.
     """
     network = find_network(config.encoder.arch)
     video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None

@@ -1,7 +1,6 @@
 """`extract status`: how many clips the store holds, and how many are stale. Torch is not imported, to save time."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, parse_config
@@ -12,6 +11,7 @@ from egopatch.extract.datasets import Clip, DatasetError, load_clips
 from egopatch.extract.datasets.origins import compare_origins, others_line
 from egopatch.extract.worker.bottleneck import bottleneck_line, ceilings
 from egopatch.extract.worker.job_stats import read_jobs, stats_of
+from egopatch.features.common.command_line import print_result
 from egopatch.features.common.units import format_bytes
 from egopatch.features.state.counts import count_clips, first_in_quarantine, machines_line, read_ledger
 
@@ -30,7 +30,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     if options.json:
         checked = {"stale": None, "unrecorded": None} if check is None else dataclasses.asdict(check)
         more = {"others": others, "machines": machines, "ceilings": rates}
-        print(json.dumps(dataclasses.asdict(counts) | checked | more, indent=1))
+        print_result(True, dataclasses.asdict(counts) | checked | more)
         return 0
     print(
         f"{config.store.path}: {counts.committed}/{counts.planned} clips committed,"

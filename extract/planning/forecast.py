@@ -101,7 +101,7 @@ def make_forecast(config: Config, clips: int, gpus: int, cores: int, clips_per_s
 
     Raises:
         ConfigError: The given rate is out of range, or there is neither a measured rate nor a given one.
-        CheckpointError: As `extract.run.extract_features`.
+        CheckpointError: As `extract.run.extract_together`.
     """
     measured = measured_cost(config.store.path)
     if clips_per_second is not None:

@@ -75,7 +75,7 @@ def make_plan(config: Config, probe: int) -> Plan:
     """Measure the job; `probe` clips are decoded and encoded to estimate its duration, but not stored.
 
     Raises:
-        DatasetError, CheckpointError, StoreError: As `extract.run.extract_features`.
+        DatasetError, CheckpointError, StoreError: As `extract.run.extract_together`.
     """
     limit_threads()
     job = resolve_job(config)

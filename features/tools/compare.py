@@ -272,7 +272,8 @@ class _Sums:
     def add(self, name: str, a: Features, b: Features) -> None:
         """Add a clip, as A and B have it."""
         if a.times is not None and b.times is not None and a.times.shape == b.times.shape == (len(a.patches),):
-            self.times_differ_s = max(self.times_differ_s or 0.0, float((a.times - b.times).abs().max()))
+            gaps = (a.times - b.times).abs().nan_to_num(nan=float("inf"))  # a time that is not a number differs
+            self.times_differ_s = max(self.times_differ_s or 0.0, float(gaps.max()))
         x, y = _pooled_alike(a.patches, b.patches)
         if x.shape != y.shape:
             self.unlike_shapes = self.unlike_shapes or (tuple(x.shape), tuple(y.shape))

@@ -17,7 +17,7 @@ from egopatch.extract.datasets.records import answer_vocabulary
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.extract.encoders import Checkpoint, find_network, input_transform, load_video_encoder, register_encoder
 from egopatch.extract.encoders.networks import lite
-from egopatch.extract.run import extract_features
+from egopatch.extract.run import extract_together
 from egopatch.train.heads import Head, check_head, register_head
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 
@@ -312,7 +312,7 @@ def test_extracting_imported_features_without_texts_is_refused(monkeypatch: pyte
     with pytest.raises(
         ConfigError, match="imported, and data set mine has no texts, so there is nothing to encode; gi"
     ):
-        extract_features(config)
+        extract_together([config])
 
 
 def test_dataset_error_accepts_a_single_string() -> None:

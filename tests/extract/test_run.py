@@ -1,4 +1,4 @@
-"""`extract_features` looks up everything that its config names once and hands it on."""
+"""`extract_together` looks up everything that its config names once and hands it on."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from egopatch.configs.packaged import packaged_config
 from egopatch.extract.__main__ import main
 from egopatch.extract.encoders import TextEncoder, find_network, input_transform, open_checkpoint
 from egopatch.extract.fingerprints import video_fingerprint
-from egopatch.extract.run import extract_features
+from egopatch.extract.run import extract_together
 from egopatch.extract.texts import encode_questions
 from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import resolve_job
@@ -43,7 +43,7 @@ def test_run_resolves_each_config_entry_once(bare: Path, monkeypatch: pytest.Mon
             if name.startswith("egopatch.") and vars(module).get(function.__name__) is function:
                 monkeypatch.setattr(module, function.__name__, count(function))
     monkeypatch.setattr(StoreSpec, "for_patches", count(StoreSpec.for_patches))
-    assert extract_features(config_of(bare)).clips == CLIPS
+    assert extract_together([config_of(bare)])[0].clips == CLIPS
     assert calls == dict.fromkeys([*(function.__name__ for function in looked_up), "for_patches"], 1)
 
 
@@ -135,7 +135,7 @@ def test_unreadable_tokenizer_leaves_no_store_behind(bare: Path, capsys: pytest.
 @pytest.mark.slow
 def test_encode_questions_matches_the_stored_rows(bare: Path) -> None:
     config = config_of(bare)
-    extract_features(config)
+    extract_together([config])
     store = open_store(Path(config.store.path) / TEXT_FOLDER)
     text = store.clip_ids[0]
     fingerprint, rows = encode_questions(config, [text])

@@ -256,6 +256,13 @@ def test_features_that_cannot_be_compared_give_a_one_line_error(
     assert said.count("\n") == 1
 
 
+def test_a_timestamp_that_is_not_a_number_differs(tmp_path: Path) -> None:
+    for name, times in (("a", [0.0, 0.5]), ("b", [0.0, float("nan")])):
+        (tmp_path / name).mkdir()
+        torch.save({"patches": torch.ones(2, 4, 8), "timestamps": torch.tensor(times)}, tmp_path / name / "clip.pt")
+    assert compare(tmp_path / "a", tmp_path / "b").times_differ_s == float("inf")
+
+
 def test_timestamps_of_any_dtype_are_compared(tmp_path: Path) -> None:
     for name, times in (("a", torch.tensor([0, 1])), ("b", torch.tensor([0.0, 1.5]))):
         (tmp_path / name).mkdir()

@@ -82,12 +82,13 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     if not (folder / FINISHED).exists():
         with writable("cache", cache):
             cache.mkdir(parents=True, exist_ok=True)
-        _require_same_features(experiment.run.dir, card.fingerprint, resolve_job(config).fingerprint)
-        with writable("cache", cache):
-            folder.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(sys.stderr):
+            job = resolve_job(config)
+            _require_same_features(experiment.run.dir, card.fingerprint, job.fingerprint)
+            with writable("cache", cache):
+                folder.mkdir(exist_ok=True)
             prepare_own_videos(video, folder / "store", experiment, clip_s)
-            encoded = extract_features(config, wait=True).stats.committed
+            encoded = extract_features(job, wait=True).stats.committed
     clips = {clip.clip_id: clip for clip in load_dataset(config.data).clips}
     with open_store(config.store.path) as store:
         quarantined = {name: record.reason for name, record in store.quarantine.items()}

@@ -1,7 +1,6 @@
 """`train ask`: the answers of a trained head to a question about a video file, or about the clips of a store."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from egopatch.configs.command_line import ConfigParser, parse_options, take_option
 from egopatch.configs.experiment_line import overrides_in
 from egopatch.configs.schema import ConfigError
+from egopatch.features.common.command_line import print_result
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -60,10 +60,8 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     picture = options.picture or result.default_picture
     if picture is not None:
         draw_prediction(picture, result.predictions[0], result.config)
-    if options.json:
-        print(json.dumps({**result.as_dict(), "picture": None if picture is None else str(picture)}, indent=1))
-    else:
-        print("\n".join([*result.lines(), *([] if picture is None else [f"picture: {picture}"])]))
+    lines = [*result.lines(), *([] if picture is None else [f"picture: {picture}"])]
+    print_result(options.json, {**result.as_dict(), "picture": picture}, "\n".join(lines))
     return 0
 
 

@@ -1,6 +1,5 @@
 """`train score`: metrics of any system's answers."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
 from egopatch.extract.datasets import Question, egotaskqa, jsonl, qaego4d
 from egopatch.extract.datasets.records import Part, answer_vocabulary
+from egopatch.features.common.command_line import print_result
 from egopatch.train.scores.metrics import (
     PredictionError,
     difference,
@@ -68,7 +68,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
         released = score(file.questions, answers, split, same_as_released(file.vocabulary or ()))
     if options.json:
         chosen = released if options.compare == "released" and released is not None else metrics
-        print(json.dumps(chosen.as_json() | ({"text": texts} if texts else {}), indent=2))
+        print_result(True, chosen.as_json() | ({"text": texts} if texts else {}))
         # On standard error, because the layout of the JSON is fixed.
         print(f"train score: {wrong_form_line(metrics)}", file=sys.stderr)
         if released is not None:
