@@ -46,7 +46,7 @@ def test_a_head_trains_on_imported_features(
     assert features(["import", str(files), "--to", str(tmp_path / "store")]) == 0
     assert extract(["plan", *args]) == 2
     assert "there is no video network to encode others" in capsys.readouterr().err
-    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: False)
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda _: False)
     assert extract(["run", *args]) == 0
     assert "24/24 clips and 1 question stored" in (out := capsys.readouterr().out)
     assert "advice" not in out  # no clips are encoded, so encoder.dtype decides nothing

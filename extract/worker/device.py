@@ -9,7 +9,7 @@ import torch
 from egopatch.configs.schema import Config, ConfigError, EncoderConfig
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.errors import JobFailed
-from egopatch.features.common.machine import find_device, usable_gpus
+from egopatch.features.common.machine import find_device, has_bfloat16, usable_gpus
 from egopatch.features.common.os_errors import gpu_shortage
 
 EVERY_GPU = ("auto", "cuda")  # values of `encoder.device` that let workers take the GPUs in turn
@@ -38,14 +38,9 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        bfloat16 = " with bfloat16" if has_bfloat16() else ""
+        bfloat16 = " with bfloat16" if has_bfloat16(device) else ""
         name = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}{bfloat16}"
     return f"{name}, torch {torch.__version__}"
-
-
-def has_bfloat16() -> bool:
-    """Whether torch's matrix products use bfloat16 instructions of this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
@@ -96,11 +91,12 @@ def shortage_explained(encoder: EncoderConfig | None) -> Iterator[None]:
 
 
 def arithmetic_advice(config: Config, device: torch.device) -> str | None:
-    """One line of advice if another `encoder.dtype` would be far faster on `device`."""
+    """One line of advice if another `encoder.dtype` would be faster on `device`."""
     encodes = config.encoder.arch != imported.NETWORK.name
-    if encodes and device.type == "cpu" and config.encoder.dtype == "bfloat16" and not has_bfloat16():
-        return (
-            "encoder.dtype is bfloat16, but this CPU has no bfloat16 instructions, which makes encoding about 6 "
-            "times slower than float32; consider --encoder.dtype float32, which needs another store"
-        )
-    return None
+    if not encodes or config.encoder.dtype != "bfloat16" or has_bfloat16(device):
+        return None
+    name, times = ("this CPU", "about 6 times ") if device.type == "cpu" else (torch.cuda.get_device_name(device), "")
+    return (
+        f"encoder.dtype is bfloat16, but {name} has no bfloat16 instructions, which makes encoding {times}slower than "
+        "float32; consider --encoder.dtype float32, which needs another store"
+    )

@@ -96,6 +96,16 @@ def triton_fault(device: "torch.device") -> str | None:
     return None
 
 
+def has_bfloat16(device: "torch.device") -> bool:
+    """Whether `device` has instructions for matrix products in bfloat16; without them torch imitates it, slowly."""
+    import torch
+
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def limit_threads(processes: int = 1) -> None:
     """Limit torch to this process's share of the cores, if `processes` processes like it run together."""
     import torch

@@ -333,7 +333,7 @@ def test_plan_counts_files_and_shards(made: Path, bare: Path, capsys: pytest.Cap
 def test_bfloat16_without_cpu_support_prints_advice(
     supported: bool, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: supported)
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda _: supported)
     bfloat16 = options(bare, "--encoder.dtype", "bfloat16", "--encoder.device", "cpu")
     for command in (["plan", *bfloat16, "--probe", "0"], ["doctor", *bfloat16], ["run", *bfloat16, "--shard", "9/10"]):
         main(command)

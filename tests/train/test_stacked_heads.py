@@ -14,6 +14,7 @@ from egopatch.train.heads.common.noise import Dropout
 from egopatch.train.heads.psa.selection import Patches, PatchSelection
 from egopatch.train.ops.largest import largest_mask
 from egopatch.train.ops.philox import Draw
+from egopatch.train.steps import stacked_heads
 from egopatch.train.steps.loss import cross_entropy
 from egopatch.train.steps.optim import FlatParameters, build_optimiser, learning_rate
 from egopatch.train.steps.stacked_heads import StackedHeads, deterministic
@@ -332,3 +333,11 @@ def test_flat_parameters_step_like_separate_ones() -> None:
     flat.load_optimiser_state(again, expected.state_dict())
     for tensor in flat.flats:
         assert all(torch.equal(again.state[tensor][key], value) for key, value in optimiser.state[tensor].items())
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_is_bfloat16_only_on_a_gpu_that_has_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacked_heads, "has_bfloat16", lambda _: supported)
+    heads = StackedHeads.__new__(StackedHeads)
+    heads.train, heads.device = TrainConfig(), torch.device("cuda")
+    assert heads.low_precision == supported

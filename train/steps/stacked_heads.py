@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from egopatch.configs.schema import ConfigError, TrainConfig
+from egopatch.features.common.machine import has_bfloat16
 from egopatch.train.data.batch import Batch
 from egopatch.train.data.question_table import NO_CLASS
 from egopatch.train.heads import PSA, Choice, errors_kept, unwrapped
@@ -353,7 +354,7 @@ class StackedHeads:
     def low_precision(self) -> bool:
         """Whether heads compute in bfloat16."""
         dtype = self.train.dtype
-        return dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
+        return dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda" and has_bfloat16(self.device))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision)

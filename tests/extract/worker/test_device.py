@@ -2,13 +2,20 @@
 
 import platform
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from egopatch.configs.schema import ConfigError
-from egopatch.extract.worker.device import describe_machine, device_of, device_of_worker, full_float32
+from egopatch.configs.schema import Config, ConfigError, EncoderConfig
+from egopatch.extract.worker.device import (
+    arithmetic_advice,
+    describe_machine,
+    device_of,
+    device_of_worker,
+    full_float32,
+)
 
 
 def test_cuda_is_refused_and_auto_uses_the_cpu_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,11 +43,22 @@ def test_workers_rotate_over_gpus_unless_a_device_is_configured(monkeypatch: pyt
 
 
 def test_machine_description_names_the_device_and_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda: True)
+    monkeypatch.setattr("egopatch.extract.worker.device.has_bfloat16", lambda _: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
     cpu = describe_machine(torch.device("cpu"))
     assert cpu.startswith(f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()} with bfloat16, torch ")
     assert describe_machine(torch.device("cuda:1")) == f"GPU of cuda:1, torch {torch.__version__}"
+
+
+def test_a_gpu_without_bfloat16_prints_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    gpu = torch.device("cuda")
+    advice = arithmetic_advice(Config(), gpu)
+    assert advice is not None
+    assert "but Tesla T4 has no bfloat16 instructions, which makes encoding slower than float32" in advice
+    assert arithmetic_advice(Config(encoder=EncoderConfig(dtype="float32")), gpu) is None
 
 
 @pytest.fixture
