@@ -57,10 +57,20 @@ class TextNetwork:
         with shortage_explained(None):
             return encoder.to(self.device)
 
+    def require_known(self, ids: torch.Tensor, encoder: TextEncoder) -> None:
+        """Refuse another network's tokenizer, while a CPU can still say so: a GPU ends the process at such a token."""
+        if encoder.words is not None and (highest := int(ids.max())) >= encoder.words:
+            raise ConfigError(
+                f"text.model is {self.config.text.model!r}, whose tokenizer gives a text token {highest}, but the text "
+                f"network of {self.checkpoint.path} knows tokens 0 to {encoder.words - 1}; set text.model to the "
+                "tokenizer that this network was trained with"
+            )
+
     def _try_longest_text(self, encoder: TextEncoder) -> None:
         """Refuse a `text.max_length` that the network has no positions for, while a CPU can still say so."""
         length = self.config.text.max_length
         ids, mask = self.tokenizer([" ".join(["what"] * length)])
+        self.require_known(ids, encoder)
         try:
             encoder(ids, mask)
         except (IndexError, RuntimeError) as error:
@@ -118,7 +128,7 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
     loaded = find_text_network(config, network, device_of(config.encoder.device), video)
     dtype = getattr(torch, unscaled_dtype(config.store.dtype))
-    rows = _encode_text_batch(loaded.encoder, loaded.tokenizer, texts, loaded.device, dtype)
+    rows = _encode_text_batch(loaded, texts, dtype)
     return loaded.fingerprint, rows
 
 
@@ -143,7 +153,7 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
             rows: dict[str, Mapping[str, torch.Tensor]] = {}
             for start in range(0, len(uncommitted), TEXT_BATCH):
                 batch = uncommitted[start : start + TEXT_BATCH]
-                rows |= _encode_text_batch(network.encoder, network.tokenizer, batch, network.device, dtype)
+                rows |= _encode_text_batch(network, batch, dtype)
                 display.advance(len(batch))
             sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
             writer.write(EncodedShard(work, machine, rows, sources))
@@ -151,10 +161,11 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
 
 
 def _encode_text_batch(
-    encoder: TextEncoder, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device, dtype: torch.dtype
+    network: TextNetwork, texts: Sequence[str], dtype: torch.dtype
 ) -> dict[str, dict[str, torch.Tensor]]:
     # Always the same shape; `extract.worker.batch_encoder` gives the reason.
-    ids, mask = tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
+    ids, mask = network.tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
+    network.require_known(ids, network.encoder)
     with shortage_explained(None), torch.inference_mode(), full_float32():
-        states = encoder(ids.to(device), mask.to(device)).to(dtype).cpu()
+        states = network.encoder(ids.to(network.device), mask.to(network.device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}

@@ -125,6 +125,23 @@ def test_more_text_tokens_than_the_network_has_positions_for_are_refused(
     assert not (bare / "store").exists()
 
 
+@pytest.mark.parametrize("word", ["what", "the"])  # the first is also in the text by which the length is tried
+def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(
+    word: str, bare: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bare / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokens = [token for token in vocabulary if token.lstrip("Ġ") == word]
+    assert tokens
+    vocabulary |= {token: 70000 + n for n, token in enumerate(tokens)}
+    file.write_text(json.dumps(tokenizer))
+    assert main(["run", *options(bare)]) == 2
+    said = capsys.readouterr().err
+    assert "whose tokenizer gives a text token 7000" in said
+    assert "knows tokens 0 to " in said
+
+
 def test_unreadable_tokenizer_leaves_no_store_behind(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bare / "tokenizer" / "tokenizer.json").write_text("{}")
     assert main(["run", *options(bare)]) == 2

@@ -28,6 +28,12 @@ class TextEncoder(nn.Module):
         self.depth = depth
         self.eval().requires_grad_(False)
 
+    @property
+    def words(self) -> int | None:
+        """Number of different tokens that the network has a vector for; None if its model does not say."""
+        vectors = getattr(self.model, "get_input_embeddings", lambda: None)()
+        return getattr(vectors, "num_embeddings", None)
+
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts.
