@@ -141,6 +141,7 @@ def test_bad_videos_are_quarantined_and_retried(fresh: Path, capsys: pytest.Capt
     assert not open_store(fresh / "store").quarantine
 
 
+@pytest.mark.slow
 def test_two_workers_write_the_same_store(fresh: Path) -> None:
     assert main(["run", *options(fresh, "--engine.workers", "2", "--store.path", str(fresh / "two"))]) == 0
     one, two = open_store(fresh / "store"), open_store(fresh / "two")

@@ -187,6 +187,7 @@ def test_clips_of_removed_videos_are_no_longer_counted(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("store", ["mine", "stores/mine"])
+@pytest.mark.slow
 def test_a_moved_folder_is_refused_until_its_config_names_the_new_place(
     store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +214,10 @@ def test_a_moved_folder_is_refused_until_its_config_names_the_new_place(
     assert "this run encoded 1 clip" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("first", "then"), [("1", "0.5"), ("1", None), (None, "1")])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("1", "0.5"), *[pytest.param(*more, marks=pytest.mark.slow) for more in (("1", None), (None, "1"))]],
+)
 def test_clips_of_another_length_are_refused(
     first: str | None, then: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +242,7 @@ def test_clips_of_another_length_are_refused(
     assert run(first) == 0
 
 
-@pytest.mark.parametrize("repaired", [True, False])
+@pytest.mark.parametrize("repaired", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_video_that_is_repaired_or_replaced_by_a_longer_one_may_be_cut(tmp_path: Path, repaired: bool) -> None:
     """It was a single clip before; where nothing else was cut either, nothing tells the length of clips."""
     write_video(tmp_path / "a.mp4", frames=5)

@@ -144,6 +144,7 @@ def test_a_listing_that_breaks_off_is_requested_again(environment: str, monkeypa
             bucket.listing("ledger")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[float] = []
 

@@ -51,7 +51,8 @@ def trace(config: Config, experiment: Experiment, padded: bool, seeds: tuple[int
 
 @pytest.mark.parametrize("options", [
     {}, {"head_name": "egovlp"}, {"head_name": "question-only"}, {"head_name": "attention"},
-    {"train_label_smoothing": 0.1}, {"train_contrast": 1.0, "data_paraphrases": True},
+    {"train_label_smoothing": 0.1},
+    pytest.param({"train_contrast": 1.0, "data_paraphrases": True}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_padding_changes_no_loss(tiny: Config, options: dict[str, object]) -> None:
     config = with_run(tiny, "padded", train_ema=0.9, **options)

@@ -81,6 +81,7 @@ def test_an_edited_card_opens_a_head_or_is_refused(run: Path) -> None:
     assert refused(run / "card.json", 2, read, RunError) > 100
 
 
+@pytest.mark.slow
 def test_table_and_report_read_an_edited_card_or_name_the_fault(run: Path) -> None:
     write_run(run.parent, "good", model="egovlp")
 

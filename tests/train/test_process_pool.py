@@ -47,6 +47,7 @@ def test_a_process_that_cannot_train_in_forked_ones_says_so(monkeypatch: pytest.
     assert not can_fork()
 
 
+@pytest.mark.slow
 def test_forked_processes_train_if_can_fork_says_so_also_after_a_compilation() -> None:
     """Whether they do depends on torch: its CPU builds train in them, its CUDA builds refuse."""
     program = """if True:

@@ -58,6 +58,7 @@ def test_each_seed_of_a_sweep_trains_as_in_a_separate_run(tiny: Config) -> None:
         np.testing.assert_allclose(losses(path.parent / f"seed-{seed}"), losses(alone.run.dir), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_read_the_features_once(tiny: Config) -> None:
     one = json.loads(run_sweep(tiny, ratios=[0.5], name="one").read_text())
     many = json.loads(run_sweep(tiny, ratios=[0.1, 0.5], seeds=[0, 1], name="many").read_text())

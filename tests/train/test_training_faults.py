@@ -68,7 +68,7 @@ def test_weights_that_are_not_finite_are_never_the_best(tiny: Config) -> None:
     assert not (tiny.run.dir / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize(("ema", "read_together"), [(0.0, 1), (0.9, 5)])
+@pytest.mark.parametrize(("ema", "read_together"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.9, 5)])
 def test_a_failed_run_of_a_stack_does_not_affect_the_others(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, ema: float, read_together: int
 ) -> None:

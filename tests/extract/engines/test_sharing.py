@@ -91,7 +91,7 @@ def test_children_of_a_worker_can_be_stopped() -> None:
     assert code == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.parametrize("to_all", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_signalled_workers_finish_the_work_they_started(to_all: bool, tmp_path: Path) -> None:
     """Whether a scheduler signals all processes or only the job's first; a worker that has finished does not matter."""
 

@@ -123,6 +123,7 @@ def name_or_die(clip: Clip, *_: object) -> str:
     return clip.clip_id
 
 
+@pytest.mark.slow
 def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     schedule = ProcessPool.schedule

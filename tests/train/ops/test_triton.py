@@ -165,6 +165,7 @@ def test_a_gpu_that_cannot_run_the_kernels_runs_the_reference(monkeypatch: pytes
     assert plan.choose_implementation(tokens, torch.float32, "auto") == ("reference", "no compiler for cuda:0")
 
 
+@pytest.mark.slow
 def test_the_reference_needs_no_triton() -> None:
     arguments = (
         "torch.ones(1, 1, 4, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 1, 16), torch.ones(2, 16),"
