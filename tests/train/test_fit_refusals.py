@@ -1,6 +1,7 @@
 """What training and evaluation refuse: other settings, other features, damaged files."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.features import FingerprintMismatch, StoreError
 from egopatch.features.tools.derive import derive
+from egopatch.features.values.spec import keep_count
 from egopatch.train.__main__ import main
 from egopatch.train.fitting.experiment import pick_device
 from egopatch.train.fitting.fit import evaluate, fit
@@ -29,6 +31,16 @@ def test_a_refused_head_leaves_the_folder_to_the_corrected_one(tiny: Config, tmp
         # The folder of a run that was trained stays its own.
         with pytest.raises(ConfigError, match=r"holds a run with different settings"):
             train(with_run(small, "psa", head_ratio=0.25, train_epochs=2), "x")
+
+
+def test_the_ratio_that_a_refusal_suggests_is_accepted(tiny: Config, tmp_path: Path) -> None:
+    derive(tiny.store.path, tmp_path / "small", keep=0.4)
+    small = with_run(tiny, "psa", store_path=tmp_path / "small", train_epochs=1, head_coarse=False)
+    with pytest.raises(ConfigError, match=r"keeps 6 of 12 .* the store has 5; use a ratio of at most") as refused:
+        fit(with_run(small, "psa", head_ratio=0.5), "x")
+    suggested = float(re.findall(r"at most ([0-9.]+)", str(refused.value))[0])
+    assert keep_count(suggested, 12) == 5
+    fit(with_run(small, "psa", head_ratio=suggested), "x")
 
 
 def test_an_unwritable_run_folder_names_its_option(

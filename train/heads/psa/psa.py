@@ -10,6 +10,7 @@ encoder's space and time embeddings; positions enter again as a learned spatial 
 the coarse patches, and as embeddings of the frames.
 """
 
+import decimal
 import math
 
 import torch
@@ -302,9 +303,11 @@ def _patches_kept(config: HeadConfig, sizes: Sizes) -> int:
     whole = sizes.grid[0] * sizes.grid[1]
     k = whole if "all" in config.scores else keep_count(config.ratio, whole)
     if k > sizes.patches:
+        # Rounded down: a ratio that is only a little above the store's share keeps one patch more.
+        most = decimal.Context(prec=3, rounding=decimal.ROUND_DOWN).divide(sizes.patches, whole)
         raise ConfigError(
             f"head.ratio {config.ratio:g} with head.scores {', '.join(config.scores)} keeps {k} of {whole} patches a "
-            f"frame, but the store has {sizes.patches}; use a ratio of at most {sizes.patches / whole:.2g}, or the "
+            f"frame, but the store has {sizes.patches}; use a ratio of at most {most}, or the "
             "store that this one was derived from"
         )
     if config.coarse and sizes.patches < whole:
