@@ -19,8 +19,9 @@ _MOST_PATCHES = 2**15
 def derive(path: Location | str, to: Location | str, keep: float, on_clips: OnProgress | None = None) -> Store:
     """Keep the ceil(keep N) patches of each frame with the largest saliency, the largest first, ties to the lowest n.
 
-    Selection by saliency at a ratio up to `keep` therefore picks the same patches as in the full store. `positions`
-    has each patch's index in the full grid; the fingerprint names the full store's. The text substore is copied, too.
+    Selection of the most salient patches, at a ratio up to `keep`, therefore picks the same as in the full store.
+    `positions` has each patch's index in the full grid; the fingerprint names the full store's. The text substore is
+    copied, too.
 
     Raises:
         StoreError: `keep` is out of range, or `path` is not a full store of clips.
