@@ -341,6 +341,7 @@ class TrainConfig:
             than to its counterfactual's. It needs `data.paraphrases`, and makes a step three times as long; 0 turns it
             off.
         ema: Decay of the averaged weights that are evaluated and saved, such as 0.99; 0 uses the weights themselves.
+            The average starts at the initial weights, so train for several times 1 / (1 - `ema`) steps.
         patience: Epochs without a better result on val before training stops; `null` trains all epochs.
         seed: Seed of the initialisation, the order of clips and dropout.
         dtype: Arithmetic of the head; `auto` is bfloat16 autocast if that is faster on the device.
