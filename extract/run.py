@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from egopatch.extract.worker.job_stats import JobStats, record_job
 from egopatch.extract.worker.pipeline import Target, fill_stores
 from egopatch.features import ShardOwned, ShardWork, Store, StoreError, create_store, open_store
 from egopatch.features.common.machine import limit_threads
+from egopatch.features.common.os_errors import NOT_ALLOWED
 from egopatch.features.common.progress import ProgressDisplay
 from egopatch.features.common.units import counted
 from egopatch.features.state.counts import read_ledger
@@ -250,7 +250,9 @@ class _OpenedStore:
             stats = stats if clips_left else dataclasses.replace(stats, skipped=())
             try:
                 record_job(config, stats)
-            except PermissionError as error:  # all clips are in the store, which users may share
+            except OSError as error:  # all clips are in the store, which users may share, or which is its own mount
+                if error.errno not in NOT_ALLOWED:
+                    raise
                 print(f"note: {error.filename}: {error.strerror}; no forecast knows the times of this job", flush=True)
         catalog = store.catalog
         # A store may also have clips that the annotations no longer name.
@@ -310,18 +312,23 @@ def _count(works: Sequence[ShardWork]) -> int:
 
 def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str) -> list[ShardWork]:
     """If `wait`, wait until one of `works` can be leased, and return those that are then still missing; else none."""
-    announced = False
+    announced = ""
     while wait:
         store.catalog.refresh()
         works = still_missing(works, store)
+        held = ""
         for work in works:
-            with suppress(ShardOwned), store.lease(work.shard):
-                return works
+            try:
+                with store.lease(work.shard):
+                    return works
+            except ShardOwned as error:
+                held = held or str(error)
         if not works:
             return []
-        if not announced:
-            print(f"waiting for {counted(_count(works), unit)} in shards that other processes hold", flush=True)
-            announced = True
+        if held != announced:  # its holder may be a machine that is gone, which would never release it
+            about = f"waiting for {counted(_count(works), unit)} in shards that other processes hold"
+            print(f"{about}; {held}", flush=True)
+            announced = held
         time.sleep(WAIT_POLL_S)
     return []
 

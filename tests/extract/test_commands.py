@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -344,15 +345,17 @@ def test_bfloat16_without_cpu_support_prints_advice(
     assert "--encoder.dtype" not in capsys.readouterr().out
 
 
-def test_statistics_of_another_user_do_not_fail_a_finished_job(
-    bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_statistics_that_cannot_be_written_do_not_fail_a_finished_job(
+    number: int, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "store.jobs.jsonl")
+        raise OSError(number, os.strerror(number), "store.jobs.jsonl")
 
     monkeypatch.setattr("egopatch.extract.run.record_job", refuse)
     assert main(["run", *options(bare)]) == 0
-    assert "note: store.jobs.jsonl: Permission denied; no forecast knows the times" in capsys.readouterr().out
+    note = f"note: store.jobs.jsonl: {os.strerror(number)}; no forecast knows the times"
+    assert note in capsys.readouterr().out
 
 
 def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
