@@ -1,5 +1,7 @@
 """Handles Ctrl-C while a program imports its modules: one line and the exit code of an interrupt, not a traceback.
 
+A job that schedulers start handles their signals there too. On a shared file system, imports may take half a minute.
+
 It imports nothing from the package, so that it is ready before the first slow import. Python 3.8 can read it.
 """
 
@@ -11,7 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130  # exit code of a command that a signal interrupted
+# sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
+REQUEUE = 75
+# The last one comes when the terminal of a job closes, or its connection to a server breaks.
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PROGRAMS = ("egopatch", "extract", "features", "train")
+# Program -> the commands that schedulers start, and start again.
+JOBS = {"extract": ("run", "retry", "videos"), "train": ("fit", "sweep")}
+
+
+class Requeue(BaseException):
+    """The scheduler wants the machine back.
+
+    A BaseException, so that `except Exception` does not treat it as a failure.
+    """
 
 
 def end_on_interrupt() -> None:
@@ -38,19 +53,35 @@ def exit_code_of_interrupt() -> int:
 
 @contextmanager
 def interrupts_in_one_line(program: str) -> Iterator[None]:
-    """Let Ctrl-C within the block end `program` in one line.
+    """Let Ctrl-C within the block end `program` in one line, and a scheduler's signal likewise if it runs a job.
 
     Raises:
-        SystemExit: The user interrupted the block; the exit code is `INTERRUPTED`.
+        SystemExit: A signal interrupted the block; the exit code is `INTERRUPTED`, or `REQUEUE` for a scheduler's.
     """
-    ends_at_once = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    numbers = (signal.SIGINT, *(SCHEDULER_SIGNALS if _runs_job(program) else ()))
+    # Other handlers stay; `nohup`, for instance, has SIGHUP ignored.
+    ending = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     try:
-        if ends_at_once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ending:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _requeue)
         yield
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(exit_code_of_interrupt()) from None
+    except Requeue as notice:
+        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(REQUEUE) from None
     finally:
-        if ends_at_once:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _runs_job(program: str) -> bool:
+    """Whether this process was started as `program` with one of `JOBS`; a child process has another command line."""
+    args = sys.argv[1:] if program == "egopatch" else [program, *sys.argv[1:]]
+    started = sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:]
+    return started and len(args) > 1 and args[1] in JOBS.get(args[0], ())
+
+
+def _requeue(number: int, _: object) -> None:
+    raise Requeue(signal.Signals(number).name)

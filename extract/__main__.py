@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
-from egopatch.interrupt import interrupts_in_one_line
+from egopatch.interrupt import JOBS, interrupts_in_one_line
 
 with interrupts_in_one_line("extract"):
     from egopatch.configs.command_line import StageParser
@@ -34,7 +34,6 @@ COMMANDS = {
     "synth": "render EgoSynth, a synthetic data set in EgoTaskQA's layout",
     "checkpoint": "inspect or convert a checkpoint file",
 }
-JOBS = ("run", "retry", "videos")  # commands that schedulers start, and start again
 INPUTS = ("checkpoint", "data", "frames", "standin", "synth")
 
 
@@ -58,7 +57,7 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        with requeue_on_signals() if name in JOBS else nullcontext():
+        with requeue_on_signals() if name in JOBS["extract"] else nullcontext():
             return int(load_command(name).main(parser, args[1:], **retry))
 
     return run_command(

@@ -69,6 +69,33 @@ def test_interrupt_during_imports_prints_one_line(program: str, module: str) -> 
     assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
 
 
+@pytest.mark.parametrize(
+    ("program", "command", "code"),
+    [
+        ("egopatch", ("extract", "run"), 75),
+        ("extract", ("retry",), 75),
+        ("train", ("sweep",), 75),
+        ("extract", ("plan",), -signal.SIGUSR1),
+        ("egopatch", ("train", "table"), -signal.SIGUSR1),
+    ],
+)
+def test_a_schedulers_signal_during_imports_requests_a_requeue_of_jobs(
+    program: str, command: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    module = "egopatch.features.common.command_line"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Signalling:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "sys.meta_path.insert(0, Signalling())\n"
+    )
+    done = run(sys.executable, "-m", program, *command, "--config", "a.yaml", cwd=ROOT, path=tmp_path)
+    line = f"{program}: interrupted by SIGUSR1; run the same command again to resume\n"
+    assert (done.returncode, done.stderr) == (code, line if code == 75 else "")
+
+
 # Python imports it before everything else.
 INTERRUPTING_SITE = """
 import os, signal, sys

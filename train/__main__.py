@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
-from egopatch.interrupt import interrupts_in_one_line
+from egopatch.interrupt import JOBS, interrupts_in_one_line
 
 with interrupts_in_one_line("train"):
     from egopatch.configs.command_line import StageParser
@@ -33,7 +33,6 @@ COMMANDS = {
     "publish": "write a folder with a head and its store, ready to upload",
     "bench": "run a benchmark script: bench NAME [its options]",
 }
-JOBS = ("fit", "sweep")  # schedulers start these, and restart them
 
 
 def main(args: Sequence[str] | None = None, program: str = "train") -> int:
@@ -52,7 +51,7 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        with requeue_on_signals() if name in JOBS else nullcontext(), experiment_named(args[1:]):
+        with requeue_on_signals() if name in JOBS["train"] else nullcontext(), experiment_named(args[1:]):
             return int(load_command(name).main(parser, args[1:]))
 
     return run_command(

@@ -9,17 +9,9 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-# sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
-REQUEUE = 75
-# The last one comes when the terminal of a job closes, or its connection to a server breaks.
-SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-class Requeue(BaseException):
-    """The scheduler wants the machine back.
-
-    A BaseException, so that `except Exception` does not treat it as a failure.
-    """
+from egopatch.interrupt import REQUEUE as REQUEUE
+from egopatch.interrupt import SCHEDULER_SIGNALS as SCHEDULER_SIGNALS
+from egopatch.interrupt import Requeue as Requeue
 
 
 @contextmanager
