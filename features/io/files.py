@@ -87,9 +87,12 @@ def make_folder(folder: Path) -> None:
 
 
 def rename_into_place(source: Path, target: Path) -> None:
-    """Rename `source`, already synced, to `target` in one step."""
+    """Rename `source`, already synced, to `target` in one step; an OSError of that names `target`."""
     make_folder(target.parent)
-    source.replace(target)
+    try:
+        source.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     sync_folder(target.parent)
 
 

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 
 from egopatch.features import Store, StoreError, create_store, open_store
-from egopatch.features.io.files import SummedFile, crc32c, locked, replacing, size_and_crc, size_and_crc_of_file
+from egopatch.features.io.files import (
+    SummedFile,
+    crc32c,
+    locked,
+    rename_into_place,
+    replacing,
+    size_and_crc,
+    size_and_crc_of_file,
+)
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
@@ -78,6 +86,15 @@ def test_write_errors_name_the_file_rather_than_the_temporary_one(tmp_path: Path
         with pytest.raises(OSError, match="No space left") as caught:
             fail(kind, with_name)
         assert caught.value.filename == str(path)
+
+
+def test_an_error_of_renaming_names_the_place_of_the_file(tmp_path: Path) -> None:
+    """The file itself lies in a temporary folder, which is removed before the user can look at it."""
+    (tmp_path / "staged").write_bytes(b"x")
+    (tmp_path / "place").mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        rename_into_place(tmp_path / "staged", tmp_path / "place")
+    assert raised.value.filename == str(tmp_path / "place")
 
 
 @pytest.mark.parametrize(
