@@ -32,6 +32,7 @@ from egopatch.features.state.counts import read_ledger
 from egopatch.features.values.location import parse_location
 
 WAIT_POLL_S = 1.0
+WAIT_ANNOUNCE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ def _count(works: Sequence[ShardWork]) -> int:
 
 def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str) -> list[ShardWork]:
     """If `wait`, wait until one of `works` can be leased, and return those that are then still missing; else none."""
-    announced = ""
+    announce_at = time.monotonic()
     while wait:
         store.catalog.refresh()
         works = still_missing(works, store)
@@ -325,10 +326,11 @@ def _left_by_others(store: Store, works: list[ShardWork], wait: bool, unit: str)
                 held = held or str(error)
         if not works:
             return []
-        if held != announced:  # its holder may be a machine that is gone, which would never release it
+        # Again and again, because the last holder may be a machine that is gone, which releases nothing.
+        if time.monotonic() >= announce_at:
             about = f"waiting for {counted(_count(works), unit)} in shards that other processes hold"
             print(f"{about}; {held}", flush=True)
-            announced = held
+            announce_at += WAIT_ANNOUNCE_S
         time.sleep(WAIT_POLL_S)
     return []
 
