@@ -110,8 +110,9 @@ class VideoConfig:
         decoder: `pyav`; or `decord`, whose frames are compared with PyAV's: a clip takes the time of both, and is
             quarantined if they differ. Both give the same frames, so a store may have clips from either. `nvdec`
             decodes on the GPU, for large videos, and is part of the fingerprint.
-        timeout_s: Seconds of decoding after which a decoder process is killed and its clip quarantined. Reading a long
-            file through, which is done once for all its clips, may take one more second for every 4 MB.
+        timeout_s: Seconds of decoding after which a decoder process is killed; its clip is tried once more, and then
+            quarantined. Reading a long file through, which is done once for all its clips, may take one more second
+            for every 4 MB.
         memory_gb: Memory growth in GiB at which a decoder process is killed and its clip quarantined.
     """
 

@@ -102,8 +102,8 @@ class DecodePool(Generic[Prepared]):
         Args:
             clips: The clips.
             ahead: That number; by default two for each child, one in progress, and one finished or waiting.
-            together: Largest number of quick clips that a child gets at a time; see `slots_for`. A clip whose child is
-                killed may hold up the clips after it twice as long, since it is tried again alone.
+            together: Largest number of quick clips that a child gets at a time; see `slots_for`. A clip that is tried
+                again holds up the clips after it.
 
         The slots of clips that were decoded but not taken are lost: take all results, or close the pool.
         """
@@ -122,27 +122,27 @@ class DecodePool(Generic[Prepared]):
                 return
             task, results = tasks.popleft(), []
             outcome = self._result_of(task)
+            if outcome is None:
+                tasks.extendleft(
+                    self._schedule([clip], [slot], again=True)
+                    for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
+                )
+                continue
             if isinstance(outcome, _TaskResult):
                 clip_s += (outcome.seconds / len(task.clips) - clip_s) / AVERAGED_TASKS
                 results = [
                     self._received(result, slot) for result, slot in zip(outcome.results, task.slots, strict=True)
                 ]
-            elif len(task.clips) == 1:
+            else:
                 results = [self._received(outcome, task.slots[0])]
-            else:  # trying each clip alone shows which one it was
-                tasks.extendleft(
-                    self._schedule([clip], [slot])
-                    for clip, slot in zip(reversed(task.clips), reversed(task.slots), strict=True)
-                )
-                continue
             unfinished -= len(task.clips)
 
     def _submit(self, clips: list[Clip]) -> "_Task":
         return self._schedule(clips, [self._slots.take() if self._slots else None for _ in clips])
 
-    def _schedule(self, clips: list[Clip], slots: list[int | None]) -> "_Task":
+    def _schedule(self, clips: list[Clip], slots: list[int | None], again: bool = False) -> "_Task":
         future = self._children.schedule(_attempt_all, self._prepare, clips, self._video, self._shared.path, slots)
-        return _Task(clips, slots, future)
+        return _Task(clips, slots, future, again)
 
     def _received(self, result: object, slot: int | None) -> Prepared | UndecodedClip:
         slots = self._slots
@@ -152,8 +152,8 @@ class DecodePool(Generic[Prepared]):
             slots.give_back(slot)  # the child has ended or reported its error, so it no longer writes
         return result  # type: ignore[return-value]
 
-    def _result_of(self, task: "_Task") -> "_TaskResult | UndecodedClip":
-        """The result of a task; if its child was killed, that of its first clip, which is right if it has no other.
+    def _result_of(self, task: "_Task") -> "_TaskResult | UndecodedClip | None":
+        """The result of a task, or of its only clip if its child was killed; None if its clips are to be tried again.
 
         Raises:
             ChildProcessError: No child can be started.
@@ -161,7 +161,12 @@ class DecodePool(Generic[Prepared]):
         try:
             return task.future.result()
         except ProcessExpired as error:
-            clip = task.clips[0]
+            if len(task.clips) > 1:  # trying each clip alone shows which one it was
+                return None
+            # The time of a job that is suspended, by Ctrl-Z or a scheduler, and of one that waits for a disk, runs on.
+            if error.exitcode == OUT_OF_TIME and not task.again:
+                return None
+            (clip,) = task.clips
             if error.exitcode == OUT_OF_MEMORY:
                 return UndecodedClip(clip, _too_large(clip, self._video))
             if error.exitcode == OUT_OF_TIME:
@@ -191,11 +196,12 @@ def slots_for(clips: int, workers: int) -> int:
 
 @dataclass(frozen=True)
 class _Task:
-    """Clips that a child has or will get, and the slots for their frames."""
+    """Clips that a child has or will get, the slots for their frames, and whether this is their second try."""
 
     clips: list[Clip]
     slots: list[int | None]
     future: ProcessFuture
+    again: bool
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,25 @@ def _open_files() -> int:
     return psutil.Process().num_fds()
 
 
+def wait_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
+    """The first child to get a clip waits in it."""
+    begun = clip.video.with_name("begun")
+    if not begun.exists():
+        begun.touch()
+        time.sleep(1)
+    return cut_clip(clip, video, cache)
+
+
+def be_suspended(video: Path) -> None:
+    """Be suspended in the middle of a clip for longer than it may take; print what became of the clips."""
+    from tests.extract.feed import children  # by its full name, which the child knows
+
+    config = VideoConfig(frames=2, size=32, timeout_s=4)
+    with DecodePool(config, 1, children.wait_or_prepare, SharedSlots(5, 1 << 20, "frames", "")) as pool:
+        for result in pool.map([Clip(str(i), video) for i in range(2)]):
+            print(getattr(result, "reason", "decoded"), flush=True)
+
+
 def wait_for_the_end(video: Path) -> None:
     """Have children with slots, print their numbers, and wait to be killed."""
     with DecodePool(VideoConfig(frames=2, size=32), 2, cut_clip, SharedSlots(5, 1 << 20, "frames", "")) as pool:

@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -23,6 +25,7 @@ from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slot
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.indexing.cache import VideoCache
 from tests.extract.feed.prepared import prepare_clip
+from tests.extract.job import wait_until
 from tests.extract.video.videos import write_video
 
 SMALL = VideoConfig(frames=2, size=32)
@@ -204,6 +207,24 @@ def test_failing_or_killed_child_fails_only_its_clip(reasons: dict[Callable[[], 
             assert bad.seconds == video.timeout_s
         elif reasons is FAILED:
             assert bad.seconds > 0
+
+
+@pytest.mark.slow
+def test_a_clip_that_ran_out_of_time_while_the_job_was_suspended_is_tried_again(tmp_path: Path) -> None:
+    """After Ctrl-Z and `fg`, or a scheduler's suspension; the child's alarm runs on meanwhile."""
+    video = write_video(tmp_path / "a.mp4")
+    program = (sys.executable, "-m", "tests.extract.feed.children", "be_suspended", str(video))
+    job = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_until((tmp_path / "begun").exists)
+        os.killpg(job.pid, signal.SIGSTOP)
+        time.sleep(5)
+        os.killpg(job.pid, signal.SIGCONT)
+        out, _ = job.communicate(timeout=90)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert out.splitlines() == ["decoded", "decoded"]
 
 
 def find_the_disk_full(clip: Clip, *_: object) -> None:
