@@ -102,7 +102,8 @@ def test_an_unknown_licence_is_refused(run: Config, tmp_path: Path, capsys: pyte
     assert publish(run, tmp_path / "upload") == 2
     assert capsys.readouterr().err == (
         "train publish: error: no licence is known for data: jsonl; find out whether you may publish what was made "
-        "from it, then state the terms of each with --terms 'NAME: LICENCE'; NAME is any part of a name listed above\n"
+        "from it, then state the terms of each with a --terms 'NAME: LICENCE' of its own; NAME is any part of a name "
+        "listed above\n"
     )
     assert not (tmp_path / "upload").exists()
 

@@ -65,7 +65,8 @@ def publish(config: Config, to: Path, terms: Sequence[str] = (), head_only: bool
     if unknown := [what for what, licence in stated.items() if not licence]:
         raise ConfigError(
             f"no licence is known for {'; '.join(unknown)}; find out whether you may publish what was made from it, "
-            "then state the terms of each with --terms 'NAME: LICENCE'; NAME is any part of a name listed above"
+            "then state the terms of each with a --terms 'NAME: LICENCE' of its own; NAME is any part of a name listed "
+            "above"
         )
     found = tuple(dataclasses.replace(origin, terms=origin.terms or stated[origin.what]) for origin in found)
     head = to / "head"
