@@ -30,9 +30,10 @@ class TextEncoder(nn.Module):
 
     @property
     def words(self) -> int | None:
-        """Number of different tokens that the network has a vector for; None if its model does not say."""
-        vectors = getattr(self.model, "get_input_embeddings", lambda: None)()
-        return getattr(vectors, "num_embeddings", None)
+        """Number of different tokens that the network has a vector for; None if it does not say."""
+        # A network of another package need not be a model of transformers, nor have a `model` at all.
+        vectors_of = getattr(getattr(self, "model", None), "get_input_embeddings", None)
+        return getattr(vectors_of(), "num_embeddings", None) if vectors_of else None
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
