@@ -441,7 +441,7 @@ def test_refresh_waits_for_a_held_shard_and_encodes_the_rest(
     change(root, lambda clips: clips[2].update(start_s=0.25))  # c2, in shard 1
     with ExitStack() as held:
         held.enter_context(file_lease.hold(root / "store", 0))
-        monkeypatch.setattr(run_module, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
+        monkeypatch.setattr(run_module, "time", SimpleNamespace(sleep=lambda _: held.close(), monotonic=lambda: 0.0))
         assert extract(["run", *options(root, "--refresh", "--wait")]) == 0
     out = capsys.readouterr().out
     assert "waiting for 1 clip in shards that other processes hold" in out

@@ -144,7 +144,7 @@ def test_retry_reports_and_waits_for_the_shards_of_other_jobs(
         assert capsys.readouterr().err.startswith(
             "extract retry: 1 clip and 0 questions are left, in shards that other"
         )
-        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: held.close()))
+        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda _: held.close(), monotonic=lambda: 0.0))
         assert main(["retry", *options(bare), "--wait"]) == 0
     assert "waiting for 1 clip in shards that other processes hold" in capsys.readouterr().out
     assert not open_store(bare / "store").quarantine
@@ -160,7 +160,7 @@ def test_waiting_job_encodes_shards_that_others_release(
         clips.enter_context(file_lease.hold(store, 2))
         texts.enter_context(file_lease.hold(store / "text", 0))
         releases = iter([texts.close, clips.close])
-        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda seconds: next(releases)()))
+        monkeypatch.setattr(run, "time", SimpleNamespace(sleep=lambda _: next(releases)(), monotonic=lambda: 0.0))
         assert main(["run", *options(begun, "--engine.workers", workers), "--wait"]) == 0
     waits = [line for line in capsys.readouterr().out.splitlines() if line.startswith("waiting for")]
     assert [line.split()[3] for line in waits] == ["questions", "clips"]
