@@ -30,10 +30,11 @@ from egopatch.extract.encoders import find_network, load_video_encoder  # noqa: 
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
 from egopatch.extract.feed.pool import decoder_count  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM  # noqa: E402
-from egopatch.extract.worker.device import device_of, has_bfloat16  # noqa: E402
+from egopatch.extract.worker.device import device_of  # noqa: E402
 from egopatch.extract.worker.job import ExtractionJob  # noqa: E402
 from egopatch.extract.worker.pipeline import encode_shards  # noqa: E402
 from egopatch.features import Fingerprint, StoreSpec, create_store  # noqa: E402
+from egopatch.features.common.machine import has_bfloat16  # noqa: E402
 
 
 def encoder_alone(job: ExtractionJob, prepared: list[PreparedClip], clips: int) -> float:
@@ -114,8 +115,8 @@ def main() -> int:
     options = parser.parse_args()
     quick = {"clips": 8, "depth": 1, "frames": 4, "shard": 4} if options.quick else {}
     given = argparse.Namespace(**{**vars(options), **quick})
-    fast = torch.cuda.is_available() or has_bfloat16()
-    dtype = ("bfloat16" if fast else "float32") if given.dtype == "auto" else given.dtype
+    fastest = "bfloat16" if has_bfloat16(device_of("auto")) else "float32"
+    dtype = fastest if given.dtype == "auto" else given.dtype
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             video=VideoConfig(frames=given.frames, size=GRID * PATCH),
