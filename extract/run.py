@@ -75,7 +75,7 @@ def extract_features(job: ExtractionJob, wait: bool = False) -> ExtractionResult
     """Encode everything that is missing from the store of a resolved config; otherwise as `extract_together`."""
     limit_threads()
     _require_one_gpu(job.config)
-    return _extract([job], wait=wait)[0]
+    return _extract([job], retry=False, job_slice=ALL_SHARDS, refresh=False, wait=wait)[0]
 
 
 def extract_together(
@@ -110,11 +110,7 @@ def extract_together(
 
 
 def _extract(
-    jobs: Sequence[ExtractionJob],
-    retry: bool = False,
-    job_slice: Slice = ALL_SHARDS,
-    refresh: bool = False,
-    wait: bool = False,
+    jobs: Sequence[ExtractionJob], retry: bool, job_slice: Slice, refresh: bool, wait: bool
 ) -> list[ExtractionResult]:
     for job in jobs:
         if job.frames_line is not None:

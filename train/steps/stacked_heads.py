@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -350,7 +350,7 @@ class StackedHeads:
             gradient *= factor[:, None]
         return norms
 
-    @property
+    @cached_property  # every step asks
     def low_precision(self) -> bool:
         """Whether heads compute in bfloat16."""
         dtype = self.train.dtype

@@ -57,7 +57,9 @@ def test_a_gpu_without_bfloat16_prints_advice(monkeypatch: pytest.MonkeyPatch) -
     gpu = torch.device("cuda")
     advice = arithmetic_advice(Config(), gpu)
     assert advice is not None
-    assert "but Tesla T4 has no bfloat16 instructions, which makes encoding slower than float32" in advice
+    assert (
+        "but Tesla T4 has no bfloat16 instructions, so torch imitates them; consider --encoder.dtype float32" in advice
+    )
     assert arithmetic_advice(Config(encoder=EncoderConfig(dtype="float32")), gpu) is None
 
 
