@@ -28,13 +28,13 @@ class Stages:
         start_s: Time until the first clip was decoded, including the start of the child processes.
         decode_s: Decoding time of all children, in parallel with the encoder, without that of clips that failed.
         wait_decode_s: Time for which the encoder waited for clips after the first.
-        encode_s: Encoding time.
+        encode_s: Time that the worker's main thread spent on starting batches and on waiting for them.
         write_s: Writing time of the store's thread, in parallel with the encoder.
         wait_write_s: Time for which the encoder waited for the disk.
         decoders_s: Decoding time of all children, also of clips that failed, divided by the number of children.
         handover_s: Time that the worker's main thread spent on taking frames from the children.
-        busy_s: Time for which the encoder computed, as `BatchEncoder.busy_s`; less than `encode_s` if part of that is
-            waiting.
+        busy_s: Time for which the encoder computed, as `BatchEncoder.busy_s`; more than `encode_s` if it did so while
+            the main thread waited for something else, such as another encoder of the same job.
     """
 
     total_s: float = 0.0
@@ -62,9 +62,10 @@ class Stages:
             return f"{seconds / max(self.total_s, 1e-9):.1%}"
 
         return (
-            f"of {self.total_s:.1f} s: encoding {share(self.encode_s)}, starting {self.starting:.1%}, waiting for"
-            f" decoders {share(self.wait_decode_s)}, for the disk {share(self.wait_write_s)};"
-            f" in parallel: decoding {self.decode_s:.1f} s, writing {self.write_s:.1f} s"
+            f"of {self.total_s:.1f} s: starting {self.starting:.1%}, waiting for the encoder"
+            f" {share(self.encode_s)}, for decoders {share(self.wait_decode_s)}, for the disk"
+            f" {share(self.wait_write_s)}; in parallel: decoding {self.decode_s:.1f} s,"
+            f" encoding {self.busy_s:.1f} s, writing {self.write_s:.1f} s"
         )
 
 

@@ -362,8 +362,10 @@ def test_time_per_stage_is_printed_and_recorded(bare: Path, capsys: pytest.Captu
     assert main(["run", *options(bare)]) == 0
     out = capsys.readouterr().out
     (line,) = (line for line in out.splitlines() if line.startswith("time: "))
-    for stage in ("encoding", "starting", "waiting for decoders", "for the disk", "decoding", "writing"):
-        assert stage in line
+    for wait in ("starting", "waiting for the encoder", "for decoders", "for the disk"):
+        assert f"{wait} " in line
+    for stage in ("decoding", "encoding", "writing"):
+        assert f"{stage} " in line.partition("in parallel: ")[2]
     (job,) = map(json.loads, jobs_path(bare / "store").read_text().splitlines())
     assert job["committed"] == CLIPS
     stages = job["stages"]

@@ -317,4 +317,4 @@ def test_statistics_add_up() -> None:
     two = one + JobStats(3, 4, ("b",), Stages(total_s=3.0, encode_s=2.5), 2, {"d": 1.5})
     assert two == JobStats(4, 6, ("a", "b"), Stages(total_s=4.0, encode_s=3.0), 3, {"c": 0.5, "d": 1.5})
     assert two.timed == 1
-    assert "of 4.0 s: encoding 75.0%" in str(two.stages)
+    assert "of 4.0 s: starting 0.0%, waiting for the encoder 75.0%, " in str(two.stages)
