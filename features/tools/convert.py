@@ -1,6 +1,6 @@
 """Copying a store to another format, dtype, shard size or codec."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from egopatch.features.formats.interface import CODECS
 from egopatch.features.formats.registry import format_named
+from egopatch.features.state.ledger import Provenance
 from egopatch.features.state.quarantine import Failure
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.create import create_store
@@ -90,28 +91,39 @@ def copy_store(
     for work in target.missing_shards(replace=again):
         ids = [name for name in work.ids if name in origins]
         rows: dict[str, dict[str, Tensor]] = {}
+        made_of: dict[str, Provenance] = {}
         if ids:
-            arrays = change(source.read_arrays(ids, torch.float32 if decoded else None))
+            stored, made_of = _read_with_provenance(source, ids, torch.float32 if decoded else None)
+            arrays = change(stored)
             rows = {name: {array: values[index] for array, values in arrays.items()} for index, name in enumerate(ids)}
         failures = {
             name: Failure(quarantined[name].reason, quarantined[name].traceback)
             for name in work.ids
             if name in quarantined
         }
-        known = {name: origin for name in ids if (origin := origins[name]) is not None}
-        machines = {name: source.catalog.ledger.clips[name].machine_of(name) for name in ids}
         target.write_shard(
             work.shard,
             rows=rows,
-            sources=source.sources(ids),
+            sources={name: row.source for name, row in made_of.items()},
             failures=failures,
-            origins=known,
+            origins={name: row.origin for name, row in made_of.items() if row.origin is not None},
             replaces=work.replaces,
-            machines=machines,
+            machines={name: row.machine for name, row in made_of.items()},
         )
         if on_clips is not None:
             done += len(ids)
             on_clips(done, len(origins))
+
+
+def _read_with_provenance(
+    store: Store, ids: Sequence[str], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, Provenance]]:
+    """The rows of `ids` and their provenance, both of the same commits: another process may replace rows meanwhile."""
+    while True:
+        versions = store.catalog.ledger.versions(ids)
+        arrays = store.read_arrays(ids, dtype)
+        if store.catalog.ledger.versions(ids) == versions:
+            return arrays, store.catalog.ledger.provenance(ids)
 
 
 def _outdated(source: Store, target: Store) -> set[str]:

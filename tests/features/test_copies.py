@@ -1,5 +1,6 @@
 """`convert` and `derive`: values stay the same, and changes of values are in the fingerprint."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from egopatch.features import (
+    AbsentClip,
     Failure,
     Fingerprint,
     FingerprintMismatch,
@@ -17,7 +19,9 @@ from egopatch.features import (
     open_store,
 )
 from egopatch.features.__main__ import main
+from egopatch.features.formats.interface import OpenShard
 from egopatch.features.state.header import StoreHeader
+from egopatch.features.store.reader import RowReader
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
 from egopatch.features.tools.verify import verify
@@ -195,6 +199,51 @@ def test_a_clip_that_left_quarantine_since_the_first_copy_is_copied(whole: Store
         assert {name: record.attempts for name, record in copy.quarantine.items()} == {IDS[5]: 1}
         assert copy.sources([BAD]) == {BAD: "sha256:retried"}
     assert steps == [(9, 9)]
+
+
+def before_a_shard_is_opened(monkeypatch: pytest.MonkeyPatch, shard: int, action: Callable[[], None]) -> None:
+    """Call `action`, once, when a reader that has read other shards opens `shard`."""
+    original, actions = RowReader._open_shard, [action]
+
+    def opening(self: RowReader, number: int) -> OpenShard:
+        if number == shard and actions:
+            actions.pop()()
+        return original(self, number)
+
+    monkeypatch.setattr(RowReader, "_open_shard", opening)
+
+
+def replace_rows(store: Store, seed: int, *ids: str) -> None:
+    """Give the clips other rows, made of another video."""
+    for work in store.missing_shards(replace=ids):
+        rows = {name: clip(seed, store.spec) for name in work.ids if name in ids}
+        if rows:
+            store.write_shard(work.shard, rows, dict.fromkeys(rows, "new"), replaces=work.replaces)
+
+
+def test_rows_replaced_while_they_are_copied_keep_their_own_source(
+    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former = whole.read([IDS[0]]).patches[0]
+    before_a_shard_is_opened(monkeypatch, 1, lambda: replace_rows(open_store(whole.path), 90, IDS[0], IDS[4]))
+    copy = convert(whole.path, tmp_path / "copy", shard=8)
+    for name in (IDS[0], IDS[4]):
+        row = copy.read([name]).patches[0]
+        assert torch.equal(row, former) == (copy.sources([name])[name] != "new"), name
+
+
+def test_a_clip_removed_while_it_is_copied_is_named(
+    whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove() -> None:
+        other = open_store(whole.path)
+        other.rewrite_shard(0, without=[IDS[0]])
+        replace_rows(other, 90, IDS[4])
+
+    before_a_shard_is_opened(monkeypatch, 1, remove)
+    with pytest.raises(AbsentClip, match="1 requested clip is missing"):
+        convert(whole.path, tmp_path / "copy", shard=8)
+    assert set(convert(whole.path, tmp_path / "copy", shard=8).clip_ids) == {*IDS[1:]} - {BAD}
 
 
 def test_a_copy_inside_the_store_is_refused(whole: Store) -> None:
