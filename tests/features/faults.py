@@ -1,4 +1,4 @@
-"""What goes wrong below a store: kills at any file operation, and damaged files."""
+"""What goes wrong below a store: kills at any file operation, damaged files, and changes while a store is read."""
 
 import os
 import random
@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from egopatch.features import Store
+from egopatch.features.formats.interface import OpenShard
+from egopatch.features.store.reader import RowReader
+from tests.features.conftest import clip
 
 
 def before_file_operations(act: Callable[[Callable, str, tuple], None]) -> None:
@@ -154,3 +159,23 @@ def apply(path: Path, fault: str, chance: random.Random) -> bytes:
     if after is not None:
         path.write_bytes(after)
     return before
+
+
+def before_a_shard_is_opened(monkeypatch: pytest.MonkeyPatch, shard: int, action: Callable[[], None]) -> None:
+    """Call `action`, once, when a reader that has read other shards opens `shard`."""
+    original, actions = RowReader._open_shard, [action]
+
+    def opening(self: RowReader, number: int) -> OpenShard:
+        if number == shard and actions:
+            actions.pop()()
+        return original(self, number)
+
+    monkeypatch.setattr(RowReader, "_open_shard", opening)
+
+
+def replace_rows(store: Store, seed: int, *ids: str) -> None:
+    """Give the clips other rows, made of another video."""
+    for work in store.missing_shards(replace=ids):
+        rows = {name: clip(seed, store.spec) for name in work.ids if name in ids}
+        if rows:
+            store.write_shard(work.shard, rows, dict.fromkeys(rows, "new"), replaces=work.replaces)

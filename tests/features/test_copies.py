@@ -1,6 +1,5 @@
 """`convert` and `derive`: values stay the same, and changes of values are in the fingerprint."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +18,13 @@ from egopatch.features import (
     open_store,
 )
 from egopatch.features.__main__ import main
-from egopatch.features.formats.interface import OpenShard
 from egopatch.features.state.header import StoreHeader
-from egopatch.features.store.reader import RowReader
 from egopatch.features.tools.convert import convert
 from egopatch.features.tools.derive import derive
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.spec import ArraySpec
 from tests.features.conftest import FINGERPRINT, FORMATS, IDS, clip, fill
+from tests.features.faults import before_a_shard_is_opened, replace_rows
 from tests.features.test_verify import TEXT_SPEC, TEXTS
 
 BAD = IDS[2]
@@ -199,26 +197,6 @@ def test_a_clip_that_left_quarantine_since_the_first_copy_is_copied(whole: Store
         assert {name: record.attempts for name, record in copy.quarantine.items()} == {IDS[5]: 1}
         assert copy.sources([BAD]) == {BAD: "sha256:retried"}
     assert steps == [(9, 9)]
-
-
-def before_a_shard_is_opened(monkeypatch: pytest.MonkeyPatch, shard: int, action: Callable[[], None]) -> None:
-    """Call `action`, once, when a reader that has read other shards opens `shard`."""
-    original, actions = RowReader._open_shard, [action]
-
-    def opening(self: RowReader, number: int) -> OpenShard:
-        if number == shard and actions:
-            actions.pop()()
-        return original(self, number)
-
-    monkeypatch.setattr(RowReader, "_open_shard", opening)
-
-
-def replace_rows(store: Store, seed: int, *ids: str) -> None:
-    """Give the clips other rows, made of another video."""
-    for work in store.missing_shards(replace=ids):
-        rows = {name: clip(seed, store.spec) for name in work.ids if name in ids}
-        if rows:
-            store.write_shard(work.shard, rows, dict.fromkeys(rows, "new"), replaces=work.replaces)
 
 
 def test_rows_replaced_while_they_are_copied_keep_their_own_source(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from egopatch.train.data.residency import ClipsInMemory, choose_residency
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
 from egopatch.train.processes.distributed import Distributed
-from tests.train.tiny import losses, with_run
+from egopatch.train.rundir.trained_on import changed_clips
+from tests.features.faults import before_a_shard_is_opened, replace_rows
+from tests.train.tiny import losses, with_run, write_tiny
 
 
 def table_of(clips: list[int]) -> QuestionTable:
@@ -312,3 +315,12 @@ def test_text_that_was_never_encoded_is_refused(tiny: Config) -> None:
             open_experiment(tiny)
     finally:
         path.write_text(before)
+
+
+def test_a_row_replaced_after_it_was_read_counts_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_run(write_tiny(tmp_path), "psa", train_epochs=1, train_residency="ram")
+    store = open_store(config.store.path)
+    read, unread = store.clip_ids[0], store.clip_ids[16]
+    before_a_shard_is_opened(monkeypatch, 1, lambda: replace_rows(store, 90, read, unread))
+    fit(config, "egopatch train fit")
+    assert set(changed_clips(config.run.dir, store)) == {read, unread}

@@ -27,7 +27,7 @@ from egopatch.train.rundir.card import Card, chooses_options
 from egopatch.train.rundir.names import CONFIG
 from egopatch.train.rundir.results import WITHOUT_FEATURES
 from egopatch.train.rundir.run_folder import RunError
-from egopatch.train.rundir.trained_on import DataRecord, record_data, require_same_clips
+from egopatch.train.rundir.trained_on import DataRecord, clip_versions, record_data, require_same_clips
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Experiment:
         sizes: Sizes that a head must fit.
         fingerprint: Fingerprint of the clips' store; None if no head reads it.
         text_fingerprint: Fingerprint of the texts' store; None if no head reads it.
+        clip_versions: As `trained_on.clip_versions` of the clips that decide the weights, from before they were read:
+            those of *train* are learned, those of *val* choose the epoch. None if no head reads clips.
         unrecorded: Number of clips that cannot be compared with the annotations, as in `OriginCheck`.
         device: Device of the heads.
         ranks: Processes that train together.
@@ -56,6 +58,7 @@ class Experiment:
     sizes: Sizes
     fingerprint: Fingerprint | None
     text_fingerprint: Fingerprint | None
+    clip_versions: Mapping[str, str] | None
     unrecorded: int
     device: torch.device
     ranks: Distributed
@@ -97,11 +100,6 @@ class Experiment:
                     f"{outside[0]!r}, are not among the training answers, so no head can give them: accuracy is at "
                     f"most {share:.2f}"
                 )
-
-    @property
-    def learned_clips(self) -> list[str]:
-        """The encoded clips that decide the weights: those of *train* are learned, those of *val* choose the epoch."""
-        return list(dict.fromkeys([*self.train_table.clips, *self.encoded["val"].clips]))
 
     @cached_property
     def data_record(self) -> DataRecord:
@@ -179,6 +177,9 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     train_table = encoded["train"].answerable()
     # Before the features are read, which may take minutes.
     _require_questions(config.data.root, tables, encoded, train_table, is_trained=card is not None)
+    # A row that is replaced while the features are read must not pass for the one that was read.
+    deciding = list(dict.fromkeys([*train_table.clips, *encoded["val"].clips]))
+    versions = None if store is None else clip_versions(store, deciding)
     features = Features(
         store,
         text_store,
@@ -197,6 +198,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
         sizes=sizes_of(store, text_store, len(dataset.answers), dataset.choices),
         fingerprint=None if store is None else store.fingerprint,
         text_fingerprint=None if text_store is None else text_store.fingerprint,
+        clip_versions=versions,
         unrecorded=unrecorded,
         device=device,
         ranks=ranks,

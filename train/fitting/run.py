@@ -88,12 +88,12 @@ class TrainingRun:
 
     def record_data(self) -> None:
         """Write which questions the run is about to be trained on, and what their clips are made of."""
-        folder, experiment, store = self.config.run.dir, self.experiment, self.experiment.features.store
+        folder, experiment = self.config.run.dir, self.experiment
         if not self._writes:
             return
         write_questions(folder, experiment.data_record)
-        if store is not None:
-            write_clips(folder, store, experiment.learned_clips)
+        if experiment.clip_versions is not None:
+            write_clips(folder, experiment.clip_versions)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one line of the log."""

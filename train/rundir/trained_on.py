@@ -40,9 +40,9 @@ def clip_versions(store: Store, names: Collection[str]) -> dict[str, str]:
     return versions
 
 
-def write_clips(folder: Path, store: Store, names: Collection[str]) -> None:
-    """Write `clips.json` of a run that starts to train on the clips `names`."""
-    write_whole(folder / CLIPS, json.dumps(clip_versions(store, names), indent=0) + "\n")
+def write_clips(folder: Path, versions: Mapping[str, str]) -> None:
+    """Write `clips.json` of a run that starts to train on these `clip_versions`, which precede reading the clips."""
+    write_whole(folder / CLIPS, json.dumps(versions, indent=0) + "\n")
 
 
 def changed_clips(folder: Path, store: Store) -> list[str]:
