@@ -1,8 +1,7 @@
 """The time and the memory that a decoder child may use for one clip; a child that uses more ends itself.
 
 Both limits work while FFmpeg hangs: the alarm's signal ends the process without Python's help, and a thread watches the
-memory. They apply only while the child works on a clip, because a child that ended while receiving or returning one
-would leave the other children's queue locked.
+memory. They apply only while the child works on a clip: what it does in between is not that clip's fault.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
 
-from egopatch.extract.children.spawned import require_importable_program
+from egopatch.extract.children.spawned import require_importable_program, require_semaphores
 from egopatch.extract.engines.sharing import SharedJob, WorkersDied, run_worker, worker_count
 from egopatch.extract.worker.device import device_of_worker
 from egopatch.extract.worker.job_stats import JobStats
@@ -50,6 +50,7 @@ def call_in_workers(function: Callable[..., Result], arguments: Sequence[tuple[A
         ChildProcessError: No process can be started.
     """
     require_importable_program("encoding in worker processes")
+    require_semaphores("encoding in worker processes")
     start_trackers()
     executor = ProcessPoolExecutor(max_workers=len(arguments))
     futures: list[Future[Result]] = []

@@ -13,19 +13,17 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pebble import ProcessExpired, ProcessFuture
-
 from egopatch.configs.schema import Config, VideoConfig
 from egopatch.extract.children.limits import OUT_OF_MEMORY, OUT_OF_TIME, limits, prepare_child
 from egopatch.extract.children.slots import SharedSlots, inherit, inherited
-from egopatch.extract.children.spawned import SpawnedPool
+from egopatch.extract.children.spawned import ChildDied, SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, SharedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
@@ -160,22 +158,20 @@ class DecodePool(Generic[Prepared]):
         """
         try:
             return task.future.result()
-        except ProcessExpired as error:
+        except ChildDied as error:
             if len(task.clips) > 1:  # trying each clip alone shows which one it was
                 return None
             # The time of a job that is suspended, by Ctrl-Z or a scheduler, and of one that waits for a disk, runs on.
-            if error.exitcode == OUT_OF_TIME and not task.again:
+            if error.exit_code == OUT_OF_TIME and not task.again:
                 return None
             (clip,) = task.clips
-            if error.exitcode == OUT_OF_MEMORY:
+            if error.exit_code == OUT_OF_MEMORY:
                 return UndecodedClip(clip, _too_large(clip, self._video))
-            if error.exitcode == OUT_OF_TIME:
+            if error.exit_code == OUT_OF_TIME:
                 limit = self._video.timeout_s
                 reason = f"video {clip.video} took over {limit:g} s to decode (video.timeout_s); its decoder was killed"
                 return UndecodedClip(clip, reason, seconds=limit)
-            return UndecodedClip(clip, f"the decoder of video {clip.video} died with exit code {error.exitcode}")
-        except BrokenProcessPool as error:
-            raise self._children.start_error() from error
+            return UndecodedClip(clip, f"the decoder of video {clip.video} died with exit code {error.exit_code}")
 
 
 def decoder_count(config: Config, workers: int) -> int:
@@ -195,21 +191,21 @@ def slots_for(clips: int, workers: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Clips that a child has or will get, the slots for their frames, and whether this is their second try."""
-
-    clips: list[Clip]
-    slots: list[int | None]
-    future: ProcessFuture
-    again: bool
-
-
-@dataclass(frozen=True)
 class _TaskResult:
     """Results of a task's clips, and the seconds that the task took."""
 
     results: Sequence[object]
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Clips that a child has or will get, the slots for their frames, and whether this is their second try."""
+
+    clips: list[Clip]
+    slots: list[int | None]
+    future: Future[_TaskResult]
+    again: bool
 
 
 def _attempt_all(

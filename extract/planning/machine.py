@@ -254,7 +254,7 @@ def _memory() -> Check:
 
 def _shared_memory() -> Check:
     try:
-        require_semaphores("decoding in child processes")
+        require_semaphores("encoding in worker processes")
     except ChildProcessError as error:
         return Check("/dev/shm", "error", str(error).removeprefix("/dev/shm: "))
     with suppress(OSError):

@@ -7,16 +7,14 @@ process keeps the leases; a killed child leaves the same files behind as a kille
 
 import math
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from pebble import ProcessExpired
 
 from egopatch.extract.children.slots import SharedSlots, inherit, inherited
-from egopatch.extract.children.spawned import SpawnedPool
+from egopatch.extract.children.spawned import ChildDied, SpawnedPool
 from egopatch.extract.errors import JobFailed
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.commit import CommitTarget, RowSource, ShardCommit, commit_shard
@@ -51,13 +49,11 @@ class CommitProcesses(SpawnedPool):
             return
         try:
             self.schedule(commit_shard, target, shared).result()
-        except ProcessExpired as error:
+        except ChildDied as error:
             raise JobFailed(
                 f"the process that wrote shard {commit.shard} of {target.storage.location} was killed (exit code "
-                f"{error.exitcode}), perhaps because memory ran out; run the same command again to resume"
+                f"{error.exit_code}), perhaps because memory ran out; run the same command again to resume"
             ) from error
-        except BrokenProcessPool as error:
-            raise self.start_error() from error
 
     def _shared(self, commit: ShardCommit) -> ShardCommit | None:
         """The commit as a child can receive it; None if it holds large rows that are in no slot."""

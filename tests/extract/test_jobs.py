@@ -112,7 +112,7 @@ def test_shards_held_by_other_jobs_give_a_distinct_exit_code(begun: Path, capsys
 
 
 @pytest.mark.slow
-def test_missing_semaphores_are_reported_in_one_line(bare: Path) -> None:
+def test_missing_semaphores_are_reported_in_one_line_if_they_are_needed(bare: Path) -> None:
     refuse = (
         "import sys\n"
         "from multiprocessing import synchronize\n"
@@ -122,10 +122,12 @@ def test_missing_semaphores_are_reported_in_one_line(bare: Path) -> None:
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", refuse, "run", *options(bare)]
-    job = subprocess.run(command, capture_output=True, text=True, check=False)
+    job = subprocess.run([*command, "--engine.workers", "2"], capture_output=True, text=True, check=False)
     assert job.returncode == 1
-    assert job.stderr.startswith("extract run: failed: /dev/shm: Read-only file system; decoding in child processes")
+    assert job.stderr.startswith("extract run: failed: /dev/shm: Read-only file system; encoding in worker processes")
     assert job.stderr.count("\n") == 1
+    alone = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert alone.returncode == 0, "one worker needs none"
 
 
 @pytest.mark.slow

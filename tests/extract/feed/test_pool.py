@@ -10,14 +10,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from pebble import ProcessPool
-from pebble.pool import process as pebble_processes
 
 from egopatch.configs.schema import VideoConfig
+from egopatch.extract.children import spawned
 from egopatch.extract.children.slots import SharedSlots
+from egopatch.extract.children.spawned import SpawnedPool
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import clips as feed_clips
 from egopatch.extract.feed.clips import PreparedClip
@@ -129,13 +130,13 @@ def name_or_die(clip: Clip, *_: object) -> str:
 @pytest.mark.slow
 def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    schedule = ProcessPool.schedule
+    schedule = SpawnedPool.schedule
 
-    def count(self: ProcessPool, function: Callable, args: tuple) -> object:
+    def count(self: SpawnedPool, function: Callable, *args: Any) -> object:
         sizes.append(len(args[1]))
-        return schedule(self, function, args=args)
+        return schedule(self, function, *args)
 
-    monkeypatch.setattr(ProcessPool, "schedule", count)
+    monkeypatch.setattr(SpawnedPool, "schedule", count)
     names = [str(i) for i in range(100)]
     names[80] = names[95] = "die"
     with DecodePool(SMALL, 2, name_or_die, SharedSlots(slots_for(4, 2), 1 << 12, "names", "")) as pool:
@@ -241,59 +242,25 @@ def test_a_full_disk_does_not_quarantine_clips() -> None:
 
 
 def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(ProcessPool):
-        @property
-        def active(self) -> bool:
-            started = bool(super().active)
-            signal.raise_signal(signal.SIGINT)
-            return started
+    start = spawned._Process.start
 
-    monkeypatch.setattr("egopatch.extract.children.spawned.ProcessPool", Interrupted)
+    def interrupted(process: spawned._Process) -> None:
+        start(process)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(spawned._Process, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DecodePool(SMALL, 2, prepare_clip)
-    assert not [child for child in multiprocessing.active_children() if child.name == "pebble_pool_worker"]
+    assert multiprocessing.active_children() == []
 
 
-def test_starting_children_exit_silently_with_the_pool(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_starting_children_exit_silently_with_the_pool(capfd: pytest.CaptureFixture[str]) -> None:
     """As when a worker finds no shard left on a busy machine: its children are still starting when the pool ends."""
-
-    def later(process: multiprocessing.process.BaseProcess) -> None:
-        time.sleep(4)
-        stop_process(process)
-
-    stop_process = pebble_processes.stop_process
-    monkeypatch.setattr(pebble_processes, "stop_process", later)
-    with DecodePool(SMALL, 1, prepare_clip) as pool:
-        files = [Path(f"/dev/shm/sem.{lock._semlock.name.removeprefix('/')}") for lock in pool._children._context.locks]
-        assert files
-        assert all(file.exists() for file in files)
+    for wait_s in (0, 0.1, 0.3):
+        with DecodePool(SMALL, 1, prepare_clip):
+            time.sleep(wait_s)
+    assert multiprocessing.active_children() == []
     assert capfd.readouterr().err == ""
-    assert not any(file.exists() for file in files)
-
-
-def test_interrupt_while_queueing_a_clip_is_deferred(tmp_path: Path) -> None:
-    """Between the two steps of a wake-up, it would leave a waiter behind, and the pool's end would wait forever."""
-    steps = []
-    with DecodePool(SMALL, 1, prepare_clip) as pool:
-        woken = pool._children._pool._context.task_queue.not_empty
-        while not woken._waiters:  # the thread that sends clips to children has not started to wait
-            time.sleep(0.01)
-
-        def notify() -> None:
-            del woken.notify
-            waiter = woken._waiters[0]
-            waiter.release()
-            signal.raise_signal(signal.SIGINT)
-            woken._waiters.remove(waiter)
-            steps.append("woken")
-
-        woken.notify = notify
-        with pytest.raises(KeyboardInterrupt):
-            list(pool.map([Clip("a", tmp_path / "none")]))
-        assert steps == ["woken"]
-        assert len(woken._waiters) <= 1  # of the thread itself
 
 
 def niceness(clip: Clip, *_: object) -> tuple[str, int]:
@@ -309,7 +276,7 @@ def test_failure_to_start_children_is_reported_in_one_line(monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("pebble.pool.process.launch_process", refuse)
+    monkeypatch.setattr(spawned._Process, "start", refuse)
     with pytest.raises(ChildProcessError, match=r"cannot be started.*; check the machine's free memory and its limit"):
         DecodePool(SMALL, 2, prepare_clip)
 

@@ -133,7 +133,7 @@ def test_job_that_cannot_start_releases_its_shared_memory(whole: WholeJob, monke
         return sum("/memfd:egopatch-slots" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
     before = memories()
-    monkeypatch.setattr("pebble.pool.process.launch_process", refuse)
+    monkeypatch.setattr("egopatch.extract.children.spawned._Process.start", refuse)
     with pytest.raises(ChildProcessError, match="cannot be started"):
         whole.run()
     gc.collect()  # the traceback
