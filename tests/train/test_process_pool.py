@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from egopatch.features.common.child_errors import ChildError
+from egopatch.train.processes import process_pool
 from egopatch.train.processes.process_pool import ProcessLost, call_in_processes, can_fork
 from egopatch.train.processes.stopping import FORWARDED, SIGNALS, Stopped
 from tests.features.faults import Picky
@@ -149,3 +151,27 @@ def test_a_signal_is_not_lost_if_the_last_call_still_succeeds() -> None:
     threading.Thread(target=interrupt).start()
     with pytest.raises(Stopped, match="run the same command again to resume"):
         call_in_processes([work], cores=1)
+
+
+def test_a_signal_just_as_a_process_starts_stops_it_and_starts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = process_pool._start, []
+
+    def interrupted(call: Callable[[], object]) -> object:
+        started.append(start(call))
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(process_pool, "_start", interrupted)
+    before = time.monotonic()
+    with pytest.raises(Stopped, match="run the same command again to resume"):
+        call_in_processes([partial(time.sleep, LONG_S)] * 4, cores=2)
+    assert time.monotonic() - before < LONG_S / 2
+    assert len(started) == 1
+
+
+def test_a_signal_before_a_process_has_begun_its_call_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: time.sleep(0.5))  # while the new process prepares itself
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Stopped, match="run the same command again to resume"):
+        call_in_processes([partial(time.sleep, LONG_S)], cores=1)

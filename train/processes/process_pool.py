@@ -77,23 +77,25 @@ def call_in_processes(calls: Sequence[Callable[[], Result]], cores: int) -> list
     try:
         with stop_signals(on_first=terminate_all) as stopping:
             while running or waiting:
-                while waiting and len(running) < cores:
+                if failures or stopping.is_set():
+                    waiting.clear()
+                    terminate_all()  # also a process that was started just as the signal came
+                elif waiting and len(running) < cores:
                     number, call = waiting.pop(0)
                     connection, process = _start(call)
                     running[connection] = number, process
-                for ready in wait(list(running)):
+                    continue
+                # Without a process, this would wait forever.
+                for ready in wait(list(running)) if running else ():
                     assert isinstance(ready, Connection)
                     number, process = running.pop(ready)
                     try:
                         results[number] = _receive(ready, process)
                     except BaseException as error:
                         failures.append(error)
-                if failures or stopping.is_set():
-                    waiting.clear()
-                    terminate_all()  # also processes that were started just as the signal came
             if stopping.is_set() and all(isinstance(error, Stopped | KeyboardInterrupt) for error in failures):
-                told = [error for error in failures if isinstance(error, Stopped)]
-                raise told[0] if told else Stopped("interrupted; run the same command again to resume")
+                stops = [error for error in failures if isinstance(error, Stopped)]
+                raise stops[0] if stops else Stopped("interrupted; run the same command again to resume")
     finally:
         for _, process in running.values():
             process.kill()
@@ -123,10 +125,10 @@ def _start(call: Callable[[], object]) -> tuple[Connection, ForkProcess]:
 def _run(call: Callable[[], object], connection: Connection) -> None:
     # The others stay blocked: they may be sent to all processes, and the parent passes them on.
     signal.signal(FORWARDED, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {FORWARDED})
     exit_with_parent()
     torch.set_num_threads(1)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {FORWARDED})  # raises if the signal has come already
         connection.send((call(), None))
     except BaseException as error:  # also KeyboardInterrupt: the parent raises it
         connection.send((None, (sendable(error), "".join(traceback.format_exception(error)))))
