@@ -44,6 +44,7 @@ class RunGroup:
     Attributes:
         heads: The stacked heads of its runs.
         position: (epoch, batch) to learn next.
+        resumed: Whether an earlier process saved the position that this one began with.
         selection: Implementation of `select_attend` and why it was chosen; None for heads that do not select.
         why_not_captured: Why its steps do not become a CUDA graph; None if they do.
 
@@ -71,6 +72,7 @@ class RunGroup:
         stores = ("" if stored is None else stored.digest for stored in fingerprints)
         self._origin = (str(self.config.train.seed), *stores, *(config.run.dir.name for config in configs))
         saved = experiment.ranks.broadcast(lambda: ResumeState.read(path))
+        self.resumed = saved is not None
         if saved is not None:
             self._resume(saved)
         else:
@@ -90,11 +92,6 @@ class RunGroup:
     def config(self) -> Config:
         """Config of the first run."""
         return self.runs[0].config
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an earlier process saved the position."""
-        return self.position > (0, 0)
 
     @property
     def done(self) -> bool:

@@ -345,9 +345,10 @@ def _differing(values: Mapping[str, object], base: Mapping[str, object]) -> list
     return [f"{name} {value_text(values.get(name))}" for name in names]
 
 
-def _row_key(head: str, system: str, split: str) -> tuple[int, int, str, str]:
+def _row_key(head: str, system: str, split: str) -> tuple[int, float, str, str]:
+    """The order of the table: split, then `ORDER` of the heads; heads that are not in it come before ours."""
     place = ORDER.index(head) if head in ORDER else len(ORDER) - len(OURS) - 0.5
-    return (SPLITS.index(split) if split in SPLITS else len(SPLITS), int(2 * place), split, system)
+    return (SPLITS.index(split) if split in SPLITS else len(SPLITS), place, split, system)
 
 
 def _score(value: Mapping[str, Any]) -> Score:

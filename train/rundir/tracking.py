@@ -18,8 +18,9 @@ from egopatch.train.rundir.checked_json import read_object
 from egopatch.train.rundir.names import TRACKING
 from egopatch.train.rundir.run_folder import RunError, write_whole
 
-# Id of the run in the tracker, so that a run that resumes here resumes there.
+# Name of the project or experiment, unless the tracker's environment variable names another.
 EXPERIMENT = "egopatch"
+# Values that MLflow gets in one request.
 PENDING = 200
 
 
@@ -50,6 +51,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> "Tracker
     except Exception as error:  # each tracker raises its own kinds
         report_failure(error)
         return None
+    # With the id, a run that resumes here resumes there.
     write_whole(record, json.dumps(known | {name: tracker.id}) + "\n")
     return tracker
 
