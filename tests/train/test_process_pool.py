@@ -97,11 +97,14 @@ def test_a_failure_stops_the_others_and_is_raised() -> None:
     assert time.monotonic() - started < LONG_S / 2
 
 
-def test_a_killed_process_is_named() -> None:
+@pytest.mark.parametrize(
+    ("number", "found"), [(signal.SIGKILL, r"signal 9 \(the system also sends it .*\)"), (signal.SIGALRM, "signal 14")]
+)
+def test_a_killed_process_is_named(number: signal.Signals, found: str) -> None:
     def work() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
-    with pytest.raises(ProcessLost, match=r"ended by signal 9 .* run the same command again to resume"):
+    with pytest.raises(ProcessLost, match=f"ended by {found}; run the same command again to resume"):
         call_in_processes([work], cores=1)
 
 

@@ -144,10 +144,9 @@ def _receive(connection: Connection, process: ForkProcess) -> Any:
     process.join()
     if process.exitcode:
         how = f"by signal {-process.exitcode}" if process.exitcode < 0 else f"with exit code {process.exitcode}"
-        raise ProcessLost(
-            f"process {process.pid} ended {how} (the system also sends signal 9 when memory runs out; then set "
-            "OMP_NUM_THREADS=1); run the same command again to resume"
-        )
+        if process.exitcode == -signal.SIGKILL:
+            how += " (the system also sends it when memory runs out; then set OMP_NUM_THREADS=1)"
+        raise ProcessLost(f"process {process.pid} ended {how}; run the same command again to resume")
     if failure is not None:
         error, where = failure
         raise error from ChildTraceback(where)
