@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import local_path, messages_apart, print_result
+from egopatch.features.common.units import format_bytes
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -26,7 +27,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     sizes = {
         str(folder): sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in done.folders
     }
-    lines = [f"{folder}: {size / 1e6:.1f} MB, with README.md as its card" for folder, size in sizes.items()]
+    lines = [f"{folder}: {format_bytes(size)}, with README.md as its card" for folder, size in sizes.items()]
     lines += [f"note: {note}" for note in done.notes]
     print_result(options.json, {"folders": sizes, "notes": done.notes}, "\n".join(lines))
     return 0

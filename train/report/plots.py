@@ -57,8 +57,8 @@ def draw_ratio(sweeps: Sequence[Sweep], references: Mapping[str, Mapping[str, fl
             ratios = [point.ratio for point in curve]
             colour = _CYCLE[index % len(_CYCLE)]
             label = setting or (sweep.system if len(lines) == 1 else f"{sweep.system}, {sweep.name}")
-            if any(point.interval or point.sd is not None for point in curve):
-                low, high = zip(*(point.band for point in curve))
+            low, high = zip(*(point.band for point in curve))
+            if low != high:
                 axis.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
             means = [point.mean for point in curve]
             axis.plot(ratios, means, "o-", color=colour, label=label, markersize=5, linewidth=1.8)

@@ -191,8 +191,8 @@ def _right(folder: Path, asked: Sequence[Question]) -> Matrix:
             f"or the file is damaged; evaluate it again: egopatch train evaluate --config "
             f"{shlex.quote(str(folder / CONFIG))}"
         ) from None
-    counted = [question for question in asked if question.counts]
-    return np.array([same_lower_cased(question, answers[question.question_id]) for question in counted], dtype=float)
+    questions = [question for question in asked if question.counts]
+    return np.array([same_lower_cased(question, answers[question.question_id]) for question in questions], dtype=float)
 
 
 def _record(run: PlannedRun, out: Path, questions: Sequence[Question], right: Matrix | None) -> dict[str, Any]:
@@ -203,9 +203,7 @@ def _record(run: PlannedRun, out: Path, questions: Sequence[Question], right: Ma
     accuracies = {column: scores[column].accuracy for column in COLUMNS}
     if right is not None:  # counted like the points: the annotations may have changed since `test.json` was written
         masks = column_masks(questions)
-        accuracies |= {
-            column: 100 * int(right[counted].sum()) / int(counted.sum()) for column, counted in masks.items()
-        }
+        accuracies |= {column: 100 * int(right[mask].sum()) / int(mask.sum()) for column, mask in masks.items()}
     return {
         "ratio": run.config.head.ratio,
         "seed": run.config.train.seed,
