@@ -94,8 +94,8 @@ class StackedHeads:
         noises = {name: module for name, module in self._head.named_modules() if isinstance(module, Noise)}
         self._noises = list(noises.values())
         self._position = torch.zeros(2, dtype=torch.long, device=device)
-        member = torch.arange(len(heads), device=device)
-        self._members = {f"{name}.member": member for name in noises}
+        numbers = torch.arange(len(heads), device=device)
+        self._head_numbers = {f"{name}.head_number": numbers for name in noises}
         states = [head.state_dict() for head in heads]
         self.tensors = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         trainable = [name for name, p in heads[0].named_parameters() if p.requires_grad]
@@ -250,7 +250,7 @@ class StackedHeads:
     def _map_heads(self, call: Any, tensors: Mapping[str, Tensor]) -> Any:
         """`call(head)` for every head, stacked along a new first dimension [M, ...]."""
         caller = _Caller(self._head, call)
-        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._members}.items()}
+        named = {f"head.{name}": tensor for name, tensor in {**tensors, **self._head_numbers}.items()}
         if len(self) == 1:
             # squeeze gives a view, and so is its gradient: indexing would fill and copy a gradient for every weight.
             out = functional_call(caller, {name: tensor.squeeze(0) for name, tensor in named.items()}, ())

@@ -24,21 +24,21 @@ class Noise(nn.Module):
 
     Attributes:
         draw: The numbers to draw next.
-        member: Scalar long, which `vmap` replaces by the number of each stacked head.
+        head_number: Scalar long, which `vmap` replaces by the number of each stacked head.
     """
 
-    member: Tensor
+    head_number: Tensor
 
     def __init__(self, over: Axis = "questions") -> None:
         super().__init__()
         self.over = over
         self.draw = Draw()
-        self.register_buffer("member", torch.zeros((), dtype=torch.long), persistent=False)
+        self.register_buffer("head_number", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, like: Tensor) -> Tensor:
         """float32 in the shape of `like`."""
         if len(self.draw.seeds) > 1:
-            drawn: Tensor = for_all_heads(lambda like, _: self.draw_for(like), like, self.member)
+            drawn: Tensor = for_all_heads(lambda like, _: self.draw_for(like), like, self.head_number)
             return drawn
         return self.draw_for(like)
 

@@ -128,8 +128,8 @@ def attend_stacked(
     stacked, clips = bias.shape[:2]
     index, rows = clip_index, clip_rows
     if stacked > 1:
-        member = torch.arange(stacked, device=tokens.device)
-        index = (clip_index * stacked + member[:, None]).flatten()
+        number = torch.arange(stacked, device=tokens.device)
+        index = (clip_index * stacked + number[:, None]).flatten()
         rows = torch.arange(clips, device=tokens.device) if clip_rows is None else clip_rows
         rows = rows.repeat_interleave(stacked)
     device = tokens.device.type
