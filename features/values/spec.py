@@ -106,6 +106,9 @@ class TextStates:
     Attributes:
         states: [B, L, D].
         attention_mask: [B, L] bool, true for tokens and false for padding.
+
+    Raises:
+        ValueError: A tensor has another shape; the message names it.
     """
 
     states: "Tensor"
@@ -132,7 +135,11 @@ def _are_counts(values: object) -> bool:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One named array of a store; `shape` is the shape of a single row."""
+    """One named array of a store; `shape` is the shape of a single row.
+
+    Raises:
+        ValueError: `shape` is not a tuple of ints of at least 1.
+    """
 
     name: str
     shape: tuple[int, ...]

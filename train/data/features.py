@@ -40,11 +40,13 @@ class Features:
         ranks: Processes that share the clips. Each reads and holds only its own.
 
     Attributes:
+        residency: Where the clips are kept; of no meaning for heads that read no video.
         residency_line: Log line on where the features are kept.
         bytes_read: Bytes read from the stores so far.
 
     Raises:
-        StoreError: Texts are not in the store.
+        StoreError: Texts are not in the store, or a clip cannot be read.
+        ValueError: As in `choose_residency`.
     """
 
     def __init__(

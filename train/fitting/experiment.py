@@ -147,6 +147,7 @@ def open_experiment(config: Config, card: Card | None = None, ranks: Distributed
     """Open the data and features of `config`; with a `card`, require those that the card's head was trained on.
 
     Raises:
+        ConfigError: This machine does not have the device, the encoder's name is unknown, or there are no questions.
         DatasetError: Annotations are missing or malformed.
         StoreError: A store is missing, damaged or unfinished, or holds stale clips.
         FingerprintMismatch: A store was created with other settings than the config's or the card's.
@@ -329,6 +330,7 @@ def open_features(config: Config, kind: str, expect: Mapping[str, object] | None
     """The config's store of `patches`, or its text substore (`kind` `text`).
 
     Raises:
+        ConfigError: The encoder's name is unknown.
         FingerprintMismatch: The store was created with other settings than the config's, or its fingerprint is not
             `expect`, that of the features a head was trained on.
         StoreError: The store is missing, damaged or of another kind.

@@ -138,25 +138,25 @@ class MfasHead(FusedHead):
 
 
 def score_patches(saliency: Tensor, coarse_saliency: Tensor) -> Tensor:
-    """MFAS's score of a frame's patches [B, T, N]: the sum of both towers' saliency, each a softmax over the frame.
+    """MFAS's score of a frame's patches [C, T, N]: the sum of both towers' saliency, each a softmax over the frame.
 
     Args:
-        saliency: [B, T, N], N on a square grid.
-        coarse_saliency: [B, T, N/4].
+        saliency: [C, T, N], N on a square grid.
+        coarse_saliency: [C, T, N/4].
     """
     rows = round(coarse_saliency.shape[2] ** 0.5)
-    large = repeat(coarse_saliency, "b t (rows cols) -> b t (rows i cols j)", rows=rows, i=2, j=2)
+    large = repeat(coarse_saliency, "c t (rows cols) -> c t (rows i cols j)", rows=rows, i=2, j=2)
     return saliency.softmax(dim=-1) + large.softmax(dim=-1)
 
 
 def select_patches(score: Tensor, top: int) -> Tensor:
-    """MFAS's kept patches [B, T, N] bool.
+    """MFAS's kept patches [C, T, N] bool.
 
     The region starts as the lower middle of the frame (rows 4-13 and columns 2-11 of 14x14), where hands and the
     objects in them are, and grows as `grow_region` describes.
 
     Args:
-        score: [B, T, N], N on a square grid.
+        score: [C, T, N], N on a square grid.
         top: Number of patches a frame that may join.
     """
     side = round(score.shape[2] ** 0.5)
