@@ -157,6 +157,8 @@ Entry = Announce | Commit | Drop
 class Ledger:
     """The current state that the ledger's lines result in.
 
+    One thread may add lines while others read: what goes through all clips or commits copies the list of them first.
+
     Attributes:
         clips: Committed id -> the commit that contains it.
         commits: Shard -> the latest commit, if the shard has clips.
@@ -177,7 +179,7 @@ class Ledger:
     @property
     def nbytes(self) -> int:
         """Bytes in the committed shards' files."""
-        return sum(commit.nbytes for commit in self.commits.values())
+        return sum(commit.nbytes for commit in list(self.commits.values()))
 
     def files_in(self, storage: Storage, shard: int) -> ReadableFiles:
         """The files of a committed shard in `storage`, the store's."""
@@ -189,7 +191,7 @@ class Ledger:
         Raises:
             DamagedStore: Another program wrote the ledger.
         """
-        of = self.clips if names is None else {name: self.clips[name] for name in names}
+        of = dict(self.clips) if names is None else {name: self.clips[name] for name in names}
         with garbage_collection_paused():
             by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
             return {name: by_commit[id(commit)][name] for name, commit in of.items()}
@@ -197,7 +199,7 @@ class Ledger:
     def machines(self) -> dict[str, int]:
         """Machine -> number of the committed clips that it computed; the empty name stands for unknown machines."""
         count: Counter[str] = Counter()
-        for commit in {id(commit): commit for commit in self.clips.values()}.values():
+        for commit in {id(commit): commit for commit in list(self.clips.values())}.values():
             machines = commit.machines or ("",) * len(commit.ids)
             count.update(m for name, m in zip(commit.ids, machines, strict=True) if self.clips.get(name) is commit)
         return dict(count)
@@ -205,7 +207,7 @@ class Ledger:
     def worst_errors(self) -> dict[str, float]:
         """As `Store.reconstruction_error`."""
         worst: dict[str, float] = {}
-        for commit in self.commits.values():
+        for commit in list(self.commits.values()):
             for array, error in commit.errors.items():
                 worst[array] = max(error, worst.get(array, 0.0))
         return worst

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from egopatch.features import ShardOwned, Store, create_store, open_store
+from egopatch.features.state.ledger import Commit
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.location import Location
@@ -72,6 +73,29 @@ def test_a_ledger_read_by_another_thread_does_not_hide_a_conflict(
     assert verify(store.path).ok
     expected = torch.stack([clip(row)["patches"] for row in (0, 1, 4)]).half()
     assert torch.equal(open_store(store.path).read([IDS[0], IDS[1], IDS[4]]).patches, expected)
+
+
+def test_a_commit_that_arrives_while_the_ledger_is_looked_through_disturbs_nobody(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS, format)
+    write(store, 0, 0)
+    decode, count = Commit.origins_by_id, Commit.nbytes.fget  # type: ignore[attr-defined]
+    due = [4]
+
+    def after_a_commit(commit: Commit, answer: Callable[[Commit], object]) -> object:
+        while due:
+            row = due.pop()
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(write, store, row // SPEC.shard, row).result()
+        return answer(commit)
+
+    monkeypatch.setattr(Commit, "origins_by_id", lambda self: after_a_commit(self, decode))
+    assert IDS[0] in store.origins()
+    due.append(8)
+    monkeypatch.setattr(Commit, "nbytes", property(lambda self: after_a_commit(self, count)))
+    assert store.nbytes > 0
+    assert store.clip_ids == (IDS[0], IDS[4], IDS[8])
 
 
 def test_four_threads_write_many_shards_without_loss(tmp_path: Path, format: str) -> None:
