@@ -288,7 +288,9 @@ def _complete(request: Callable[[], T]) -> T:
 def _require_credentials(url: ObjectUrl) -> None:
     missing = [name for name in _KEYS if not os.environ.get(name)]
     if missing and not any(os.environ.get(name) for name in _OTHER_CREDENTIALS):
-        raise BadLocation(f"{url} needs credentials, but {' and '.join(missing)} is not set; set it in the environment")
+        be, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        names = " and ".join(missing)
+        raise BadLocation(f"{url} needs credentials, but {names} {be} not set; set {them} in the environment")
 
 
 def _version(meta: Mapping[str, Any]) -> Version:

@@ -175,13 +175,24 @@ def test_a_conditional_write_of_a_deleted_object_is_a_conflict(
             Bucket(ObjectUrl("s3://nowhere/store")).put_if_unchanged("ids.jsonl", b"", Version("tag", None))
 
 
-@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_missing_credentials_name_the_unset_variable(
-    environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["AWS_ACCESS_KEY_ID"], "AWS_ACCESS_KEY_ID is not set; set it in the environment"),
+        (["AWS_SECRET_ACCESS_KEY"], "AWS_SECRET_ACCESS_KEY is not set; set it in the environment"),
+        (
+            ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"],
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set; set them in the environment",
+        ),
+    ],
+)
+def test_missing_credentials_name_the_unset_variables(
+    environment: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], names: list[str], said: str
 ) -> None:
-    monkeypatch.delenv(name)
+    for name in names:
+        monkeypatch.delenv(name)
     assert features(["verify", "s3://bucket/store"]) == 2
-    assert f"needs credentials, but {name} is not set; set it in the environment" in only_line(capfd)
+    assert f"needs credentials, but {said}" in only_line(capfd)
 
 
 def test_a_missing_obstore_names_the_pip_command(

@@ -87,10 +87,11 @@ def test_errors_and_unpicklable_results_reach_the_caller() -> None:
 
 
 def test_closing_ends_children_and_fails_what_they_were_doing() -> None:
+    before = multiprocessing.active_children()
     with SpawnedPool("testing", 1, int) as pool:
         futures = [pool.schedule(time.sleep, 60) for _ in range(2)]
     assert all(isinstance(future.exception(timeout=0), ChildProcessError) for future in futures)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     pool.close()
 
 

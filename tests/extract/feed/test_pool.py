@@ -248,18 +248,20 @@ def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.Monkey
         start(process)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = multiprocessing.active_children()
     monkeypatch.setattr(spawned._Process, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         DecodePool(SMALL, 2, prepare_clip)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 def test_starting_children_exit_silently_with_the_pool(capfd: pytest.CaptureFixture[str]) -> None:
     """As when a worker finds no shard left on a busy machine: its children are still starting when the pool ends."""
+    before = multiprocessing.active_children()
     for wait_s in (0, 0.1, 0.3):
         with DecodePool(SMALL, 1, prepare_clip):
             time.sleep(wait_s)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
     assert capfd.readouterr().err == ""
 
 
