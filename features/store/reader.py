@@ -56,18 +56,17 @@ class RowReader:
             AbsentClip: The clip has been removed since.
             DamagedStore: The bytes differ from those that were committed; the message names the clip.
         """
-        shard = self._catalog.shard_of(record.row)
-        commit = self._catalog.ledger.commits.get(shard)
-        try:
-            for target, array in targets:
-                self._read_committed(target, name, record, array)
-        except StoreError:  # also that of a stale handle: another machine has replaced the file
-            if not self._was_rewritten(name, record, commit):
-                raise
-            # All arrays are read again, so that they come from one commit.
-            record = self._catalog.clip_records([name])[0]
-            for target, array in targets:
-                self._read_committed(target, name, record, array)
+        while True:
+            commit = self._catalog.ledger.commits.get(self._catalog.shard_of(record.row))
+            try:
+                for target, array in targets:
+                    self._read_committed(target, name, record, array)
+                return
+            except StoreError:  # also that of a stale handle: another machine has replaced the file
+                if not self._was_rewritten(name, record, commit):
+                    raise
+                # All arrays are read again, so that they come from one commit.
+                record = self._catalog.clip_records([name])[0]
 
     def close(self) -> None:
         """Forget the open files, which are then closed once no thread reads them."""

@@ -111,15 +111,18 @@ def test_the_second_of_two_refreshing_jobs_keeps_the_first_jobs_row(store: Store
     assert not open_store(store.path).quarantine
 
 
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_row_that_is_replaced_while_it_is_read_is_never_a_mixture(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     reader = open_store(store.path)._reader
     original, arrays = reader._read_committed, []
+    seeds = iter(range(90, 90 + times))
 
     def read(target: object, name: str, record: object, array: ArraySpec) -> None:
-        if len(arrays) == 1:  # one array has been read, the others have not
-            refresh(store)
+        # One array has been read, the others have not; the next one fails, and all are read again.
+        if len(arrays) in (1, 3) and (seed := next(seeds, None)):
+            refresh(store, seed)
             reader.close()
         arrays.append(array.name)
         original(target, name, record, array)
