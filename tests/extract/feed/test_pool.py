@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.pool import NICENESS, DecodePool, UndecodedClip, slots_for
 from egopatch.extract.video.container import VideoError
 from egopatch.extract.video.indexing.cache import VideoCache
+from tests.extract.feed import acting
+from tests.extract.feed.children import cut_clip
 from tests.extract.feed.prepared import prepare_clip
 from tests.extract.job import wait_until
 from tests.extract.video.videos import write_video
@@ -32,75 +34,19 @@ from tests.extract.video.videos import write_video
 SMALL = VideoConfig(frames=2, size=32)
 
 
-class TwoArguments(Exception):
-    """Pickled, and never unpickled: it is rebuilt from one argument."""
-
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
-class Unpicklable(Exception):
-    def __reduce__(self) -> str:
-        raise TypeError("cannot be pickled")
-
-
-def hang() -> None:
-    time.sleep(60)
-
-
-def hang_outside_of_python() -> None:
-    """The GIL is never given back, as by a decoder that loops inside a library."""
-    re.match("(a?){64}a{64}", "a" * 64)
-
-
-def allocate() -> None:
-    np.ones(2 * 1024**3, np.uint8)
-
-
-def die() -> None:
-    os._exit(3)
-
-
-def leave() -> None:
-    raise SystemExit(4)
-
-
-def fail_to_read() -> None:
-    raise OSError(errno.EIO, "Input/output error", "a.mp4")
-
-
-def fail_in_torch() -> None:
-    raise RuntimeError("stack expects each tensor to be equal size")
-
-
-def fail_with_two_arguments() -> None:
-    raise TwoArguments("this", "that")
-
-
-def fail_unpicklably() -> None:
-    raise Unpicklable("own text")
-
-
 KILLED = {
-    hang: r"took over 3 s to decode \(video\.timeout_s\); its decoder was killed$",
-    hang_outside_of_python: r"took over 3 s to decode \(video\.timeout_s\); its decoder was killed$",
-    allocate: r"took over 1 GB of memory to decode \(video\.memory_gb\)",
-    die: "the decoder of video .*a.mp4 died with exit code 3$",
+    acting.hang: r"took over 3 s to decode \(video\.timeout_s\); its decoder was killed$",
+    acting.hang_outside_of_python: r"took over 3 s to decode \(video\.timeout_s\); its decoder was killed$",
+    acting.allocate: r"took over 1 GB of memory to decode \(video\.memory_gb\)",
+    acting.die: "the decoder of video .*a.mp4 died with exit code 3$",
 }
 FAILED = {
-    leave: "a.mp4 cannot be decoded: SystemExit: 4$",
-    fail_to_read: "a.mp4 cannot be decoded: OSError: .*Input/output error",
-    fail_in_torch: "a.mp4 cannot be decoded: RuntimeError: stack expects each tensor to be equal size$",
-    fail_with_two_arguments: "a.mp4 cannot be decoded: TwoArguments: this and that$",
-    fail_unpicklably: "a.mp4 cannot be decoded: Unpicklable: own text$",
+    acting.leave: "a.mp4 cannot be decoded: SystemExit: 4$",
+    acting.fail_to_read: "a.mp4 cannot be decoded: OSError: .*Input/output error",
+    acting.fail_in_torch: "a.mp4 cannot be decoded: RuntimeError: stack expects each tensor to be equal size$",
+    acting.fail_with_two_arguments: "a.mp4 cannot be decoded: TwoArguments: this and that$",
+    acting.fail_unpicklably: "a.mp4 cannot be decoded: Unpicklable: own text$",
 }
-
-
-def act(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
-    """Prepare the clip, unless its id is the name of a function above: then call that."""
-    if clip.clip_id in globals():
-        globals()[clip.clip_id]()
-    return prepare_clip(clip, video, cache)
 
 
 @pytest.fixture
@@ -121,12 +67,6 @@ def test_clips_keep_their_order_and_match_in_process_decoding(clips: list[Clip])
         assert (one.source, one.timestamps.tolist()) == (expected.source, expected.timestamps.tolist())
 
 
-def name_or_die(clip: Clip, *_: object) -> str:
-    if clip.clip_id == "die":
-        os._exit(3)
-    return clip.clip_id
-
-
 @pytest.mark.slow
 def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
@@ -139,7 +79,7 @@ def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatc
     monkeypatch.setattr(SpawnedPool, "schedule", count)
     names = [str(i) for i in range(100)]
     names[80] = names[95] = "die"
-    with DecodePool(SMALL, 2, name_or_die, SharedSlots(slots_for(4, 2), 1 << 12, "names", "")) as pool:
+    with DecodePool(SMALL, 2, acting.name_or_die, SharedSlots(slots_for(4, 2), 1 << 12, "names", "")) as pool:
         results = list(pool.map((Clip(name, Path("a.mp4")) for name in names), ahead=4, together=4))
         assert len(pool._slots._free) == slots_for(4, 2)
     for name, result in zip(names, results, strict=True):
@@ -153,35 +93,17 @@ def test_quick_clips_share_tasks_and_a_dead_child_fails_only_its_clip(monkeypatc
     assert len(sizes) < 70
 
 
-def sleep_or_name(clip: Clip, *_: object) -> str:
-    time.sleep(float(clip.clip_id))
-    return clip.clip_id
-
-
 @pytest.mark.slow
 def test_timeout_applies_to_each_clip_of_a_task() -> None:
     names = ["0"] * 60 + ["1"] * 8  # the last ones come four at a time, since the first ones were quick
-    with DecodePool(replace(SMALL, timeout_s=2.5), 2, sleep_or_name) as pool:
+    with DecodePool(replace(SMALL, timeout_s=2.5), 2, acting.sleep_or_name) as pool:
         assert list(pool.map([Clip(name, Path("a.mp4")) for name in names], together=4)) == names
-
-
-def use_up(clip: Clip, *_: object) -> str:
-    if clip.clip_id == "files":
-        with ExitStack() as stack, suppress(OSError):
-            while True:
-                stack.enter_context(Path(os.devnull).open())
-            time.sleep(0.2)
-    elif clip.clip_id == "memory":
-        used = np.ones(450 * 1024**2, np.uint8)
-        time.sleep(0.5)
-        del used
-    return clip.clip_id
 
 
 @pytest.mark.slow
 def test_memory_limit_holds_after_a_clip_exhausts_file_descriptors() -> None:
     names = ["a", "files", "memory", "b"]
-    with DecodePool(replace(SMALL, memory_gb=0.3), 1, use_up) as pool:
+    with DecodePool(replace(SMALL, memory_gb=0.3), 1, acting.use_up) as pool:
         results = list(pool.map([Clip(name, Path("a.mp4")) for name in names]))
     assert isinstance(results[2], UndecodedClip)
     assert "took over 0.3 GB of memory" in results[2].reason
@@ -194,7 +116,7 @@ def test_failing_or_killed_child_fails_only_its_clip(reasons: dict[Callable[[], 
     path = write_video(tmp_path / "a.mp4")
     clips = [Clip(name, path) for action in reasons for name in (action.__name__, "good")]
     video = VideoConfig(frames=2, size=32, timeout_s=3, memory_gb=1)
-    with DecodePool(video, 2, prepare=act) as pool:
+    with DecodePool(video, 2, acting.act, SharedSlots(len(clips), 1 << 20, "frames", "")) as pool:
         results = list(pool.map(clips))
     assert [result.clip for result in results] == clips
     for good in results[1::2]:
@@ -228,14 +150,10 @@ def test_a_clip_that_ran_out_of_time_while_the_job_was_suspended_is_tried_again(
     assert out.splitlines() == ["decoded", "decoded"]
 
 
-def find_the_disk_full(clip: Clip, *_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{clip.clip_id}.mp4")
-
-
 def test_a_full_disk_does_not_quarantine_clips() -> None:
     """Later clips, which may take hours to decode, would have no room either, so the error ends the job."""
     with (
-        DecodePool(VideoConfig(), 1, prepare=find_the_disk_full) as pool,
+        DecodePool(VideoConfig(), 1, prepare=acting.find_the_disk_full) as pool,
         pytest.raises(OSError, match=r"No space left on device: 'a\.mp4'"),
     ):
         next(pool.map([Clip("a", Path("a.mp4"))]))
@@ -243,10 +161,13 @@ def test_a_full_disk_does_not_quarantine_clips() -> None:
 
 def test_an_interrupt_while_children_start_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
     start = spawned._Process.start
+    started: list[spawned._Process] = []
 
     def interrupted(process: spawned._Process) -> None:
         start(process)
-        os.kill(os.getpid(), signal.SIGINT)
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        started.append(process)
 
     before = multiprocessing.active_children()
     monkeypatch.setattr(spawned._Process, "start", interrupted)
@@ -265,12 +186,8 @@ def test_starting_children_exit_silently_with_the_pool(capfd: pytest.CaptureFixt
     assert capfd.readouterr().err == ""
 
 
-def niceness(clip: Clip, *_: object) -> tuple[str, int]:
-    return clip.clip_id, os.nice(0)
-
-
 def test_decoders_run_at_lower_priority_than_the_encoder() -> None:
-    with DecodePool(SMALL, 1, niceness) as pool:
+    with DecodePool(SMALL, 1, acting.niceness) as pool:
         assert list(pool.map([Clip("a", Path("none"))])) == [("a", min(os.nice(0) + NICENESS, 19))]
 
 
@@ -284,7 +201,7 @@ def test_failure_to_start_children_is_reported_in_one_line(monkeypatch: pytest.M
 
 
 def test_unreadable_file_is_returned_with_reason_and_traceback(tmp_path: Path) -> None:
-    with DecodePool(SMALL, 1, prepare_clip) as pool:
+    with DecodePool(SMALL, 1, cut_clip) as pool:
         (result,) = pool.map([Clip("x", tmp_path / "none.mp4")])
     assert isinstance(result, UndecodedClip)
     assert "does not exist" in result.reason
