@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
@@ -230,15 +230,17 @@ def make_job(options: argparse.Namespace, root: Path) -> "ExtractionJob":
     from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
     from egopatch.extract.worker.device import device_of
     from egopatch.extract.worker.job import ExtractionJob
+    from egopatch.features.common.machine import has_bfloat16
 
+    device = device_of("auto")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if has_bfloat16(device) else "float32"
     config = Config(
         video=VideoConfig(frames=options.frames, size=GRID * PATCH),
-        encoder=EncoderConfig(depth=options.depth, dtype="bfloat16", batch=options.batch),
+        encoder=EncoderConfig(depth=options.depth, dtype=dtype, batch=options.batch),
         store=StoreConfig(path=root / "store", shard=options.shard),
     )
     weights = checkpoint(Work(options.frames, options.depth, 1))
-    encoder = load_video_encoder("egovlpv2", weights, options.frames, options.depth, dtype=torch.bfloat16)
-    device = device_of("auto")
+    encoder = load_video_encoder("egovlpv2", weights, options.frames, options.depth, dtype=getattr(torch, dtype))
     if device.type == "cpu":
         assert options.quick, "torch sees no CUDA device here; --quick runs a stand-in on the CPU"
         ExtractionJob.encodes_on_device = True  # type: ignore[assignment, method-assign]

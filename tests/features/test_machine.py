@@ -151,7 +151,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 @pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("examples", "steps"), [(6, 12), pytest.param(80, 25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "steps"), [(6, 12), pytest.param(40, 25, marks=pytest.mark.slow)])
 def test_store_matches_a_dict_under_random_operations(format: str, examples: int, steps: int) -> None:
     machine = type("Machine", (StoreMachine,), {"format": format})
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

@@ -1,4 +1,4 @@
-"""A tenth of `benchmarks/random_faults.py`, with seeds of its own."""
+"""A twentieth of `benchmarks/random_faults.py`, with seeds of its own."""
 
 import pytest
 
@@ -9,6 +9,6 @@ from benchmarks.random_faults import EVENTS, run_rounds
 @pytest.mark.usefixtures("in_memory")
 def test_nothing_committed_is_lost_and_nothing_lost_goes_unnoticed() -> None:
     messages: list[str] = []
-    events, failed = run_rounds(10_000, 50, messages.append)
+    events, failed = run_rounds(10_000, 25, messages.append)
     assert not failed, "\n".join(messages)
     assert set(events) == set(EVENTS)
