@@ -24,7 +24,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import SCHEDULER_SIGNALS, children_without_interrupts
+from egopatch.features.common.signals import SCHEDULER_SIGNALS, children_without_interrupts, signals_held
 
 FAILED_STARTS = 3  # children in a row that end before they are ready: the next one would, too
 
@@ -106,9 +106,9 @@ class SpawnedPool:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._serve, args=(started,), name=f"{doing} children", daemon=True)
         resource_tracker.ensure_running()  # its start unblocks signals, and the first child would start it
-        with children_without_interrupts():
-            self._thread.start()
         try:
+            with signals_held(), children_without_interrupts():  # an exception in between would leave the thread behind
+                self._thread.start()
             started.result()
         except BaseException:  # such as a Ctrl-C meanwhile
             self.close()

@@ -8,6 +8,7 @@ pipe.
 import errno
 import functools
 import os
+import signal
 import sys
 import time
 import traceback
@@ -161,8 +162,9 @@ class DecodePool(Generic[Prepared]):
         except ChildDied as error:
             if len(task.clips) > 1:  # trying each clip alone shows which one it was
                 return None
-            # The time of a job that is suspended, by Ctrl-Z or a scheduler, and of one that waits for a disk, runs on.
-            if error.exit_code == OUT_OF_TIME and not task.again:
+            # The time of a job that is suspended, by Ctrl-Z or a scheduler, and of one that waits for a disk, runs on;
+            # and the system kills a process if others use up the memory.
+            if error.exit_code in (OUT_OF_TIME, -signal.SIGKILL) and not task.again:
                 return None
             (clip,) = task.clips
             if error.exit_code == OUT_OF_MEMORY:

@@ -150,6 +150,11 @@ def test_a_clip_that_ran_out_of_time_while_the_job_was_suspended_is_tried_again(
     assert out.splitlines() == ["decoded", "decoded"]
 
 
+def test_a_clip_whose_decoder_the_system_killed_is_tried_again(tmp_path: Path) -> None:
+    with DecodePool(SMALL, 1, acting.be_killed_at_first) as pool:
+        assert list(pool.map([Clip("a", tmp_path / "killed")])) == ["a"]
+
+
 def test_a_full_disk_does_not_quarantine_clips() -> None:
     """Later clips, which may take hours to decode, would have no room either, so the error ends the job."""
     with (
