@@ -95,7 +95,7 @@ class SpawnedPool:
         self._workers = workers
         self._start_with = (initializer, initargs)
         self._children: list[_Child] = []
-        self._failed_starts = FAILED_STARTS - 1  # if the very first child fails, so do the others
+        self._failed_starts = 0
         self._lock = threading.Lock()  # of the two below
         self._waiting: deque[_Task] = deque()
         self._ended = False
