@@ -23,6 +23,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
+from egopatch.features.common.child_errors import ChildTraceback, sendable
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import SCHEDULER_SIGNALS, children_without_interrupts, signals_held
 
@@ -205,13 +206,16 @@ class SpawnedPool:
             child.starting, self._failed_starts = False, 0
             return
         try:
-            result, error = pickle.loads(message)
-        except Exception as fault:  # a type that cannot be rebuilt
-            result, error = None, fault
-        if error is None:
+            result, failure = pickle.loads(message)
+        except Exception as error:  # a result of a type that cannot be rebuilt
+            task.future.set_exception(error)
+            return
+        if failure is None:
             task.future.set_result(result)
         else:
-            task.future.set_exception(error)
+            raised, where = failure
+            raised.__cause__ = ChildTraceback(where)
+            task.future.set_exception(raised)
 
     def _replace(self, child: _Child) -> None:
         exit_code = self._forget(child)
@@ -269,16 +273,12 @@ def _work(pipe: Connection, initializer: Callable[..., None], initargs: tuple[An
 
 
 def _outcome(call: bytes) -> bytes:
-    """The pickled result and error of a pickled call; one of the two is None."""
+    """The pickled result of a pickled call, and None; or None, and its error with the traceback."""
     try:
         function, args = pickle.loads(call)
         return bytes(ForkingPickler.dumps((function(*args), None)))
-    except BaseException as error:  # the caller's
-        error.add_note(f"In a child process: {traceback.format_exc()}")
-        try:
-            return bytes(ForkingPickler.dumps((None, error)))
-        except Exception:
-            return bytes(ForkingPickler.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"))))
+    except BaseException as error:  # the parent raises it
+        return bytes(ForkingPickler.dumps((None, (sendable(error), traceback.format_exc()))))
 
 
 def require_semaphores(purpose: str) -> None:

@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from egopatch.extract.children.spawned import ChildDied, SpawnedPool, require_semaphores
+from egopatch.features.common.child_errors import ChildError
+from tests.extract.feed import acting
 from tests.extract.job import wait_until
 
 
@@ -79,7 +81,10 @@ def test_errors_and_unpicklable_results_reach_the_caller() -> None:
     with SpawnedPool("testing", 1, int) as pool:
         error = pool.schedule(int, "x").exception()
         assert isinstance(error, ValueError)
-        assert "function(*args)" in error.__notes__[0], "the child's traceback"
+        assert "function(*args)" in str(error.__cause__), "the child's traceback"
+        foreign = pool.schedule(acting.fail_with_two_arguments).exception()
+        assert isinstance(foreign, ChildError), "it cannot be rebuilt"
+        assert str(foreign) == "TwoArguments: this and that"
         assert "pickle" in str(pool.schedule(threading.Lock).exception())
         with pytest.raises(TypeError, match="pickle"):
             pool.schedule(int, threading.Lock())
