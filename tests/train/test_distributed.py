@@ -25,7 +25,7 @@ from egopatch.train.data.question_table import plan_batches
 from egopatch.train.fitting.build_heads import build_stacked_heads
 from egopatch.train.fitting.experiment import open_experiment
 from egopatch.train.fitting.fit import fit
-from egopatch.train.processes.distributed import ALONE, Distributed, join
+from egopatch.train.processes.distributed import ALONE, Distributed, RankLost, join
 from egopatch.train.steps.stacked_heads import StackedHeads
 from tests.train.test_published import make
 from tests.train.tiny import events, losses, with_run, write_tiny, written
@@ -222,6 +222,20 @@ def test_a_sweep_under_torchrun_is_refused(
     assert main(["sweep", "--config", written(alone["psa"]), "--seeds", "0", "1"]) == 2
     expected = "train sweep (rank 1): error: torchrun cannot start a sweep; start the command once"
     assert expected in capsys.readouterr().err
+
+
+def test_a_lost_rank_is_named_although_torchrun_sends_sigterm_meanwhile(
+    alone: dict[str, Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose_a_rank(*_: object) -> None:
+        try:
+            raise RankLost("rank 0 of 2 lost contact with the others")
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # while the run's files are closed
+
+    monkeypatch.setattr("egopatch.train.fitting.fit.fit", lose_a_rank)
+    assert main(["fit", "--config", written(alone["psa"])]) == 1
+    assert "train fit: failed: rank 0 of 2 lost contact with the others" in capsys.readouterr().err
 
 
 def rank_of(process: psutil.Process) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from egopatch.configs.command_line import ConfigParser, parse_config
 from egopatch.features.common.command_line import messages_apart, print_result
+from egopatch.features.common.signals import Requeue
 
 
 def main(parser: ConfigParser, args: Sequence[str]) -> int:
@@ -14,7 +15,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     # Imported here to save start-up time: a wrong option is reported before torch is imported.
     from egopatch.train.fitting.experiment import pick_device
     from egopatch.train.fitting.fit import fit, test_line
-    from egopatch.train.processes.distributed import join
+    from egopatch.train.processes.distributed import RankLost, join
     from egopatch.train.processes.stopping import Stopped
     from egopatch.train.rundir.results import table_folder
 
@@ -32,6 +33,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
             if ranks.first:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return stopped.code
+        except Requeue as notice:
+            # torchrun sends SIGTERM to the other ranks once one has ended; why they end is that one.
+            if isinstance(notice.__context__, RankLost):
+                raise notice.__context__ from None
+            raise
         if ranks.first:
             record = {"run": config.run.dir, **metrics.as_json(), "quarantined": metrics.quarantined}
             print_result(options.json, record, test_line(config, metrics))
