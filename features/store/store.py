@@ -270,8 +270,12 @@ class Store:
         if not times:
             raise StoreError(f"store {self.path} has no timestamps; expected a store of videos")
         ids = _listed(ids)
-        timestamps = self._read(times, ids)["timestamps"]
-        origins = self.catalog.ledger.origins(ids)
+        while True:
+            versions = self.catalog.ledger.versions(ids)
+            timestamps = self._read(times, ids)["timestamps"]
+            if self.catalog.ledger.versions(ids) == versions:  # else another process has replaced or removed a row
+                break
+        origins = {name: version.origin for name, version in versions.items()}
         if unknown := [name for name in ids if origins[name] is None]:
             raise StoreError(
                 f"store {self.path} does not record start and end of {counted(len(unknown), 'clip')}, such as "

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from egopatch.features.common.units import counted
 from egopatch.features.io.files import make_folder, rename_into_place, write_errors_explained
+from egopatch.features.state.origin import Origin
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.convert import OnProgress, require_separate
 from egopatch.features.tools.feature_files import WRITERS, Clip
@@ -20,6 +21,8 @@ from egopatch.features.values.spec import QUANTISED, TOKEN_ARRAYS
 from egopatch.features.values.tensors import torch_dtype
 
 READ_CLIPS = 16
+Groups = Mapping[str, list[str]]  # name of a file -> its clips
+Origins = Mapping[str, Origin | None]
 
 
 def export(
@@ -48,7 +51,8 @@ def export(
 
     Raises:
         StoreError: `to` exists or is in the store, the store holds texts, or `by_video` is requested of clips whose
-            video is not recorded; or the disk of `to` is full or cannot be written, and nothing is left there.
+            video is not recorded or changes meanwhile; or the disk of `to` is full or cannot be written. Nothing is
+            left at `to`.
     """
     if to.exists():
         raise StoreError(f"--out is {str(to)!r}, which exists; expected the name of a new folder")
@@ -56,37 +60,36 @@ def export(
     store = open_store(path)
     if store.spec.kind != "patches":
         raise StoreError(f"store {path} holds {store.spec.kind} rows; expected clips")
-    groups = _by_video(store) if by_video else {name: [name] for name in store.clip_ids}
+    origins = store.origins() if by_video else {}
+    groups = _by_video(store, origins) if by_video else {name: [name] for name in store.clip_ids}
     partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
     try:
         with write_errors_explained(f"exporting to {to}", "nothing is kept"):
             make_folder(partial)
-            WRITERS[kind](partial, _clips(store, groups, pooled, by_video, on_clips))
+            WRITERS[kind](partial, _clips(store, groups, pooled, origins, on_clips))
             rename_into_place(partial, to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sum(map(len, groups.values()))
 
 
-def _clips(
-    store: Store, groups: dict[str, list[str]], pooled: bool, by_video: bool, on_clips: OnProgress | None
-) -> Iterator[Clip]:
+def _clips(store: Store, groups: Groups, pooled: bool, origins: Origins, on_clips: OnProgress | None) -> Iterator[Clip]:
+    """The content of each file; with `origins`, files are of videos."""
     stored = store.spec.array("patches").dtype
     dtype = torch.float32 if stored in QUANTISED else torch_dtype(stored)
     done, total = 0, sum(map(len, groups.values()))
     for name, ids in groups.items():
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(ids), READ_CLIPS):
-            read = store.read_arrays(ids[start : start + READ_CLIPS], dtype)
-            if by_video:
-                read["timestamps"] = store.video_times(ids[start : start + READ_CLIPS]).float()
+            few = ids[start : start + READ_CLIPS]
+            read = _read_with_video_times(store, few, dtype, origins) if origins else store.read_arrays(few, dtype)
             if pooled:
                 read = {key: value for key, value in read.items() if "saliency" not in key and key != "positions"}
                 for key in TOKEN_ARRAYS & read.keys():
                     read[key] = read[key].float().mean(dim=2, keepdim=True).to(dtype)
             parts.append(read)
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        if by_video:
+        if origins:
             yield name, {key: value if key == "cls" else value.flatten(0, 1) for key, value in joined.items()}
         else:
             yield name, {key: value[0] for key, value in joined.items()}
@@ -95,9 +98,29 @@ def _clips(
             on_clips(done, total)
 
 
-def _by_video(store: Store) -> dict[str, list[str]]:
+def _read_with_video_times(store: Store, ids: list[str], dtype: torch.dtype, origins: Origins) -> dict[str, Tensor]:
+    """The rows of `ids` with the times of their video, both of the same commits.
+
+    Raises:
+        StoreError: Another process has encoded a clip from a stretch of video other than that in `origins`, by which
+            clips are joined.
+    """
+    while True:
+        versions = store.catalog.ledger.versions(ids)
+        read = store.read_arrays(ids, dtype)
+        read["timestamps"] = store.video_times(ids).float()
+        if store.catalog.ledger.versions(ids) == versions:
+            break
+    if moved := [name for name in ids if versions[name].origin != origins[name]]:
+        raise StoreError(
+            f"clip {moved[0]!r} was encoded again from another stretch of video during this export; run the same "
+            "command again"
+        )
+    return read
+
+
+def _by_video(store: Store, origins: Origins) -> Groups:
     """Name of each video, as a file can have it -> its clips, in the order of their starts."""
-    origins = store.origins()
     if unknown := [name for name, origin in origins.items() if origin is None]:
         raise StoreError(
             f"store {store.path} does not record the video of {counted(len(unknown), 'clip')}, such as {unknown[0]!r}; "

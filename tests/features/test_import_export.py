@@ -20,6 +20,7 @@ from egopatch.features.tools.importing import import_features
 from egopatch.features.tools.verify import verify
 from tests.extract.job import contents
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
+from tests.features.faults import before_a_shard_is_opened
 
 NAMES = ("P01/P01_01", *(f"cut 3.5|P{n}" for n in range(5)))
 
@@ -130,6 +131,34 @@ def test_export_by_video_joins_the_clips_of_each_video(tmp_path: Path) -> None:
     fill(nameless)
     with pytest.raises(StoreError, match="does not record the video of 4 clips, such as"):
         export(nameless.path, tmp_path / "none", "npy", by_video=True)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_export_by_video_takes_rows_and_times_from_one_commit(
+    moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, [IDS[0], *IDS[4:8]])
+    ids, origins = store.planned_ids, {name: Origin("x.mp4", 1, float(n)) for n, name in enumerate(store.planned_ids)}
+
+    def write(seed: int, origins: dict[str, Origin], *ids: str) -> None:
+        writer = open_store(store.path)
+        for work in writer.missing_shards(replace=ids):
+            rows = {name: clip(seed) | {"timestamps": torch.full((2,), float(seed))} for name in work.ids}
+            writer.write_shard(work.shard, rows, dict.fromkeys(rows, str(seed)), {}, origins, work.replaces)
+
+    write(0, origins, *ids)
+    again = {name: replace(origin, start_s=50.0) for name, origin in origins.items()} if moved else origins
+    # The last row is in the second shard: when that is opened, the first shard has been read.
+    before_a_shard_is_opened(monkeypatch, 1, lambda: write(9, again, ids[0], ids[4]))
+    if moved:
+        with pytest.raises(StoreError, match=r"^clip 'vid.P0.0.10' was encoded again .*; run the same command again$"):
+            export(store.path, tmp_path / "videos", "pt", by_video=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+        return
+    export(store.path, tmp_path / "videos", "pt", by_video=True)
+    written = torch.load(tmp_path / "videos" / "x.mp4.pt")
+    assert written["timestamps"].tolist() == [t for n in range(5) for t in [n + (9.0 if n in (0, 4) else 0.0)] * 2]
+    assert torch.equal(written["patches"], open_store(store.path).read(ids).patches.flatten(0, 1))
 
 
 def test_a_webdataset_has_one_sample_per_clip(tmp_path: Path) -> None:

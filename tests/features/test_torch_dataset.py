@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from egopatch.features import (
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.origin import Origin
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip, fill
-from tests.features.faults import damage_row
+from tests.features.faults import before_a_shard_is_opened, damage_row
 
 
 def check(store: Store, batch: dict[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -174,6 +175,29 @@ def test_video_times_add_the_start_of_each_clip(tmp_path: Path) -> None:
         store.video_times(IDS[:4])
     with pytest.raises(AbsentClip, match="1 requested clip is missing"):
         store.video_times(["nobody"])
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_video_times_belong_to_one_commit(removed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = create_store(tmp_path / "store", SPEC, FINGERPRINT, IDS[:8])
+
+    def write(second: float, *ids: str) -> None:
+        writer = open_store(store.path)
+        for work in writer.missing_shards(replace=ids):
+            rows = {name: clip(int(second)) | {"timestamps": torch.full((2,), second)} for name in work.ids}
+            origins = dict.fromkeys(rows, Origin("a.mp4", 1, 10 * second))
+            writer.write_shard(work.shard, rows, dict.fromkeys(rows, str(second)), {}, origins, work.replaces)
+
+    def change() -> None:
+        write(3.0, IDS[4], IDS[0])
+        if removed:
+            open_store(store.path).rewrite_shard(0, without=[IDS[0]])
+
+    write(1.0, *IDS[:8])
+    store = open_store(store.path)
+    before_a_shard_is_opened(monkeypatch, 1, change)
+    with pytest.raises(AbsentClip, match="1 requested clip is missing") if removed else nullcontext():
+        assert store.video_times([IDS[0], IDS[4]]).tolist() == [[33.0, 33.0]] * 2
 
 
 def test_video_times_read_only_timestamps_of_the_requested_clips(tmp_path: Path) -> None:
