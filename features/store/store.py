@@ -19,7 +19,7 @@ from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.registry import format_named
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.commit import Committer, commit_shard
-from egopatch.features.state.header import StoreHeader, parse_header, read_header
+from egopatch.features.state.header import HEADER, StoreHeader, parse_header, read_header
 from egopatch.features.state.ledger import RowVersion
 from egopatch.features.state.origin import Origin
 from egopatch.features.state.quarantine import Failure, Quarantine, QuarantineRecord
@@ -75,8 +75,8 @@ def open_store(path: Location | str, expect: Fingerprint | None = None) -> "Stor
 
 
 def store_exists(path: Location | str) -> bool:
-    """Whether a store, or a part of one, exists at `path`."""
-    return storage_at(path).exists("")
+    """Whether a store exists at `path`; not if its creation was interrupted, which `create_store` resumes."""
+    return storage_at(path).exists(HEADER)
 
 
 class Store:

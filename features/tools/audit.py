@@ -113,6 +113,8 @@ def audit_store(storage: Storage) -> Audit:
         if not any(file_matches(storage, name, files[name]) for files in (plan.files, *plan.announced) if name in files)
     ]
     record, header_faults = _header_record(storage, copy_is_sound=not metadata)
+    if record is None and not committed.lines and not committed.lines_lost and not storage.exists(HEADER):
+        read_header(storage)  # a store whose creation was interrupted before anything could be lost
     faults += header_faults + metadata
     row_ids, disputed = _completed(plan.row_ids, ledger)
     if disputed:

@@ -1,6 +1,8 @@
 """`extract_together` looks up everything that its config names once and hands it on."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -20,10 +22,40 @@ from egopatch.extract.run import extract_together
 from egopatch.extract.texts import encode_questions
 from egopatch.extract.worker.device import device_of
 from egopatch.extract.worker.job import resolve_job
-from egopatch.features import StoreSpec, open_store
+from egopatch.features import StoreError, StoreSpec, open_store
+from egopatch.features.io.fields import Record
+from egopatch.features.state.header import create_header
+from egopatch.features.storage.interface import Storage
+from egopatch.features.store import create
 from egopatch.features.store.text_substore import TEXT_FOLDER
+from egopatch.features.tools.repair import repair
+from egopatch.features.tools.verify import verify
 from tests.extract.job import CLIPS, config_of, options
 from tests.extract.video.videos import write_video
+
+
+@pytest.mark.parametrize("folder", ["", TEXT_FOLDER])
+def test_a_store_whose_creation_was_interrupted_is_planned_for_and_completed(
+    folder: str, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real = bare / "store", create_header
+
+    def full(storage: Storage, record: Record) -> None:
+        if storage.location == store / folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(storage, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(create, "create_header", full)
+        assert main(["run", *options(bare)]) == 1
+    assert "no space left while creating" in capsys.readouterr().err
+    (store / folder / "ledger.jsonl.head").unlink()  # as if the disk had been full a moment earlier
+    with pytest.raises(StoreError, match=r"^no store at \S+ \(store.json is missing\); run `extract run` to"):
+        repair(store)
+    assert main(["plan", *options(bare)]) == 0
+    assert main(["run", *options(bare)]) == 0
+    assert verify(store).ok
+    assert (len(open_store(store).clip_ids), bool(open_store(store / TEXT_FOLDER).clip_ids)) == (CLIPS, True)
 
 
 @pytest.mark.slow
