@@ -131,6 +131,13 @@ def test_registering_an_object_of_the_wrong_type_is_refused(wrong: object) -> No
     )
 
 
+@pytest.mark.parametrize("name", ["", 5, None])
+def test_a_plugin_without_a_name_is_refused(name: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^the name to register as head\.name is {name!r}; expected text, such as"):
+        register_head(Head(name, lambda options, sizes: nn.Identity()))  # type: ignore[arg-type]
+    assert name not in HEADS._registered
+
+
 def test_registering_a_data_set_that_is_not_a_function_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^data\.name 'mine' cannot be registered: it is of type int; expected a func"
