@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, get_args
@@ -376,7 +376,9 @@ def load_config(path: Path | str, overrides: Sequence[object] = ()) -> Config:
     Raises:
         ConfigError: The file is missing or not an experiment's, or an option has an unknown name or a wrong value.
     """
-    if isinstance(overrides, str):
+    if not isinstance(path, Path | str):
+        raise ConfigError(f"path is {path!r:.60}; expected the YAML file of an experiment, such as 'mine.yaml'")
+    if isinstance(overrides, str | Mapping) or not isinstance(overrides, Iterable):
         raise ConfigError(f'overrides is {overrides!r}; expected a list such as ["--head.ratio", "0.5"]')
     try:
         return parse_config(_ParserInPython(prog="config"), ["--config", str(path), *map(str, overrides)])[0]

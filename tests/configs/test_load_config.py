@@ -58,6 +58,10 @@ def test_overrides_in_python_are_a_list_of_any_values(tmp_path: Path) -> None:
     assert (config.head.ratio, config.run.dir) == (0.5, tmp_path)
     with pytest.raises(ConfigError, match=r"^overrides is '--head\.ratio 0\.5'; expected a list such as \["):
         load_config(file, "--head.ratio 0.5")
+    with pytest.raises(ConfigError, match=r"^overrides is \{'head\.ratio': 0\.5\}; expected a list such as \["):
+        load_config(file, {"head.ratio": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^path is None; expected the YAML file of an experiment"):
+        load_config(None)  # type: ignore[arg-type]
 
 
 def test_options_of_a_head_keep_their_types(tmp_path: Path) -> None:
