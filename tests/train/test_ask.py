@@ -183,6 +183,8 @@ def test_paths_in_place_of_a_store_or_an_experiment_are_refused() -> None:
     for call in (kept_picture.clip_frames, fit):
         with pytest.raises(TypeError, match=r"^config is 'x\.yaml'; expected an experiment: load_config\(path\)$"):
             call("x.yaml", "clip")  # type: ignore[operator]
+    with pytest.raises(TypeError, match=r"^clip_id is \['clip'\]; expected the id of one clip"):
+        kept_picture.clip_frames(Config(), ["clip"])  # type: ignore[arg-type]
 
 
 def test_predict_names_its_own_arguments(trained: Config) -> None:

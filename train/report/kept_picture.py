@@ -51,11 +51,12 @@ def clip_frames(config: Config, clip_id: str) -> NDArray[np.float32]:
         config: Config of the store, whose data set says where the clip's video is.
 
     Raises:
-        TypeError: `config` is no experiment, such as the path of its file.
+        TypeError: `config` is no experiment, such as the path of its file, or `clip_id` is not one id.
         ConfigError: The data set has no such clip, or its video cannot be shown.
         DatasetError: The annotations cannot be read.
     """
     require_type("config", config, Config, "an experiment: load_config(path)")
+    require_type("clip_id", clip_id, str, "the id of one clip; store.clip_ids lists them")
     # Imported here, because decoding takes long to load and only pictures need it.
     from egopatch.extract.feed.pool import DecodePool, UndecodedClip
 
