@@ -10,7 +10,7 @@ from egopatch.features.state.ledger import ClipRecord, Commit, Entry, Ledger, Ro
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
 from egopatch.features.values.dtypes import spec_row_bytes
-from egopatch.features.values.errors import AbsentClip, DamagedStore
+from egopatch.features.values.errors import AbsentClip, DamagedStore, require_ids
 
 
 def commit_mismatch(commit: Commit, header: StoreHeader) -> str | None:
@@ -140,10 +140,9 @@ class Catalog:
 
         Raises:
             AbsentClip: Some of them were never committed; the message names them.
-            TypeError: `ids` holds no ids, or is one id instead of a list; Python would read it as a list of letters.
+            TypeError: `ids` holds no ids, or is one id instead of a list.
         """
-        if isinstance(ids, str):
-            raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
+        require_ids(ids)
         if wrong := [name for name in ids if not isinstance(name, str)]:
             raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips; clip_ids lists them")
         if absent := [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]:

@@ -14,7 +14,7 @@ from egopatch.features.storage.interface import Storage, file_matches
 from egopatch.features.storage.journal import Position, require_intact
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import Store, open_store
-from egopatch.features.values.errors import BadLocation, FingerprintMismatch, WriteConflict, require_type
+from egopatch.features.values.errors import BadLocation, FingerprintMismatch, WriteConflict, require_ids, require_type
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Fingerprint, StoreSpec
 
@@ -42,12 +42,11 @@ def create_store(
     Raises:
         FingerprintMismatch: The existing store was created with different settings; the message names them.
         StoreError: An id is unsafe, or the existing store is damaged.
-        TypeError: `spec` or `fingerprint` has another type, or `ids` is a single text.
+        TypeError: `spec` or `fingerprint` has another type, or `ids` is not a list.
     """
     require_type("spec", spec, StoreSpec, "a StoreSpec, such as StoreSpec.for_patches(...)")
     require_type("fingerprint", fingerprint, Fingerprint, "a Fingerprint: Fingerprint({NAME: VALUE})")
-    if isinstance(ids, str):
-        raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
+    require_ids(ids)
     ids = list(ids)
     storage = storage_at(path)
     root = storage.location

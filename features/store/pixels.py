@@ -1,12 +1,14 @@
 """Values of patches, such as saliency, as a map over the pixels of a frame."""
 
+from numbers import Integral
+
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
 from egopatch.features.common.units import counted
-from egopatch.features.values.errors import require_type
+from egopatch.features.values.errors import one_line, require_type
 
 Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
@@ -34,12 +36,17 @@ def to_pixels(
         keep would have most of the weight.
 
     Raises:
-        TypeError: `values` is not a tensor.
+        TypeError: `values` is not a tensor, or the grid, the frame or the box is of the wrong type.
         ValueError: The grid or the frame is empty, the number of values differs from the grid's, `positions` does not
             give each value an index in the grid, or the box is empty or not inside the frame.
     """
     require_type("values", values, Tensor, "a tensor: torch.from_numpy(array)")
-    rows, cols = grid
+    try:
+        rows, cols = grid
+    except (TypeError, ValueError):
+        raise TypeError(f"grid is {one_line(grid)}; expected (rows, cols): store.spec.grid") from None
+    for name, side in (("height", height), ("width", width)):
+        require_type(name, side, Integral, "a whole number of pixels")
     if min(rows, cols, height, width) < 1:
         raise ValueError(f"grid is {grid} and the frame has {height} x {width} pixels; expected sides of at least 1")
     values = values.float()
@@ -55,7 +62,10 @@ def to_pixels(
             f"values has {counted(values.shape[-1], 'patch', 'patches')} a frame; "
             f"expected {rows * cols}, as in the grid {grid}"
         )
-    top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
+    try:
+        top, left, box_height, box_width = (0.0, 0.0, height, width) if box is None else box
+    except (TypeError, ValueError):
+        raise TypeError(f"box is {one_line(box)}; expected (top, left, height, width) in pixels") from None
     if not (-0.5 <= top < top + box_height <= height + 0.5 and -0.5 <= left < left + box_width <= width + 0.5):
         raise ValueError(f"box is {box}; expected one inside the frame of {height} x {width} pixels")
     # Centres of the pixels, in a box from -1 to 1.

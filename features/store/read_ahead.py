@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from egopatch.features.values.errors import require_type
+from egopatch.features.values.errors import one_line, require_type
 from egopatch.features.values.spec import PatchTokens
 
 
@@ -48,11 +48,13 @@ def read_ahead(
             work.
 
     Raises:
-        TypeError: `store` is not a source of clips, but for example the path of a store.
+        TypeError: `store` is not a source of clips, but for example the path of a store, or `batches` is one id.
         ValueError: `depth` is below 1.
         StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """
     require_type("store", store, ClipSource, "an open store: open_store(path)")
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {one_line(batches)}; expected lists of ids, such as [store.clip_ids[:8]]")
     if depth < 1:
         raise ValueError(f"depth is {depth}; expected at least 1 batch")
     return _read_ahead(store, iter(batches), depth, threads, torch.device(device))

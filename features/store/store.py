@@ -30,7 +30,7 @@ from egopatch.features.store.summary import as_html, as_text, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
-from egopatch.features.values.errors import FingerprintMismatch, StoreError, require_type
+from egopatch.features.values.errors import FingerprintMismatch, StoreError, require_ids, require_type
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
@@ -441,9 +441,10 @@ class Store:
         return open_store, (self.catalog.storage.full_location, self.fingerprint)
 
 
-def _listed(ids: Iterable[str]) -> Sequence[str]:
-    """The ids of any iterable as a list; a single string is returned unchanged, so that the catalog can refuse it."""
-    return ids if isinstance(ids, str) else list(ids)
+def _listed(ids: Iterable[str]) -> list[str]:
+    """The ids of any iterable as a list."""
+    require_ids(ids)
+    return list(ids)
 
 
 def _in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What can go wrong with a store. Every message is one line that names what was expected and what to do next."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from egopatch.features.common.units import counted
 
@@ -83,4 +83,21 @@ def require_type(argument: str, value: object, kind: type, expected: str) -> Non
         TypeError: It has another type.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{argument} is {value!r:.60}; expected {expected}")
+        raise TypeError(f"{argument} is {one_line(value)}; expected {expected}")
+
+
+def require_ids(ids: object) -> None:
+    """Refuse one id, or what is no list, where ids are expected; Python would read an id as a list of letters.
+
+    Raises:
+        TypeError: It is not a list, or another iterable, of ids.
+    """
+    if isinstance(ids, str):
+        raise TypeError(f"ids is {ids!r}; expected a list of ids, such as [{ids!r}]")
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"ids is {one_line(ids)}; expected a list of ids; clip_ids of a store lists them")
+
+
+def one_line(value: object) -> str:
+    """The beginning of a value for an error of one line: an open store, for one, describes itself in several."""
+    return f"{' '.join(repr(value).split()):.60}"

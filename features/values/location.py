@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from egopatch.features.values.errors import BadLocation
+from egopatch.features.values.errors import BadLocation, one_line
 
 SCHEMES = ("s3", "gs", "az")
 
@@ -78,5 +78,5 @@ def parse_location(location: Location | str) -> Location:
     if isinstance(location, str):
         location = ObjectUrl(location.rstrip("/")) if "://" in location else Path(location)
     if not isinstance(location, Path | ObjectUrl):
-        raise BadLocation(f"the location of a store is {location!r:.60}; expected its folder or URL")
+        raise BadLocation(f"the location of a store is {one_line(location)}; expected its folder or URL")
     return location.absolute() if location == Path() else location

@@ -88,3 +88,16 @@ def test_a_box_that_is_empty_or_leaves_the_frame_is_refused(box: tuple[float, fl
 def test_positions_outside_the_grid_are_refused(positions: list[int]) -> None:
     with pytest.raises(ValueError, match=r"positions has shape .*; expected \(2,\), and indices in the grid \(2, 2\)"):
         to_pixels(torch.rand(2), (2, 2), 8, 8, positions=torch.tensor(positions))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"grid": 2}, r"^grid is 2; expected \(rows, cols\): store\.spec\.grid$"),
+        ({"height": 8.0}, r"^height is 8\.0; expected a whole number of pixels$"),
+        ({"box": (0, 0)}, r"^box is \(0, 0\); expected \(top, left, height, width\) in pixels$"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused_by_name(wrong: dict[str, object], expected: str) -> None:
+    with pytest.raises(TypeError, match=expected):
+        to_pixels(**({"values": torch.zeros(4), "grid": (2, 2), "height": 8, "width": 8} | wrong))  # type: ignore[arg-type]

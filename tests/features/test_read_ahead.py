@@ -117,6 +117,12 @@ def test_the_path_of_a_store_is_refused() -> None:
         read_ahead("runs/store", [IDS])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("batches", ["clip", 3])
+def test_batches_that_are_no_lists_are_refused(store: Store, batches: object) -> None:
+    with pytest.raises(TypeError, match=rf"^batches is {batches!r}; expected lists of ids, such as \["):
+        read_ahead(store, batches)  # type: ignore[arg-type]
+
+
 def test_a_depth_of_zero_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="depth is 0; expected at least 1 batch"):
         read_ahead(store, BATCHES, depth=0)

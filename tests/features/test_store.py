@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from egopatch.features import (
     AbsentClip,
+    BadLocation,
     DamagedStore,
     Failure,
     Fingerprint,
@@ -83,6 +84,16 @@ def test_one_id_instead_of_a_list_is_refused(make: Make) -> None:
     store = make()
     with pytest.raises(TypeError, match=r"^ids is 'vid.*'; expected a list of ids, such as \['vid.*'\]$"):
         store.read(IDS[0])
+
+
+def test_a_number_in_place_of_ids_is_refused(make: Make) -> None:
+    with pytest.raises(TypeError, match=r"^ids is 3; expected a list of ids; clip_ids of a store lists them$"):
+        make().read(3)  # type: ignore[arg-type]
+
+
+def test_a_store_in_place_of_its_location_is_refused_in_one_line(make: Make) -> None:
+    with pytest.raises(BadLocation, match=r"^the location of a store is store [^\n]*; expected its folder or URL$"):
+        open_store(make())  # type: ignore[arg-type]
 
 
 def test_ids_that_are_no_text_are_refused(make: Make) -> None:
