@@ -41,6 +41,7 @@ from egopatch.extract.encoders import load_video_encoder  # noqa: E402
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from egopatch.extract.encoders.checkpoints.standin import published_shapes, random_weight  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip  # noqa: E402
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM  # noqa: E402
 from egopatch.extract.worker.on_cores import CoreEncoder  # noqa: E402
 from tests.extract.encoders import reference  # noqa: E402
 
@@ -107,7 +108,7 @@ def make(variant: str, work: Work, device: str) -> Callable[[], object]:
             PreparedClip(Clip(str(number), Path("none")), frames[0].numpy(), times, "made up", 1, 0.0)
             for number in range(at_once(variant, work))
         ]
-        batches = CoreEncoder(encoder, len(clips), "bfloat16")
+        batches = CoreEncoder(encoder, len(clips), "bfloat16", EGOVLP_TRANSFORM)
 
         def run() -> object:
             for clip in clips:

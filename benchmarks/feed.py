@@ -40,7 +40,7 @@ from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip, read_clip  # noqa: E402
-from egopatch.extract.feed.cut import finish_cut  # noqa: E402
+from egopatch.extract.feed.cut import FrameKind, finish_pixels  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
@@ -58,7 +58,7 @@ NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 @cache
 def _kept(clip: Clip, transform: Transform) -> PreparedClip:
-    finish = partial(finish_cut, size=VIDEO.size, transform=transform, most=1 << 30)
+    finish = partial(finish_pixels, kind=FrameKind(VIDEO.size, transform, cut=True), most=1 << 30)
     return read_clip(clip, VIDEO, VideoCache(), [finish], as_planes=True)
 
 
@@ -67,11 +67,14 @@ def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform:
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 
 
-def taker(rate: float | None, copies: bool = True) -> Any:
+def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> Any:
     """Encoder that takes frames as a device does, with a copy of their bytes unless `copies` is off; returns no rows.
+
+    With `transforms` it takes them as a CPU does, which transforms them instead of copying.
 
     Its results are ready at once, or at `rate` clips a second.
     """
+    from egopatch.extract.feed.on_host import to_input
     from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 
     class Taker(BatchEncoder):
@@ -89,8 +92,10 @@ def taker(rate: float | None, copies: bool = True) -> Any:
             parts = (
                 [clip.frames] if isinstance(clip.frames, np.ndarray) else [np.asarray(r.frames) for r in clip.frames]
             )
+            if transforms:
+                to_input([frame for part in parts for frame in part], VIDEO.size, EGOVLP_TRANSFORM)
             started = time.thread_time()
-            for part in parts if copies else ():
+            for part in parts if copies and not transforms else ():
                 np.copyto(self._device[: part.nbytes], part.reshape(-1).view(np.uint8))
             self.copy_s += time.thread_time() - started
             clip.release()
@@ -113,7 +118,11 @@ def taker(rate: float | None, copies: bool = True) -> Any:
 
 
 def feed(
-    pool: DecodePool[PreparedClip], clips: Iterable[Clip], rate: float | None, copies: bool = True
+    pool: DecodePool[PreparedClip],
+    clips: Iterable[Clip],
+    rate: float | None,
+    copies: bool = True,
+    transforms: bool = False,
 ) -> tuple[int, int, float, float]:
     """Bring all clips to the encoder as the pipeline does.
 
@@ -123,7 +132,7 @@ def feed(
     started = time.thread_time()
     done = nbytes = 0
     finish: Callable[[], object] = dict
-    with taker(rate, copies) as batches:
+    with taker(rate, copies, transforms) as batches:
         for result in pool.map(clips, together=TOGETHER):
             assert isinstance(result, PreparedClip), result
             nbytes += result.memory_used
@@ -146,7 +155,7 @@ def children_cpu() -> float:
 
 def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) -> dict[str, float]:
     """CPU milliseconds a clip of children and parent in the best round, and the pipeline's rate in that round."""
-    from egopatch.extract.feed.decoders import FrameKind, open_decoders
+    from egopatch.extract.feed.decoders import open_decoders
 
     best: dict[str, float] = {}
     with open_decoders(VIDEO, [FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut)], 1, BATCH + 4) as pool:
@@ -155,7 +164,7 @@ def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) 
             # New names, so that nothing is cached about these files.
             fresh = [Clip(f"{number}-{i}", _link(clip.video, number)) for i, clip in enumerate(clips)]
             child, parent, started = children_cpu(), time.process_time(), time.perf_counter()
-            done, nbytes, serial, copy = feed(pool, fresh, rate)
+            done, nbytes, serial, copy = feed(pool, fresh, rate, transforms=not cut)
             found = {
                 "children_ms": 1e3 * (children_cpu() - child) / done,
                 "parent_ms": 1e3 * (time.process_time() - parent) / done,

@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Frames of one size and kind, cut to the part that the transform looks at.
+    """Frames of one size and kind, whole or cut to the part that the transform looks at.
 
     Attributes:
         frames: uint8 [h, w, 3] each, or planes; in the parent one array, [F, h, w, 3] or [F, 3 / 2 h w], in which a
@@ -68,7 +68,8 @@ class PreparedClip:
 
     Attributes:
         clip: The clip.
-        frames: [T, 3, S, S] float32, normalised; or pixels that a device will transform, in the order of the frames.
+        frames: Pixels, in the order of the frames; or the network's input, normalised float32 [T, 3, S, S], if they
+            are too large for a slot.
         timestamps: [T] float32, seconds from the clip's start.
         source: SHA-256 of the video file.
         size: Size of the video file in bytes.

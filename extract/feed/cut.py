@@ -1,9 +1,9 @@
-"""Cuts decoded frames to the part that the transform looks at, for a device that transforms them.
+"""What a child leaves of decoded frames: for a device, the part that the transform looks at; for a CPU, whole frames.
 
-Children that do this need no torch, whose import would cost each of them a second and 200 MB.
+Whoever encodes also transforms. So children need no torch, whose import would cost each of them a second and 200 MB.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,22 +17,38 @@ from egopatch.extract.video.planes import Colours, Planes, even
 from egopatch.extract.video.transforms import Transform, Window
 
 
-def finish_cut(decoded: DecodedClip[Any], size: int, transform: Transform, most: int) -> Frames:
-    """The frames cut to what `transform` looks at, or the network's input if these exceed `most` bytes."""
-    runs = _cut(decoded, transform)
+@dataclass(frozen=True)
+class FrameKind:
+    """The frames that an encoder takes.
+
+    Attributes:
+        size: Side of the network's input in pixels.
+        transform: Transform of the network.
+        cut: Whether they are cut to what the transform looks at, and left as planes if possible, for a device. The
+            transform of `on_host`, to which stores owe their bits on a CPU, takes whole frames in RGB.
+    """
+
+    size: int
+    transform: Transform
+    cut: bool
+
+
+def finish_pixels(decoded: DecodedClip[Any], kind: FrameKind, most: int) -> Frames:
+    """The pixels of the frames, or the network's input if these exceed `most` bytes."""
+    runs = _runs(decoded, kind)
     if sum(frame.nbytes for run in runs for frame in run.frames) <= most:
         return runs
     with clock_stopped():  # importing torch is no part of the clip's work
-        from egopatch.extract.feed.on_host import finish_on_host
+        from egopatch.extract.feed.on_host import to_input
     pixels = tuple(frame.rgb() if isinstance(frame, Planes) else frame for frame in decoded.frames)
-    return finish_on_host(replace(decoded, frames=pixels), size, transform)
+    return to_input(pixels, kind.size, kind.transform).numpy()
 
 
-def _cut(decoded: DecodedClip[Any], transform: Transform) -> tuple[Pixels, ...]:
+def _runs(decoded: DecodedClip[Any], kind: FrameKind) -> tuple[Pixels, ...]:
     """The frames in runs of equal size and kind; nothing is copied."""
     runs = []
     for (size, colours), frames in groupby(decoded.frames, _size_and_colours):
-        window = transform.looks_at(*size)
+        window = kind.transform.looks_at(*size) if kind.cut else Window(0, 0, *size)
         if colours is not None:
             window = even(window)
         runs.append(Pixels([_part(frame, window) for frame in frames], Cut(size, window, colours)))

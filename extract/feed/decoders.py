@@ -1,7 +1,6 @@
 """Starts a job's decoder children, and decides what they leave in shared memory and how much of it they get."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import psutil
@@ -9,34 +8,17 @@ import psutil
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.feed.clips import ALIGNMENT, Finish, PreparedClip, read_clip
-from egopatch.extract.feed.cut import finish_cut
-from egopatch.extract.feed.on_host import finish_on_host
+from egopatch.extract.feed.cut import FrameKind, finish_pixels
 from egopatch.extract.feed.pool import DecodePool, slots_for
-from egopatch.extract.video.transforms import Transform
 
-LARGEST_SIDE = 1080  # a slot holds a square of pixels of up to this side
-
-
-@dataclass(frozen=True)
-class FrameKind:
-    """The frames that an encoder takes.
-
-    Attributes:
-        size: Side of the network's input in pixels.
-        transform: Transform of the network.
-        cut: Whether children leave cut pixels, for a device that transforms them, rather than finished input. Pixels
-            that exceed their part of a slot are transformed by the child.
-    """
-
-    size: int
-    transform: Transform
-    cut: bool
+# Pixels of the largest frame that a slot holds; a child transforms larger ones.
+LARGEST_CUT, LARGEST_WHOLE = 1080 * 1080, 1920 * 1080
 
 
 def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, clips: int) -> DecodePool[PreparedClip]:
     """Children that decode each clip once and leave its frames in a slot of shared memory, once for each of `kinds`.
 
-    Cut pixels take at most a quarter of the free memory, for all kinds and slots together.
+    Pixels take at most a quarter of the free memory, for all kinds and slots together.
 
     Args:
         video: Number of frames, and limits.
@@ -50,8 +32,7 @@ def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, 
     for kind in kinds:
         most, needed = _sizes(video.frames, kind, slots * len(kinds))
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
-        finish = partial(finish_cut, most=most) if kind.cut else finish_on_host
-        finishes.append(partial(finish, size=kind.size, transform=kind.transform))
+        finishes.append(partial(finish_pixels, kind=kind, most=most))
     as_planes = all(kind.cut for kind in kinds)  # if one encoder needs RGB, frames are converted once for all
     prepare = partial(read_clip, finishes=finishes, as_planes=as_planes)
     memory = SharedSlots(slots, slot_bytes, "frames between decoders and encoder", "engine.decoders")
@@ -61,7 +42,6 @@ def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, 
 def _sizes(frames: int, kind: FrameKind, clips: int) -> tuple[int, int]:
     """Largest number of bytes of pixels that a clip leaves untransformed, and number of bytes of its slot."""
     finished = 4 * frames * 3 * kind.size**2
-    if not kind.cut:
-        return 0, finished
-    most = min(frames * 3 * LARGEST_SIDE**2, psutil.virtual_memory().available // 4 // clips)
+    largest = frames * 3 * (LARGEST_CUT if kind.cut else LARGEST_WHOLE)
+    most = min(largest, psutil.virtual_memory().available // 4 // clips)
     return most, max(finished, most) + ALIGNMENT * frames

@@ -8,13 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
-
-
-def finish_on_host(decoded: DecodedClip[NDArray[np.uint8]], size: int, transform: Transform) -> NDArray[np.float32]:
-    """[T, 3, size, size], the network's input."""
-    return to_input(decoded.frames, size, transform).numpy()
 
 
 def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:

@@ -22,7 +22,8 @@ from egopatch.extract.encoders import (
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.decoders import FrameKind, open_decoders
+from egopatch.extract.feed.cut import FrameKind
+from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.video.nvdec import require_gpu_decoder
@@ -78,12 +79,12 @@ class ExtractionJob:
 
     @property
     def encodes_on_device(self) -> bool:
-        """Whether clips go to a device as pixels, rather than to this machine's cores as finished input."""
+        """Whether a device transforms and encodes clips, rather than this machine's cores."""
         return self.device.type != "cpu"
 
     @property
     def frame_kind(self) -> FrameKind:
-        """The frames that the encoder takes; if this machine's cores encode, the children apply the transform."""
+        """The frames that the encoder takes."""
         return FrameKind(self.config.video.size, self.transform, cut=self.encodes_on_device)
 
     @property
@@ -107,7 +108,7 @@ class ExtractionJob:
             # Batches of the shards being written, of the one that waits for that and of the one being gathered.
             in_use = (shards_at_once() + 2) * -(-config.store.shard // batch) + 2
             return DeviceEncoder(encoder, batch, config.store.dtype, self.transform, in_use, capture)
-        return CoreEncoder(encoder, config.encoder.batch, config.store.dtype)
+        return CoreEncoder(encoder, config.encoder.batch, config.store.dtype, self.transform)
 
     def open_decoders(self, count: int, clips: int) -> DecodePool[PreparedClip]:
         """`count` child processes that decode for the encoder; at most `clips` clips are not yet released at a time."""

@@ -6,17 +6,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
-from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.clips import Frames, PreparedClip
+from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.features.values.spec import StoredDtype
 
 
 class CoreEncoder(BatchEncoder):
-    """See `BatchEncoder`; `batch` is cut to the number of cores. Clips come as finished input."""
+    """See `BatchEncoder`; `batch` is cut to the number of cores. Clips come as whole frames.
 
-    def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype) -> None:
+    Args:
+        encoder: As for `BatchEncoder`.
+        batch: Largest number of clips that are encoded at a time.
+        dtype: As for `BatchEncoder`.
+        transform: Transform of the network.
+    """
+
+    def __init__(self, encoder: VideoEncoder, batch: int, dtype: StoredDtype, transform: Transform) -> None:
+        self._transform = transform
         self._threads = torch.get_num_threads()
         super().__init__(encoder, min(batch, self._threads), dtype)
         self.held = 2 * self.size  # one batch is gathered while another one is encoded
@@ -31,18 +42,24 @@ class CoreEncoder(BatchEncoder):
         torch.set_num_threads(self._threads)  # new threads inherit the number that was set last, in any thread
 
     def _receive(self, clip: PreparedClip) -> None:
-        assert isinstance(clip.frames, np.ndarray)
+        """Nothing: cores read the shared memory themselves."""
+
+    def _input(self, frames: Frames) -> Tensor:
+        """[T, 3, S, S] from pixels, or as a child has transformed them."""
+        if isinstance(frames, np.ndarray):
+            return torch.from_numpy(frames)
+        pixels = [frame for run in frames for frame in np.asarray(run.frames)]
+        return to_input(pixels, self._encoder.size, self._transform)
 
     def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
         """Queue the clips; each goes to the next free core. Only the writer checks whether they are finite."""
 
         @torch.inference_mode()
         def encode(clip: PreparedClip) -> tuple[Row, float]:
-            assert isinstance(clip.frames, np.ndarray)
             started = time.perf_counter()
             try:
                 # What the encoder returns may be memory that it, or another clip's frames, use again.
-                tokens = self._converted(self._encoder(torch.from_numpy(clip.frames)[None]), copy=True)
+                tokens = self._converted(self._encoder(self._input(clip.frames)[None]), copy=True)
             finally:
                 clip.release()
             return {name: tensor[0] for name, tensor in tokens.items()}, time.perf_counter() - started

@@ -14,13 +14,13 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
-from egopatch.extract.feed.cut import finish_cut
+from egopatch.extract.feed.cut import FrameKind, finish_pixels
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargparse")
-CUT = partial(finish_cut, size=32, transform=EGOVLP_TRANSFORM, most=1 << 20)
+CUT = partial(finish_pixels, kind=FrameKind(32, EGOVLP_TRANSFORM, cut=True), most=1 << 20)
 cut_clip = partial(read_clip, finishes=[CUT], as_planes=True)
 
 

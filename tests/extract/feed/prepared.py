@@ -1,11 +1,9 @@
-"""Clips that this process decodes and transforms as a child does for a CPU."""
-
-from functools import partial
+"""Clips that this process decodes and transforms for a CPU."""
 
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
-from egopatch.extract.feed.on_host import finish_on_host
+from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
@@ -13,4 +11,4 @@ from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 def prepare_clip(
     clip: Clip, video: VideoConfig, cache: VideoCache, transform: Transform = EGOVLP_TRANSFORM
 ) -> PreparedClip:
-    return read_clip(clip, video, cache, [partial(finish_on_host, size=video.size, transform=transform)])
+    return read_clip(clip, video, cache, [lambda decoded: to_input(decoded.frames, video.size, transform).numpy()])

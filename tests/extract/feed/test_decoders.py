@@ -13,12 +13,13 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
 from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.cut import FrameKind
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.video.videos import write_video
 
 FREE = 10**9
 VIDEO = VideoConfig(frames=4, size=32)
-CUT = decoders.FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut=True)
+CUT = FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut=True)
 
 
 @pytest.fixture
@@ -39,30 +40,25 @@ def test_pixels_get_at_most_a_quarter_of_the_free_memory(made: list[tuple[int, i
         assert FREE / 5 < count * size < FREE / 4 + count * len(kinds) * padding
 
 
-def test_transformed_input_gets_slots_of_exactly_its_size(made: list[tuple[int, int]]) -> None:
-    decoders.open_decoders(VIDEO, [replace(CUT, cut=False)], 2, 40)
-    assert made[0][1] == 4 * 4 * 3 * 32 * 32
-
-
+@pytest.mark.parametrize(("cut", "pixels"), [(True, 1080 * 1080), (False, 1920 * 1080)])
 def test_ample_memory_gives_slots_for_the_largest_frames(
-    made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
+    cut: bool, pixels: int, made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
-    decoders.open_decoders(VIDEO, [CUT], 2, 40)
-    assert made[0][1] == 4 * 3 * decoders.LARGEST_SIDE**2 + 4 * decoders.ALIGNMENT
+    decoders.open_decoders(VIDEO, [replace(CUT, cut=cut)], 2, 40)
+    assert made[0][1] == 4 * 3 * pixels + 4 * decoders.ALIGNMENT
 
 
 @pytest.mark.parametrize("cuts", [(True, True), (True, False)])
 def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bool], tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     other = replace(EGOVLP_TRANSFORM, short_side=48)
-    kinds = [decoders.FrameKind(32, t, cut) for t, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
+    kinds = [FrameKind(32, t, cut) for t, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
     with decoders.open_decoders(VIDEO, kinds, 1, 2) as pool:
         (found,) = pool.map([Clip("a", path)])
     assert isinstance(found, PreparedClip)
     first, second = (part.frames for part in found.for_encoders([0, 1]))
-    assert [run.cut.colours is not None for run in first] == [all(cuts)]
-    assert isinstance(second, tuple) == cuts[1]
+    assert [run.cut.colours is not None for run in (*first, *second)] == [all(cuts)] * 2
 
 
 def test_a_clip_for_two_encoders_survives_what_one_does_to_its_frames() -> None:

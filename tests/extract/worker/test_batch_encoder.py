@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 from egopatch.extract.datasets import Clip
 from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
-from egopatch.extract.feed.clips import PreparedClip
+from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
+from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Window
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.features import PatchTokens
@@ -42,7 +45,7 @@ def encoded(batches: BatchEncoder, clips: Sequence[PreparedClip]) -> dict[str, R
 def test_clip_tokens_do_not_depend_on_the_batch(encoder: VideoEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # on any machine
     asked = clips(encoder, 2)
-    with CoreEncoder(encoder, 2, "float32") as batches:
+    with CoreEncoder(encoder, 2, "float32", EGOVLP_TRANSFORM) as batches:
         together = encoded(batches, asked)
         alone = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
         assert encoded(batches, []) == {}
@@ -53,6 +56,16 @@ def test_clip_tokens_do_not_depend_on_the_batch(encoder: VideoEncoder, monkeypat
     whole = encoder(torch.from_numpy(np.stack([one.frames for one in asked])))
     rows = torch.stack([row["patches"] for row in together.values()])
     torch.testing.assert_close(rows, whole.patches, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_frames_of_several_sizes_become_the_input(encoder: VideoEncoder) -> None:
+    (one,) = clips(encoder, 1)
+    frames = [np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8) for size in ((30, 40), (50, 36))]
+    runs = tuple(Pixels(frame[None], Cut(frame.shape[:2], Window(0, 0, *frame.shape[:2]))) for frame in frames)
+    expected = encoder(to_input(frames, encoder.size)[None])
+    with CoreEncoder(encoder, 1, "float32", EGOVLP_TRANSFORM) as batches:
+        (row,) = encoded(batches, [replace(one, frames=runs)]).values()
+    assert torch.equal(row["patches"], expected.patches[0])
 
 
 def test_rows_are_copies_of_what_the_encoder_may_use_again(
@@ -68,7 +81,7 @@ def test_rows_are_copies_of_what_the_encoder_may_use_again(
         return former[0]
 
     asked = clips(encoder, 2)
-    with CoreEncoder(encoder, 1, "float32") as batches:
+    with CoreEncoder(encoder, 1, "float32", EGOVLP_TRANSFORM) as batches:
         expected = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
         monkeypatch.setattr(encoder, "forward", reuses_memory)
         found = {name: row for one in asked for name, row in encoded(batches, [one]).items()}
@@ -91,7 +104,7 @@ def test_cores_encode_in_parallel_and_the_thread_count_is_restored(
         return forward(frames)
 
     monkeypatch.setattr(encoder, "forward", meet)
-    with CoreEncoder(encoder, 2, "float32") as batches:
+    with CoreEncoder(encoder, 2, "float32", EGOVLP_TRANSFORM) as batches:
         assert len(encoded(batches, clips(encoder, 2))) == 2
     assert seen == [cores // 2] * 2
     assert torch.get_num_threads() == cores
@@ -105,5 +118,8 @@ def test_cores_encode_in_parallel_and_the_thread_count_is_restored(
 def test_error_in_an_encoding_thread_is_raised(encoder: VideoEncoder) -> None:
     (bad,) = clips(encoder, 1)
     small = PreparedClip(bad.clip, bad.frames[:, :, :8], bad.timestamps, bad.source, bad.size, 0.0)
-    with CoreEncoder(encoder, 2, "float32") as batches, pytest.raises(ValueError, match="frames has shape"):
+    with (
+        CoreEncoder(encoder, 2, "float32", EGOVLP_TRANSFORM) as batches,
+        pytest.raises(ValueError, match="frames has shape"),
+    ):
         encoded(batches, [small])

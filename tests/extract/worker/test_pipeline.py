@@ -16,6 +16,7 @@ from egopatch.configs.schema import Config, EncoderConfig, EngineConfig, StoreCo
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip
 from egopatch.extract.feed.pool import UndecodedClip
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker import pipeline
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.worker.on_cores import CoreEncoder
@@ -119,7 +120,7 @@ def run(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., JobStats
             config=config,
             device=torch.device("cpu"),
             frame_kind=None,
-            open_batch_encoder=lambda: CoreEncoder(encoder, BATCH, "float32"),  # type: ignore[arg-type]
+            open_batch_encoder=lambda: CoreEncoder(encoder, BATCH, "float32", EGOVLP_TRANSFORM),  # type: ignore[arg-type]
         )
         return encode_shards(job, store, works, clips, 1, on_progress)  # type: ignore[arg-type]
 
