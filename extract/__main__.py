@@ -16,6 +16,7 @@ with interrupts_in_one_line("extract"):
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed
     from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.common.machine import request_huge_pages
     from egopatch.features.common.signals import requeue_on_signals
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
@@ -52,6 +53,7 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
     # Without semaphores, joblib warns when it is imported; the code that needs them reports that in one line itself.
     warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    request_huge_pages()
     parser = StageParser(prog=f"{program} {name}", description=COMMANDS[name])
     retry = {"retry": True} if name == "retry" else {}
 

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from egopatch.features.common.machine import request_huge_pages
+
 if TYPE_CHECKING:
     import torch
 
 
 def pytest_configure() -> None:
-    """Undo what a shell does to a job in the background, which ignores Ctrl-C, and whose children do so too."""
+    """Undo what a shell does to a job in the background, which ignores Ctrl-C, and whose children do so too.
+
+    Before any test imports torch, do what the commands do.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    request_huge_pages()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

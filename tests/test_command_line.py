@@ -1,9 +1,11 @@
 """Help, JSON, completion and refusals of all commands."""
 
 import contextlib
+import os
 import shlex
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,3 +129,23 @@ def test_shell_completion_offers_commands_and_options() -> None:
     assert complete("egopatch", "completion", "") == ["bash", "zsh"]
     for words in (("features", "info", ""), ("train", "fit", "--config", ""), ("ask", "--video", "")):
         assert complete("egopatch", *words) == []  # so that bash offers files
+
+
+@pytest.mark.parametrize(("stage", "command"), [("extract", "run"), ("train", "fit")])
+@pytest.mark.parametrize("given", [None, "0"])
+def test_torch_gets_huge_pages_unless_the_environment_decides(
+    given: str | None, stage: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    seen: list[str | None] = []
+
+    def load(_: str) -> SimpleNamespace:  # the first step that may import torch
+        seen.append(os.environ.get("THP_MEM_ALLOC_ENABLE"))
+        return SimpleNamespace(main=lambda *_: 0)
+
+    module = import_module(f"egopatch.{stage}.__main__")
+    monkeypatch.setattr(module, "load_command", load)
+    assert module.main([command]) == 0
+    assert seen == [given or "1"]

@@ -17,6 +17,7 @@ with interrupts_in_one_line("train"):
     from egopatch.extract.datasets import DatasetError
     from egopatch.extract.errors import CheckpointError, JobFailed
     from egopatch.features.common.command_line import find_command, run_command
+    from egopatch.features.common.machine import request_huge_pages
     from egopatch.features.common.signals import requeue_on_signals
     from egopatch.features.values.errors import BadLocation, FingerprintMismatch, StoreError
 
@@ -47,6 +48,7 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
         return name
     # Where HOME cannot be written, matplotlib makes a temporary folder and logs two warnings when it is imported.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    request_huge_pages()
     parser = StageParser(prog=f"{program} {name}", description=COMMANDS[name])
 
     def command() -> int:

@@ -1,6 +1,8 @@
 """What a process may use of its machine, with faked control groups and devices."""
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -150,3 +152,21 @@ def test_triton_on_a_full_gpu_does_not_lack_a_compiler(monkeypatch: pytest.Monke
     monkeypatch.setattr("triton.runtime.driver", Driver())
     with pytest.raises(RuntimeError, match="out of memory"):
         triton_fault.__wrapped__(CUDA)
+
+
+def test_large_tensors_are_in_huge_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this machine gives no huge pages")
+    program = """
+import resource
+from egopatch.features.common.machine import request_huge_pages
+request_huge_pages()
+import torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    faults = int(subprocess.check_output([sys.executable, "-c", program], env=environment, text=True))
+    assert faults < 4000  # 16,384 with pages of 4 KB; some of the memory may be in small pieces
