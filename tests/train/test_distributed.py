@@ -266,7 +266,7 @@ def interrupted(config: Config, steps: int, number: int, whom: str) -> str:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An uninterrupted run on two ranks, with partly accumulated steps at the end of its epochs."""
     base = write_tiny(tmp_path_factory.mktemp("undisturbed"))
-    config = with_run(base, "undisturbed", train_epochs=24, train_accumulate=3, train_ema=0.8)
+    config = with_run(base, "undisturbed", train_epochs=14, train_accumulate=3, train_ema=0.8)
     out, err = (process := start(["-m", "train", "fit", "--config", written(config)])).communicate()
     assert process.returncode == 0, out + err
     return config
