@@ -40,7 +40,7 @@ from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
 from egopatch.extract.feed.clips import PreparedClip, read_clip  # noqa: E402
-from egopatch.extract.feed.cut import FrameKind, finish_pixels  # noqa: E402
+from egopatch.extract.feed.pixels import FrameKind, finish_pixels  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402

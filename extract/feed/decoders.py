@@ -8,7 +8,7 @@ import psutil
 from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.feed.clips import ALIGNMENT, Finish, PreparedClip, read_clip
-from egopatch.extract.feed.cut import FrameKind, finish_pixels
+from egopatch.extract.feed.pixels import FrameKind, finish_pixels
 from egopatch.extract.feed.pool import DecodePool, slots_for
 
 # Pixels of the largest frame that a slot holds; a child transforms larger ones.

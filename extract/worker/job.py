@@ -22,8 +22,8 @@ from egopatch.extract.encoders import (
 from egopatch.extract.encoders.networks import imported
 from egopatch.extract.encoders.networks.network import Network
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.cut import FrameKind
 from egopatch.extract.feed.decoders import open_decoders
+from egopatch.extract.feed.pixels import FrameKind
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.fingerprints import video_fingerprint
 from egopatch.extract.video.nvdec import require_gpu_decoder

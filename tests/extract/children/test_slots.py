@@ -23,9 +23,9 @@ from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
 from egopatch.extract.feed.clips import PreparedClip, SharedClip
-from egopatch.extract.feed.cut import FrameKind, _runs
 from egopatch.extract.feed.decoders import open_decoders
 from egopatch.extract.feed.on_host import to_input
+from egopatch.extract.feed.pixels import FrameKind, _runs
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, UndecodedClip
 from egopatch.extract.feed.shared_folder import SharedFolder
 from egopatch.extract.video.frames import DecodedClip, read_frames

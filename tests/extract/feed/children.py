@@ -14,7 +14,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed.clips import PreparedClip, read_clip
-from egopatch.extract.feed.cut import FrameKind, finish_pixels
+from egopatch.extract.feed.pixels import FrameKind, finish_pixels
 from egopatch.extract.feed.pool import DecodePool
 from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
@@ -43,8 +43,9 @@ def count_looks(clip: Clip, video: VideoConfig, cache: VideoCache) -> int:
 def about_this_child(clip: Clip, video: VideoConfig, cache: VideoCache) -> tuple[float, int, list[str]]:
     """CPU seconds to the first frames, bytes of memory, modules that should not be here."""
     cut_clip(clip, video, cache, finishes=[partial(CUT, most=1 << 30)])
-    # CPU time, because the machine may be busy.
-    return time.process_time(), psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
+    seconds = time.process_time()  # CPU time, because the machine may be busy
+    read_clip(clip, video, cache, [partial(CUT, kind=FrameKind(32, EGOVLP_TRANSFORM, cut=False), most=1 << 30)])
+    return seconds, psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
 
 
 def describe(video: Path) -> None:

@@ -13,7 +13,7 @@ from egopatch.configs.schema import VideoConfig
 from egopatch.extract.datasets import Clip
 from egopatch.extract.feed import decoders
 from egopatch.extract.feed.clips import PreparedClip
-from egopatch.extract.feed.cut import FrameKind
+from egopatch.extract.feed.pixels import FrameKind
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from tests.extract.video.videos import write_video
 
