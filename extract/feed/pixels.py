@@ -24,8 +24,8 @@ class FrameKind:
     Attributes:
         size: Side of the network's input in pixels.
         transform: Transform of the network.
-        cut: Whether they are cut to what the transform looks at, and left as planes if possible, for a device. The
-            transform of `on_host`, to which stores owe their bits on a CPU, takes whole frames in RGB.
+        cut: Whether they are cut to what the transform looks at, and left as planes if possible, for a device. A CPU
+            transforms whole frames in RGB: cut ones would change the last bits of its stores.
     """
 
     size: int
