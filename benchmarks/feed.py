@@ -44,6 +44,7 @@ from egopatch.extract.feed.pixels import FrameKind, finish_pixels  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform  # noqa: E402
+from egopatch.features.common.machine import request_huge_pages  # noqa: E402
 
 # Decoder children import this file too, so whatever needs torch is imported where it is used.
 
@@ -74,6 +75,8 @@ def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> 
 
     Its results are ready at once, or at `rate` clips a second.
     """
+    import torch
+
     from egopatch.extract.feed.on_host import to_input
     from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 
@@ -93,6 +96,7 @@ def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> 
                 [clip.frames] if isinstance(clip.frames, np.ndarray) else [np.asarray(r.frames) for r in clip.frames]
             )
             if transforms:
+                torch.set_num_threads(1)  # one core transforms a clip, as it encodes it
                 to_input([frame for part in parts for frame in part], VIDEO.size, EGOVLP_TRANSFORM)
             started = time.thread_time()
             for part in parts if copies and not transforms else ():
@@ -300,6 +304,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_result_arguments(parser, "feed.json", "few clips of the smallest kind")
     options = parser.parse_args()
+    request_huge_pages()  # as the commands do, before anything imports torch
     if options.quick:
         options.rounds = 1
     kinds = KINDS[:1] if options.quick else KINDS

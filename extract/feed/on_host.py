@@ -22,17 +22,19 @@ def crop_and_resize(frames: Sequence[NDArray[np.uint8]], size: int, transform: T
     Returns:
         float32 [T, 3, size, size] in [0, 1].
     """
-    resized = torch.empty(len(frames), 3, size, size)
-    # Frame by frame, because each frame reuses the same few megabytes; all at once would need new memory.
-    for frame, target in zip(frames, resized, strict=True):
+    results = torch.empty(len(frames), 3, size, size)
+    whole_tchw = torch.empty(0)  # one frame's, so that all frames reuse the same few megabytes
+    for frame, result in zip(frames, results, strict=True):
         # Copied to channel-first order first, because interpolation is several times slower on a strided view.
-        pixels_chw = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
-        pixels_tchw = pixels_chw[None].float().div_(255)
-        pixels_tchw = resize(pixels_tchw, transform.resized(*pixels_tchw.shape[-2:]), transform)
-        crop = transform.crop(*pixels_tchw.shape[-2:])
-        pixels_tchw = pixels_tchw[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        target.copy_(resize(pixels_tchw, (size, size), transform)[0])
-    return resized
+        pixels_tchw = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))[None]
+        if whole_tchw.shape != pixels_tchw.shape:
+            whole_tchw = torch.empty(pixels_tchw.shape)
+        whole_tchw.copy_(pixels_tchw).div_(255)
+        resized_tchw = resize(whole_tchw, transform.resized(*whole_tchw.shape[-2:]), transform)
+        crop = transform.crop(*resized_tchw.shape[-2:])
+        seen_tchw = resized_tchw[..., crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        result.copy_(resize(seen_tchw, (size, size), transform)[0])
+    return results
 
 
 def to_input(frames: Sequence[NDArray[np.uint8]], size: int, transform: Transform = EGOVLP_TRANSFORM) -> Tensor:
