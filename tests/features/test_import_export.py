@@ -156,7 +156,7 @@ def test_export_by_video_takes_rows_and_times_from_one_commit(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
         return
     export(store.path, tmp_path / "videos", "pt", by_video=True)
-    written = torch.load(tmp_path / "videos" / "x.mp4.pt")
+    written = torch.load(tmp_path / "videos" / "x.mp4.pt", weights_only=True)
     assert written["timestamps"].tolist() == [t for n in range(5) for t in [n + (9.0 if n in (0, 4) else 0.0)] * 2]
     assert torch.equal(written["patches"], open_store(store.path).read(ids).patches.flatten(0, 1))
 

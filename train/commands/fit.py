@@ -34,7 +34,7 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
                 print(f"train fit: {stopped}", file=sys.stderr)
             return stopped.code
         except Requeue as notice:
-            # torchrun sends SIGTERM to the other ranks once one has ended; why they end is that one.
+            # torchrun sends SIGTERM to the other ranks once one has ended; that loss is the cause to report.
             if isinstance(notice.__context__, RankLost):
                 raise notice.__context__ from None
             raise
