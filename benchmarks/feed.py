@@ -59,7 +59,7 @@ NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
 
 @cache
 def _kept(clip: Clip, transform: Transform) -> PreparedClip:
-    finish = partial(finish_pixels, kind=FrameKind(VIDEO.size, transform, cut=True), most=1 << 30)
+    finish = partial(finish_pixels, kind=FrameKind(VIDEO.size, transform, planes=True), most=1 << 30)
     return read_clip(clip, VIDEO, VideoCache(), [finish], as_planes=True)
 
 
@@ -92,15 +92,15 @@ def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> 
             pass
 
         def _receive(self, clip: PreparedClip) -> None:
-            parts = (
-                [clip.frames] if isinstance(clip.frames, np.ndarray) else [np.asarray(r.frames) for r in clip.frames]
-            )
+            assert isinstance(clip.frames, tuple)
+            parts = [np.asarray(run.frames) for run in clip.frames]
             if transforms:
                 torch.set_num_threads(1)  # one core transforms a clip, as it encodes it
-                to_input([frame for part in parts for frame in part], VIDEO.size, EGOVLP_TRANSFORM)
+                cuts = [run.cut for run in clip.frames for _ in run.frames]
+                to_input([frame for part in parts for frame in part], VIDEO.size, EGOVLP_TRANSFORM, cuts)
             started = time.thread_time()
             for part in parts if copies and not transforms else ():
-                np.copyto(self._device[: part.nbytes], part.reshape(-1).view(np.uint8))
+                np.copyto(self._device[: part.nbytes], part.reshape(-1))
             self.copy_s += time.thread_time() - started
             clip.release()
 
@@ -157,18 +157,18 @@ def children_cpu() -> float:
     return sum(times.user + times.system for times in used)
 
 
-def measure_feed(clips: list[Clip], rounds: int, cut: bool, rate: float | None) -> dict[str, float]:
+def measure_feed(clips: list[Clip], rounds: int, planes: bool, rate: float | None) -> dict[str, float]:
     """CPU milliseconds a clip of children and parent in the best round, and the pipeline's rate in that round."""
     from egopatch.extract.feed.decoders import open_decoders
 
     best: dict[str, float] = {}
-    with open_decoders(VIDEO, [FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut)], 1, BATCH + 4) as pool:
+    with open_decoders(VIDEO, [FrameKind(VIDEO.size, EGOVLP_TRANSFORM, planes)], 1, BATCH + 4) as pool:
         feed(pool, clips[:2], None)  # the child has started
         for number in range(rounds):
             # New names, so that nothing is cached about these files.
             fresh = [Clip(f"{number}-{i}", _link(clip.video, number)) for i, clip in enumerate(clips)]
             child, parent, started = children_cpu(), time.process_time(), time.perf_counter()
-            done, nbytes, serial, copy = feed(pool, fresh, rate, transforms=not cut)
+            done, nbytes, serial, copy = feed(pool, fresh, rate, transforms=not planes)
             found = {
                 "children_ms": 1e3 * (children_cpu() - child) / done,
                 "parent_ms": 1e3 * (time.process_time() - parent) / done,
@@ -259,8 +259,8 @@ def measure_kind(kind: Kind, folder: Path, options: argparse.Namespace) -> dict[
     bare, device, host = [], [], []
     for _ in range(options.rounds):
         bare.append(measure_bare(clips, times))
-        device.append(measure_feed(clips, 2, cut=True, rate=options.encoder_rate))
-        host.append(measure_feed(clips, 1, cut=False, rate=options.encoder_rate))
+        device.append(measure_feed(clips, 2, planes=True, rate=options.encoder_rate))
+        host.append(measure_feed(clips, 1, planes=False, rate=options.encoder_rate))
 
     def least(runs: list[dict[str, float]]) -> dict[str, float]:
         return min(runs, key=lambda run: run["children_ms"] + run["parent_ms"])

@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Frames of one size and kind, whole or cut to the part that the transform looks at.
+    """Frames of one size and kind, cut to the part that the transform looks at.
 
     Attributes:
         frames: uint8 [h, w, 3] each, or planes; in the parent one array, [F, h, w, 3] or [F, 3 / 2 h w], in which a

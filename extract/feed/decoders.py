@@ -11,8 +11,7 @@ from egopatch.extract.feed.clips import ALIGNMENT, Finish, PreparedClip, read_cl
 from egopatch.extract.feed.pixels import FrameKind, finish_pixels
 from egopatch.extract.feed.pool import DecodePool, slots_for
 
-# Pixels of the largest frame that a slot holds; a child transforms larger ones.
-LARGEST_CUT, LARGEST_WHOLE = 1080 * 1080, 1920 * 1080
+LARGEST = 1080 * 1080  # pixels of the largest cut frame that a slot holds; a child transforms larger ones
 
 
 def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, clips: int) -> DecodePool[PreparedClip]:
@@ -33,7 +32,7 @@ def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, 
         most, needed = _sizes(video.frames, kind, slots * len(kinds))
         slot_bytes += -(-needed // ALIGNMENT) * ALIGNMENT
         finishes.append(partial(finish_pixels, kind=kind, most=most))
-    as_planes = all(kind.cut for kind in kinds)  # if one encoder needs RGB, frames are converted once for all
+    as_planes = all(kind.planes for kind in kinds)  # if one encoder needs RGB, frames are converted once for all
     prepare = partial(read_clip, finishes=finishes, as_planes=as_planes)
     memory = SharedSlots(slots, slot_bytes, "frames between decoders and encoder", "engine.decoders")
     return DecodePool(video, workers, prepare, memory)
@@ -42,6 +41,5 @@ def open_decoders(video: VideoConfig, kinds: Sequence[FrameKind], workers: int, 
 def _sizes(frames: int, kind: FrameKind, clips: int) -> tuple[int, int]:
     """Largest number of bytes of pixels that a clip leaves untransformed, and number of bytes of its slot."""
     finished = 4 * frames * 3 * kind.size**2
-    largest = frames * 3 * (LARGEST_CUT if kind.cut else LARGEST_WHOLE)
-    most = min(largest, psutil.virtual_memory().available // 4 // clips)
+    most = min(frames * 3 * LARGEST, psutil.virtual_memory().available // 4 // clips)
     return most, max(finished, most) + ALIGNMENT * frames

@@ -69,9 +69,7 @@ class Planes:
 
     def cut(self, window: Window) -> "Planes":
         """A part whose place and size are even; nothing is copied."""
-        rows, columns = (
-            slice(first, first + count) for first, count in ((window.top, window.height), (window.left, window.width))
-        )
+        rows, columns = window.rows, window.columns
         halved = tuple(slice(part.start // 2, part.stop // 2) for part in (rows, columns))
         return Planes(self.y[rows, columns], self.u[halved], self.v[halved], self.colours)
 

@@ -78,6 +78,16 @@ class Window:
     height: int
     width: int
 
+    @property
+    def rows(self) -> slice:
+        """Its rows."""
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        """Its columns."""
+        return slice(self.left, self.left + self.width)
+
 
 # The evaluation transform of EgoVLP and EgoVLPv2.
 EGOVLP_TRANSFORM = Transform(

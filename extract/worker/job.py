@@ -85,7 +85,7 @@ class ExtractionJob:
     @property
     def frame_kind(self) -> FrameKind:
         """The frames that the encoder takes."""
-        return FrameKind(self.config.video.size, self.transform, cut=self.encodes_on_device)
+        return FrameKind(self.config.video.size, self.transform, planes=self.encodes_on_device)
 
     @property
     def frames_line(self) -> str | None:

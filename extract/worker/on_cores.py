@@ -17,7 +17,7 @@ from egopatch.features.values.spec import StoredDtype
 
 
 class CoreEncoder(BatchEncoder):
-    """See `BatchEncoder`; `batch` is cut to the number of cores. Clips come as whole frames.
+    """See `BatchEncoder`; `batch` is cut to the number of cores. Cores also transform the frames.
 
     Args:
         encoder: As for `BatchEncoder`.
@@ -49,7 +49,7 @@ class CoreEncoder(BatchEncoder):
         if isinstance(frames, np.ndarray):
             return torch.from_numpy(frames)
         pixels = [frame for run in frames for frame in np.asarray(run.frames)]
-        return to_input(pixels, self._encoder.size, self._transform)
+        return to_input(pixels, self._encoder.size, self._transform, [run.cut for run in frames for _ in run.frames])
 
     def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
         """Queue the clips; each goes to the next free core. Only the writer checks whether they are finite."""

@@ -38,7 +38,7 @@ from tests.features.faults import limited
 
 CHILDREN = (sys.executable, "-m", "tests.extract.feed.children")
 SMALL = VideoConfig(frames=2, size=32)
-CUT = FrameKind(SMALL.size, EGOVLP_TRANSFORM, cut=True)
+KIND = FrameKind(SMALL.size, EGOVLP_TRANSFORM, planes=True)
 
 
 def memories() -> int:
@@ -55,17 +55,23 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def seen_of(frames: np.ndarray) -> np.ndarray:
+    """The part of whole frames, [T, H, W, 3], that the transform looks at."""
+    window = EGOVLP_TRANSFORM.looks_at(*frames.shape[1:3])
+    return frames[:, window.rows, window.columns]
+
+
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
     return write_video(tmp_path / "a.mp4")
 
 
-def test_whole_frames_from_children_match_those_of_this_process(video: Path, tmp_path: Path) -> None:
+def test_frames_from_children_match_those_of_this_process(video: Path, tmp_path: Path) -> None:
     other = write_video(tmp_path / "other.mp4", frames=12)
-    expected = {path: np.stack(read_frames(Clip("a", path), SMALL).frames) for path in (video, other)}
+    expected = {path: seen_of(np.stack(read_frames(Clip("a", path), SMALL).frames)) for path in (video, other)}
     sources = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (video, other)}
     clips = [Clip(str(i), (video, other)[i % 3 % 2]) for i in range(80)]
-    with open_decoders(SMALL, [replace(CUT, cut=False)], 1, 3) as pool:
+    with open_decoders(SMALL, [replace(KIND, planes=False)], 1, 3) as pool:
         for clip, result in zip(clips, pool.map(clips, ahead=2, together=TOGETHER), strict=True):
             assert isinstance(result, PreparedClip)
             assert (result.clip, result.source) == (clip, sources[clip.video])
@@ -73,36 +79,36 @@ def test_whole_frames_from_children_match_those_of_this_process(video: Path, tmp
             result.release()
 
 
-def test_cut_pixels_match_the_decoded_frames(video: Path) -> None:
+def test_cut_planes_match_the_decoded_frames(video: Path) -> None:
     decoded = read_frames(Clip("a", video), SMALL)
-    with open_decoders(SMALL, [CUT], 1, 3) as pool:
+    with open_decoders(SMALL, [KIND], 1, 3) as pool:
         (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, PreparedClip)
     (run,) = result.frames
     part = even(EGOVLP_TRANSFORM.looks_at(*run.cut.whole))
     assert run.cut.window == part
-    rows, columns = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
-    assert np.array_equal(rgb_of(run), np.stack(decoded.frames)[:, rows, columns])
-    assert run.frames.nbytes == np.stack(decoded.frames)[:, rows, columns].nbytes // 2
+    expected = np.stack(decoded.frames)[:, part.rows, part.columns]
+    assert np.array_equal(rgb_of(run), expected)
+    assert run.frames.nbytes == expected.nbytes // 2
 
 
-@pytest.mark.parametrize(("cut", "largest"), [(True, "LARGEST_CUT"), (False, "LARGEST_WHOLE")])
+@pytest.mark.parametrize("planes", [True, False])
 def test_frames_too_large_for_a_slot_arrive_transformed(
-    cut: bool, largest: str, video: Path, monkeypatch: pytest.MonkeyPatch
+    planes: bool, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, largest, 64)
-    with open_decoders(SMALL, [replace(CUT, cut=cut)], 1, 3) as pool:
+    monkeypatch.setattr(decoders, "LARGEST", 64)
+    with open_decoders(SMALL, [replace(KIND, planes=planes)], 1, 3) as pool:
         (result,) = pool.map([Clip("a", video)])
     assert isinstance(result, PreparedClip)
     expected = to_input(read_frames(Clip("a", video), SMALL).frames, 32)
-    np.testing.assert_allclose(result.frames, expected, rtol=0, atol=1e-6)
+    assert np.array_equal(result.frames, expected)
 
 
 def test_frame_runs_of_several_sizes_fit_in_one_slot() -> None:
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((5, 7), (5, 7), (9, 3), (5, 7))]
     times = np.zeros(4)
-    runs = _runs(DecodedClip(tuple(frames), times.astype(np.float32), times), CUT)
+    runs = _runs(DecodedClip(tuple(frames), times.astype(np.float32), times), EGOVLP_TRANSFORM)
     memory = np.zeros(4096, np.uint8)
     clip = PreparedClip(Clip("a", Path("a")), runs, times.astype(np.float32), "", 1, 0.0)
     found = SharedClip.write(clip, memory).read(memory, lambda: None).frames
@@ -135,7 +141,7 @@ def test_closed_pool_leaves_no_files_or_memory_open(video: Path) -> None:
     gc.collect()
     files, before = open_files(), memories()
     for _ in range(2):
-        with open_decoders(SMALL, [CUT], 1, 2) as pool:
+        with open_decoders(SMALL, [KIND], 1, 2) as pool:
             for result in pool.map([Clip("a", video)]):
                 assert memories() == before + 1
                 assert isinstance(result, PreparedClip)
@@ -172,7 +178,7 @@ def test_temporary_file_is_used_where_memfd_is_unavailable(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = memories()
-    with open_decoders(SMALL, [CUT], 1, 2) as pool:
+    with open_decoders(SMALL, [KIND], 1, 2) as pool:
         assert memories() == before
         (result,) = pool.map([Clip("a", video)])
         assert isinstance(result, PreparedClip)

@@ -20,8 +20,8 @@ from egopatch.extract.video.indexing.cache import VideoCache
 from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 
 HEAVY = ("torch", "transformers", "zarr", "h5py", "ray", "matplotlib", "jsonargparse")
-CUT = partial(finish_pixels, kind=FrameKind(32, EGOVLP_TRANSFORM, cut=True), most=1 << 20)
-cut_clip = partial(read_clip, finishes=[CUT], as_planes=True)
+_finish = partial(finish_pixels, kind=FrameKind(32, EGOVLP_TRANSFORM, planes=True), most=1 << 20)
+cut_clip = partial(read_clip, finishes=[_finish], as_planes=True)
 
 
 def die_or_prepare(clip: Clip, video: VideoConfig, cache: VideoCache) -> PreparedClip:
@@ -42,9 +42,9 @@ def count_looks(clip: Clip, video: VideoConfig, cache: VideoCache) -> int:
 
 def about_this_child(clip: Clip, video: VideoConfig, cache: VideoCache) -> tuple[float, int, list[str]]:
     """CPU seconds to the first frames, bytes of memory, modules that should not be here."""
-    cut_clip(clip, video, cache, finishes=[partial(CUT, most=1 << 30)])
+    cut_clip(clip, video, cache, finishes=[partial(_finish, most=1 << 30)])
     seconds = time.process_time()  # CPU time, because the machine may be busy
-    read_clip(clip, video, cache, [partial(CUT, kind=FrameKind(32, EGOVLP_TRANSFORM, cut=False), most=1 << 30)])
+    read_clip(clip, video, cache, [partial(_finish, kind=FrameKind(32, EGOVLP_TRANSFORM, planes=False), most=1 << 30)])
     return seconds, psutil.Process().memory_info().rss, [name for name in HEAVY if name in sys.modules]
 
 

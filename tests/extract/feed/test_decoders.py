@@ -19,7 +19,7 @@ from tests.extract.video.videos import write_video
 
 FREE = 10**9
 VIDEO = VideoConfig(frames=4, size=32)
-CUT = FrameKind(VIDEO.size, EGOVLP_TRANSFORM, cut=True)
+KIND = FrameKind(VIDEO.size, EGOVLP_TRANSFORM, planes=True)
 
 
 @pytest.fixture
@@ -34,31 +34,30 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def test_pixels_get_at_most_a_quarter_of_the_free_memory(made: list[tuple[int, int]]) -> None:
     padding = decoders.ALIGNMENT * (VIDEO.frames + 1)
-    for kinds in ([CUT], [CUT, replace(CUT, size=64)]):
+    for kinds in ([KIND], [KIND, replace(KIND, size=64)]):
         decoders.open_decoders(VIDEO, kinds, 2, 40)
         count, size = made.pop()
         assert FREE / 5 < count * size < FREE / 4 + count * len(kinds) * padding
 
 
-@pytest.mark.parametrize(("cut", "pixels"), [(True, 1080 * 1080), (False, 1920 * 1080)])
 def test_ample_memory_gives_slots_for_the_largest_frames(
-    cut: bool, pixels: int, made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
+    made: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**15))
-    decoders.open_decoders(VIDEO, [replace(CUT, cut=cut)], 2, 40)
-    assert made[0][1] == 4 * 3 * pixels + 4 * decoders.ALIGNMENT
+    decoders.open_decoders(VIDEO, [KIND], 2, 40)
+    assert made[0][1] == 4 * 3 * 1080 * 1080 + 4 * decoders.ALIGNMENT
 
 
-@pytest.mark.parametrize("cuts", [(True, True), (True, False)])
-def test_colours_are_converted_once_if_one_encoder_needs_it(cuts: tuple[bool, bool], tmp_path: Path) -> None:
+@pytest.mark.parametrize("planes", [(True, True), (True, False)])
+def test_colours_are_converted_once_if_one_encoder_needs_it(planes: tuple[bool, bool], tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4")
     other = replace(EGOVLP_TRANSFORM, short_side=48)
-    kinds = [FrameKind(32, t, cut) for t, cut in zip((EGOVLP_TRANSFORM, other), cuts, strict=True)]
+    kinds = [FrameKind(32, t, each) for t, each in zip((EGOVLP_TRANSFORM, other), planes, strict=True)]
     with decoders.open_decoders(VIDEO, kinds, 1, 2) as pool:
         (found,) = pool.map([Clip("a", path)])
     assert isinstance(found, PreparedClip)
     first, second = (part.frames for part in found.for_encoders([0, 1]))
-    assert [run.cut.colours is not None for run in (*first, *second)] == [all(cuts)] * 2
+    assert [run.cut.colours is not None for run in (*first, *second)] == [all(planes)] * 2
 
 
 def test_a_clip_for_two_encoders_survives_what_one_does_to_its_frames() -> None:

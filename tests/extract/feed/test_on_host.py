@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from egopatch.extract.feed.on_host import crop_and_resize, to_input
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
+from egopatch.extract.feed.clips import Cut
+from egopatch.extract.feed.on_host import crop_and_resize, resize, to_input
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Transform
 
 # Two resamplings with float32 coordinates: 2 x 256 pixels x 2^-23, times the steepest step of noise, 1 / 0.224.
 ROUNDING = 2 * 256 * 2**-23 / 0.224
@@ -36,6 +39,44 @@ def test_input_matches_the_published_transform(height: int, width: int) -> None:
         resized = bilinear(frame / 255, tall, wide)[top : top + 256, left : left + 256]
         expected = (bilinear(resized, 224, 224) - EGOVLP_TRANSFORM.mean) / EGOVLP_TRANSFORM.std
         np.testing.assert_allclose(result.permute(1, 2, 0), expected, atol=ROUNDING)
+
+
+TRANSFORMS = (
+    EGOVLP_TRANSFORM,
+    replace(EGOVLP_TRANSFORM, short_side=None, share=None),
+    replace(EGOVLP_TRANSFORM, short_side=64, share=0.875, resampling="bicubic", antialias=True),
+)
+
+
+def sizes() -> list[tuple[int, int]]:
+    drawn = np.random.default_rng(0).integers(16, 500, (30, 2)).tolist()
+    return [(720, 1280), (1920, 1080), (256, 456), (2, 2), (3, 301), (256, 256), *map(tuple, drawn)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_cut_frames_give_the_bits_of_whole_ones_with_channels_first(transform: Transform) -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes()]
+    cuts = [Cut(size, transform.looks_at(*size)) for size in sizes()]
+    parts = [frame[cut.window.rows, cut.window.columns] for frame, cut in zip(frames, cuts, strict=True)]
+    results = crop_and_resize(parts, 160, transform, cuts)
+    torch.set_num_threads(1)
+    for frame, result in zip(frames, results, strict=True):
+        whole = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))[None] / 255
+        resized = resize(whole, transform.resized(*frame.shape[:2]), transform)
+        crop = transform.crop(*resized.shape[-2:])
+        expected = resize(resized[..., crop.rows, crop.columns], (160, 160), transform)
+        assert torch.equal(result, expected[0]), frame.shape
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    frames = [np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(crop_and_resize(frames, 224))
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 def test_crop_stays_in_the_unit_range() -> None:

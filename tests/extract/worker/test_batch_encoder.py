@@ -15,7 +15,7 @@ from egopatch.extract.encoders import load_video_encoder
 from egopatch.extract.encoders.layers.video_encoder import VideoEncoder
 from egopatch.extract.feed.clips import Cut, Pixels, PreparedClip
 from egopatch.extract.feed.on_host import to_input
-from egopatch.extract.video.transforms import EGOVLP_TRANSFORM, Window
+from egopatch.extract.video.transforms import EGOVLP_TRANSFORM
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
 from egopatch.extract.worker.on_cores import CoreEncoder
 from egopatch.features import PatchTokens
@@ -58,10 +58,13 @@ def test_clip_tokens_do_not_depend_on_the_batch(encoder: VideoEncoder, monkeypat
     torch.testing.assert_close(rows, whole.patches, rtol=1e-4, atol=1e-5)
 
 
-def test_whole_frames_of_several_sizes_become_the_input(encoder: VideoEncoder) -> None:
+def test_frames_of_several_sizes_become_the_input(encoder: VideoEncoder) -> None:
     (one,) = clips(encoder, 1)
     frames = [np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8) for size in ((30, 40), (50, 36))]
-    runs = tuple(Pixels(frame[None], Cut(frame.shape[:2], Window(0, 0, *frame.shape[:2]))) for frame in frames)
+    cuts = [Cut(frame.shape[:2], EGOVLP_TRANSFORM.looks_at(*frame.shape[:2])) for frame in frames]
+    runs = tuple(
+        Pixels(frame[None, cut.window.rows, cut.window.columns], cut) for frame, cut in zip(frames, cuts, strict=True)
+    )
     expected = encoder(to_input(frames, encoder.size)[None])
     with CoreEncoder(encoder, 1, "float32", EGOVLP_TRANSFORM) as batches:
         (row,) = encoded(batches, [replace(one, frames=runs)]).values()
