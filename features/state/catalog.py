@@ -145,9 +145,14 @@ class Catalog:
         require_ids(ids)
         if wrong := [name for name in ids if not isinstance(name, str)]:
             raise TypeError(f"ids holds {wrong[0]!r:.60}; expected ids of clips; clip_ids lists them")
-        if absent := [name for name in dict.fromkeys(ids) if name not in self.ledger.clips]:
-            raise AbsentClip(absent, f"store {self.root}")
-        return [self.ledger.clips[name].clip(name) for name in ids]
+        commits = [self.ledger.clips.get(name) for name in ids]
+        if None in commits:
+            with self.lock:  # a thread that refreshes removes a row before it reads the one that replaces it
+                commits = [self.ledger.clips.get(name) for name in ids]
+        pairs = list(zip(ids, commits, strict=True))
+        if absent := [name for name, commit in pairs if commit is None]:
+            raise AbsentClip(list(dict.fromkeys(absent)), f"store {self.root}")
+        return [commit.clip(name) for name, commit in pairs if commit is not None]
 
     def unchanged(self, versions: Mapping[str, RowVersion]) -> list[str]:
         """The ids in `versions` whose row is still the same."""

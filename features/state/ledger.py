@@ -191,10 +191,7 @@ class Ledger:
         Raises:
             DamagedStore: Another program wrote the ledger.
         """
-        of = dict(self.clips) if names is None else {name: self.clips[name] for name in names}
-        with garbage_collection_paused():
-            by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in of.values()}.items()}
-            return {name: by_commit[id(commit)][name] for name, commit in of.items()}
+        return _origins_in(dict(self.clips) if names is None else {name: self.clips[name] for name in names})
 
     def machines(self) -> dict[str, int]:
         """Machine -> number of the committed clips that it computed; the empty name stands for unknown machines."""
@@ -214,15 +211,16 @@ class Ledger:
 
     def provenance(self, names: Iterable[str]) -> dict[str, Provenance]:
         """Id -> provenance of its row, for the committed clips `names`. Errors as in `origins`."""
+        commits = {name: self.clips[name] for name in names}
         return {
-            name: Provenance(self.clips[name].clip(name).source, origin, self.clips[name].machine_of(name))
-            for name, origin in self.origins(list(names)).items()
+            name: Provenance(commits[name].clip(name).source, origin, commits[name].machine_of(name))
+            for name, origin in _origins_in(commits).items()
         }
 
     def versions(self, names: Iterable[str]) -> dict[str, RowVersion]:
         """Id -> row, for each of `names` that is committed. Errors as in `origins`."""
-        origins = self.origins([name for name in names if name in self.clips])
-        return {name: RowVersion(self.clips[name].clip(name), origin) for name, origin in origins.items()}
+        commits = {name: commit for name in names if (commit := self.clips.get(name)) is not None}
+        return {name: RowVersion(commits[name].clip(name), origin) for name, origin in _origins_in(commits).items()}
 
     def add_all(self, contents: Contents[Entry]) -> None:
         """Apply lines that were read."""
@@ -247,6 +245,13 @@ class Ledger:
                 if entry.emptied:
                     self.announced.pop(shard, None)
                     self.commits.pop(shard, None)
+
+
+def _origins_in(commits: Mapping[str, Commit]) -> dict[str, Origin | None]:
+    """Id -> origin of each clip, given the commit that contains it; errors as in `Ledger.origins`."""
+    with garbage_collection_paused():
+        by_commit = {number: commit.origins_by_id() for number, commit in {id(c): c for c in commits.values()}.items()}
+        return {name: by_commit[id(commit)][name] for name, commit in commits.items()}
 
 
 def ledger_journal(storage: Storage) -> Journal[Entry]:

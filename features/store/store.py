@@ -273,7 +273,8 @@ class Store:
         while True:
             versions = self.catalog.ledger.versions(ids)
             timestamps = self._read(times, ids)["timestamps"]
-            if self.catalog.ledger.versions(ids) == versions:  # else another process has replaced or removed a row
+            # Else another process has replaced or removed a row, or another thread is reading what replaced it.
+            if versions.keys() >= set(ids) and self.catalog.ledger.versions(ids) == versions:
                 break
         origins = {name: version.origin for name, version in versions.items()}
         if unknown := [name for name in ids if origins[name] is None]:

@@ -5,9 +5,12 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 
 from egopatch.features import AbsentClip, ArraySpec, Failure, ShardWork, Store, create_store, open_store
 from egopatch.features.state.counts import count_clips, read_ledger
-from egopatch.features.state.ledger import raw_ledger_journal
+from egopatch.features.state.ledger import Commit, raw_ledger_journal
 from egopatch.features.state.origin import Origin
 from egopatch.features.storage.folder import LocalStorage
 from egopatch.features.tools.verify import verify
@@ -26,6 +29,7 @@ FIRST = IDS[:4]  # those of shard 0
 ORIGINS = {name: Origin("videos/a.mp4", 7, float(n), n + 5.0) for n, name in enumerate(FIRST)}
 MOVED = Origin("videos/a.mp4", 7, 0.5, 5.5)
 Make = Callable[..., Store]
+WAIT_S = 30
 
 
 def filled(make: Make) -> Store:
@@ -143,6 +147,55 @@ def test_a_reader_of_a_removed_clip_gets_a_clear_error(store: Store) -> None:
     with pytest.raises(AbsentClip, match="1 requested clip is missing"):
         reader.read(FIRST)
     assert torch.equal(reader.read(FIRST[1:]).patches, torch.stack([patches(n) for n in (1, 2, 3)]))
+
+
+def test_threads_that_share_a_store_find_a_row_that_one_of_them_is_refreshing(
+    make_local: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread has read that a row is removed, and waits for the new one; another asks for the clip meanwhile."""
+    store = filled(make_local)
+    reader, waiting, go_on = open_store(store.path), threading.Event(), threading.Event()
+    work, refreshed, plain = work_on(store, FIRST[0]), [False], LocalStorage.wait_for_commit
+
+    def wait(storage: LocalStorage, shard: int) -> None:
+        waiting.set()
+        assert go_on.wait(WAIT_S)
+        plain(storage, shard)
+
+    def publish_late(*args: Any) -> str:
+        if not refreshed[0]:
+            refreshed[0] = True
+            pool.submit(reader.catalog.refresh)
+            assert waiting.wait(WAIT_S)
+            lookups.extend(pool.submit(look, [FIRST[0]]) for look in (reader.sources, reader.video_times, reader.read))
+            time.sleep(0.2)  # the lookups have begun, and must not have ended
+            assert not any(lookup.done() for lookup in lookups)
+            go_on.set()
+        return publish(*args)
+
+    lookups: list[Future] = []
+    publish = LocalStorage.publish
+    monkeypatch.setattr(LocalStorage, "wait_for_commit", wait)
+    monkeypatch.setattr(LocalStorage, "publish", publish_late)
+    with ThreadPoolExecutor(4) as pool:
+        refresh(store, 90, work)
+        sources, times, tokens = (lookup.result(WAIT_S) for lookup in lookups)
+    assert sources == {FIRST[0]: "new"}
+    assert torch.equal(times[0], clip(90)["timestamps"].double() + 0.5)
+    assert torch.equal(tokens.patches[0], patches(90))
+
+
+def test_a_row_removed_while_versions_are_looked_up_is_no_key_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, decode = store.catalog.ledger, Commit.origins_by_id
+
+    def removing(commit: Commit) -> dict[str, Origin | None]:
+        ledger.clips.pop(FIRST[0], None)
+        return decode(commit)
+
+    monkeypatch.setattr(Commit, "origins_by_id", removing)
+    assert ledger.versions(FIRST[:2])[FIRST[0]].origin == ORIGINS[FIRST[0]]
 
 
 @pytest.mark.slow
