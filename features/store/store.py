@@ -30,7 +30,7 @@ from egopatch.features.store.summary import as_html, as_text, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
-from egopatch.features.values.errors import FingerprintMismatch, StoreError, require_ids, require_type
+from egopatch.features.values.errors import FingerprintMismatch, StoreError, one_line, require_ids, require_type
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
@@ -214,7 +214,9 @@ class Store:
     ) -> dict[str, Tensor]:
         """Read every array by name, for stores of either kind; arguments and errors as in `read`."""
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is {dtype!r}; expected a floating-point dtype of torch, such as torch.float16")
+            raise ValueError(
+                f"dtype is {one_line(dtype)}; expected a floating-point dtype of torch, such as torch.float16"
+            )
         tensors = self._read(self.spec.arrays, ids, out, threads)
         return tensors if dtype is None else _in_dtype(tensors, dtype)
 
@@ -255,7 +257,9 @@ class Store:
             ValueError: NumPy has no such dtype (bfloat16, float8).
         """
         if dtype not in (torch.float16, torch.float32, torch.float64):
-            raise ValueError(f"dtype is {dtype}; expected one that NumPy has: torch.float16, float32 or float64")
+            raise ValueError(
+                f"dtype is {one_line(dtype)}; expected one that NumPy has: torch.float16, float32 or float64"
+            )
         return {name: tensor.numpy() for name, tensor in self.read_arrays(ids, dtype, threads=threads).items()}
 
     def video_times(self, ids: Iterable[str]) -> Tensor:
@@ -291,9 +295,10 @@ class Store:
 
         Raises:
             StoreError: The store holds texts, which `read_text` reads without buffers.
-            ValueError: `rows` is negative.
+            TypeError, ValueError: `rows` is no whole number, or negative.
         """
         self._require_kind("patches", "read_text")
+        require_type("rows", rows, int, "a number of clips")
         if rows < 0:
             raise ValueError(f"rows is {rows}; expected 0 or more")
         return PatchTokens(**{array.name: empty_rows(array, rows, pin) for array in self.spec.arrays})

@@ -14,7 +14,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from egopatch.features.store.store import Store, open_store
-from egopatch.features.values.errors import require_type
+from egopatch.features.values.errors import one_line, require_ids, require_type
 from egopatch.features.values.spec import TOKEN_ARRAYS, PatchTokens
 from egopatch.features.values.tensors import torch_dtype
 
@@ -45,15 +45,16 @@ def torch_dataset(
     Raises:
         AbsentClip: Some of `clip_ids` were never committed; the message names them.
         StoreError: `store` holds texts.
-        TypeError: `store` is not an open store.
+        TypeError: `store` is not an open store, or `clip_ids` is one id or no list.
         ValueError: `dtype` is not a floating-point dtype of torch.
     """
     require_type("store", store, Store, "an open store: open_store(path)")
     store.read((), dtype)
     if clip_ids is None:
         clip_ids = store.clip_ids
-    elif not isinstance(clip_ids, str):  # a generator ends after one pass; the check below refuses a str
-        clip_ids = tuple(clip_ids)
+    else:
+        require_ids(clip_ids)
+        clip_ids = tuple(clip_ids)  # a generator ends after one pass
     store.catalog.clip_records(clip_ids)
     return ClipDataset(store, clip_ids, dtype)
 
@@ -88,6 +89,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return len(self.clip_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not isinstance(index, SupportsIndex):
+            raise TypeError(f"index is {one_line(index)}; expected a number; clip_ids lists the clips in order")
+        if not -len(self) <= index < len(self):  # an IndexError, by which a plain loop ends
+            raise IndexError(f"index is {index}; this dataset has {len(self)} clips")
         name = self.clip_ids[index]
         return {"clip_id": name, **{array: rows[0] for array, rows in self.read([name]).items()}}
 
@@ -101,13 +106,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
         torch's own collate gives the same batches, more slowly.
 
         Raises:
-            TypeError: `clips` is one item: the loader makes no batches.
+            TypeError: `clips` is one item, since the loader makes no batches; or it is no list of items.
         """
         if isinstance(clips, Mapping):
             raise TypeError(
                 "collate was given one item; expected a list: set the DataLoader's batch_size or batch_sampler,"
                 " or leave out collate_fn"
             )
+        if not isinstance(clips, Sequence) or not clips or not all(isinstance(clip, Mapping) for clip in clips):
+            raise TypeError(f"collate was given {one_line(clips)}; expected a list of items of this dataset")
         if not isinstance(clips, _Clips):
             return default_collate(list(clips))
         batch: dict[str, Any] = {"clip_id": list(clips.ids)}

@@ -127,6 +127,42 @@ def test_a_loader_without_batches_is_refused_by_collate(store: Store) -> None:
         next(iter(DataLoader(clips, batch_size=None, collate_fn=clips.collate)))
 
 
+@pytest.mark.parametrize("given", [5, None, [], "abc", [5], [None], torch.zeros(2)])
+def test_collate_refuses_what_is_no_list_of_items(given: Any, store: Store) -> None:
+    with pytest.raises(TypeError, match=r"^collate was given .*; expected a list of items of this dataset$"):
+        torch_dataset(store).collate(given)
+
+
+@pytest.mark.parametrize("index", ["x", None, 1.5, slice(0, 2)])
+def test_an_index_that_is_no_number_is_refused(index: Any, store: Store) -> None:
+    with pytest.raises(TypeError, match=r"^index is .*; expected a number; clip_ids lists the clips in order$"):
+        torch_dataset(store)[index]
+
+
+def test_an_index_out_of_range_is_refused_with_the_number_of_clips(store: Store) -> None:
+    clips = torch_dataset(store, IDS[:3])
+    assert [clip["clip_id"] for clip in clips] == list(IDS[:3])  # type: ignore[attr-defined]
+    assert clips[-1]["clip_id"] == IDS[2]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"^index is {index}; this dataset has 3 clips$"):
+            clips[index]
+
+
+def test_a_dtype_in_place_of_ids_is_refused(store: Store) -> None:
+    with pytest.raises(TypeError, match=r"^ids is torch\.float32; expected a list of ids"):
+        torch_dataset(store, torch.float32)  # type: ignore[arg-type]
+
+
+def test_a_wrong_dtype_is_quoted_in_short(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"^dtype is .{1,60}; expected a floating-point dtype of torch"):
+        store.read(torch.float16, IDS * 100)  # type: ignore[arg-type]
+
+
+def test_buffers_for_no_number_of_clips_are_refused(store: Store) -> None:
+    with pytest.raises(TypeError, match=r"^rows is '3'; expected a number of clips$"):
+        store.buffers("3")  # type: ignore[arg-type]
+
+
 def test_memory_of_exited_workers_is_released(store: Store) -> None:
     clips = torch_dataset(store)
     for _ in range(3):
