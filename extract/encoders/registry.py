@@ -227,6 +227,12 @@ def load_video_encoder(
         )
     if network.name not in NETWORKS:
         check_tokens(network.name, encoder)
+        if encoder.num_frames != num_frames:
+            raise ConfigError(
+                f"video.frames is {num_frames}, but the {type(encoder).__name__} of the encoder {network.name} takes "
+                f"{encoder.num_frames}; set video.frames to {encoder.num_frames}, or let build_video pass on "
+                "options.num_frames"
+            )
     if size is not None and encoder.size != size:
         raise CheckpointError(
             f"video.size is {size}, but {loaded.path} was trained on {encoder.size}; set video.size to {encoder.size}"

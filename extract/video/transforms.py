@@ -6,6 +6,7 @@ that only decodes starts fast.
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 Resampling = Literal["bilinear", "bicubic"]
@@ -24,6 +25,9 @@ class Transform:
         mean, std: Mean and standard deviation of R, G and B in [0, 1].
         resampling: Filter of all resizing.
         antialias: Whether the filter grows with the reduction, as in Pillow; the published networks go without.
+
+    Raises:
+        ValueError: A field has a value that no frame can be transformed with.
     """
 
     name: str
@@ -33,6 +37,23 @@ class Transform:
     std: tuple[float, ...]
     resampling: Resampling = "bilinear"
     antialias: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name):
+            raise ValueError(f"name is {self.name!r}; expected a text for the fingerprint of the store")
+        for field in ("mean", "std"):
+            value: object = getattr(self, field)
+            numbers = value if isinstance(value, tuple | list) and len(value) == 3 else (None,)
+            if not all(isinstance(number, Real) and math.isfinite(number) for number in numbers):
+                raise ValueError(f"{field} is {value!r:.60}; expected three numbers, for R, G and B")
+        if 0 in self.std:
+            raise ValueError(f"std is {self.std}; expected numbers other than 0, by which pixels are divided")
+        if not (self.short_side is None or (isinstance(self.short_side, int) and self.short_side > 0)):
+            raise ValueError(f"short_side is {self.short_side!r:.60}; expected pixels as a whole number, or None")
+        if not (self.share is None or (isinstance(self.share, Real) and self.share > 0)):
+            raise ValueError(f"share is {self.share!r:.60}; expected a number above 0, or None")
+        if self.resampling not in _REACH:
+            raise ValueError(f"resampling is {self.resampling!r:.60}; expected one of {', '.join(_REACH)}")
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of a frame after the first resizing."""

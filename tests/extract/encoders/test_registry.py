@@ -120,6 +120,31 @@ def test_an_identity_that_no_fingerprint_can_hold_is_refused(monkeypatch: pytest
         load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
 
 
+def test_an_encoder_of_another_number_of_frames_is_refused() -> None:
+    network = Network("mine", lambda checkpoint, options: Colours(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
+    why = r"^video\.frames is 4, but the Colours of the encoder mine takes 2; set video\.frames to 2, or let build_vid"
+    with pytest.raises(ConfigError, match=why):
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}), num_frames=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"name": ""}, "name is ''; expected a text"),
+        ({"mean": 0.5}, "mean is 0.5; expected three numbers"),
+        ({"std": (1.0, 1.0)}, r"std is \(1.0, 1.0\); expected three numbers"),
+        ({"std": (1.0, 0.0, 1.0)}, r"std is \(1.0, 0.0, 1.0\); expected numbers other than 0"),
+        ({"mean": (float("nan"),) * 3}, r"mean is \(nan, nan, nan\); expected three numbers"),
+        ({"short_side": "224"}, "short_side is '224'; expected pixels as a whole number, or None"),
+        ({"share": 0}, "share is 0; expected a number above 0, or None"),
+        ({"resampling": "cubic"}, "resampling is 'cubic'; expected one of bilinear, bicubic"),
+    ],
+)
+def test_a_transform_that_no_frame_can_take_is_refused(changed: dict[str, object], why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{why}"):
+        replace(WHOLE, **changed)  # type: ignore[arg-type]
+
+
 def test_a_forward_that_takes_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Colours, "forward", lambda self, frames, mask: None)
     network = Network("mine", lambda checkpoint, options: Colours(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
@@ -135,7 +160,7 @@ def returning(change: Callable[[PatchTokens], object]) -> VideoEncoder:
             return change(super().forward(frames))  # type: ignore[return-value]
 
     network = Network("mine", lambda checkpoint, options: Changed(torch.ones(3), 2, 32), lite.build_bert, WHOLE)
-    return load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+    return load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}), num_frames=2)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +267,7 @@ def test_plugin_encoder_without_required_attributes_is_refused() -> None:
 
     network = Network("mine", lambda checkpoint, options: Bare(), lite.build_bert, WHOLE)
     with pytest.raises(ConfigError, match="the Bare of the encoder mine has no grid and no num_frames; expected the"):
-        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}))
+        load_video_encoder(network, Checkpoint(Path("mine.pth"), "bare", {}), num_frames=2)
 
 
 @pytest.mark.parametrize(
