@@ -250,8 +250,9 @@ class BackgroundShardWriter:
         if len(arrays) == len(rows) > 1:
             raise StoreError(
                 f"all {len(rows)} clips of shard {shard} of {self._store.path} have NaN or infinity in their tokens, "
-                f"so none was stored; the encoder {encoder} or its arithmetic is at fault: check encoder.checkpoint, "
-                "or use --encoder.dtype float32 and another --store.path"
+                f"so none was stored; the encoder {encoder} or its arithmetic is at fault, or its tokens exceed "
+                "store.dtype: check encoder.checkpoint, or use --encoder.dtype float32 or another --store.dtype, and "
+                "another --store.path"
             )
         return {
             name: Failure(
