@@ -55,8 +55,12 @@ def read_axes(
             read = read_yaml(grid)
         except ValueError as error:
             raise ConfigError(f"--grid {grid}: {error}") from None
-        if not isinstance(read, dict) or not all(isinstance(values, list) and values for values in read.values()):
-            raise ConfigError(f"--grid {grid}: expected lines such as head.dropout: [0.0, 0.1]")
+        wrong = [f"found {read!r:.60}"]
+        if isinstance(read, dict):
+            lists = ((option, isinstance(values, list) and values) for option, values in read.items())
+            wrong = [f"{option} is {read[option]!r:.60}" for option, given in lists if not given]
+        if wrong:
+            raise ConfigError(f"--grid {grid}: {wrong[0]}; expected lines such as head.dropout: [0.0, 0.1]")
         axes |= {str(option): values for option, values in read.items()}
     for option, argument, given in (("head.ratio", "--ratios", ratios), ("train.seed", "--seeds", seeds)):
         if given is not None and option in axes:
