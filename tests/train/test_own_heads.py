@@ -109,6 +109,18 @@ def test_a_method_that_takes_other_arguments_is_refused_in_one_line(
         fit(own(lambda _, sizes: Linear(sizes)), "x")
 
 
+def test_a_module_without_a_forward_is_refused(own: Registered) -> None:
+    with pytest.raises(ConfigError, match=r"^the head mine builds a ParameterList, which has no forward; expected a m"):
+        fit(own(lambda _, __: nn.ParameterList()), "x")
+
+
+def test_a_head_declared_blind_that_reads_tokens_is_refused(own: Registered, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = own(lambda _, sizes: Linear(replace(sizes, width=4)))
+    monkeypatch.setitem(HEADS._registered, "mine", replace(HEADS._registered["mine"], reads_video=False))
+    with pytest.raises(ConfigError, match=r"reads_video=False, so no video was read; set reads_video=True$"):
+        fit(config, "x")
+
+
 def test_parameters_without_a_shape_are_refused(own: Registered) -> None:
     def build(_: object, sizes: Sizes) -> nn.Module:
         head = Linear(sizes)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from egopatch.configs.schema import ConfigError
 from egopatch.features import PatchTokens
 
 
@@ -106,8 +107,15 @@ class Batch:
     @cached_property
     def tokens(self) -> PatchTokens:
         """Tokens of the C clips, copied once where more clips are resident; psa reads `stored` in place instead."""
-        assert self.stored is not None
-        return PatchTokens(**{name: self.select_clips(tensor) for name, tensor in self.stored.tensors().items()})
+        return PatchTokens(**{name: self.select_clips(tensor) for name, tensor in self._stored().tensors().items()})
+
+    def _stored(self) -> PatchTokens:
+        if self.stored is None:
+            raise ConfigError(
+                "a head reads the tokens of a batch, but its Head has reads_video=False, so no video was read; set "
+                "reads_video=True"
+            )
+        return self.stored
 
     def select_clips(self, tensor: Tensor) -> Tensor:
         """The rows [C, ...] of one of the stored tensors."""
@@ -115,12 +123,12 @@ class Batch:
 
     def patch_chunks(self, clips: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Patches [c, T, n, D] of the C clips, and their scale [c, T, n] if any, c = `clips` clips at a time."""
-        assert self.stored is not None
-        count = len(self.stored.cls) if self.clip_rows is None else len(self.clip_rows)
+        stored = self._stored()
+        count = len(stored.cls) if self.clip_rows is None else len(self.clip_rows)
         for start in range(0, count, clips):
             chunk = slice(start, start + clips)
             rows = chunk if self.clip_rows is None else self.clip_rows[chunk]
-            yield self.stored.patches[rows], None if self.stored.scale is None else self.stored.scale[rows]
+            yield stored.patches[rows], None if stored.scale is None else stored.scale[rows]
 
     def with_tokens(self, tokens: PatchTokens) -> "Batch":
         """The same questions with `tokens` of the C clips."""

@@ -121,6 +121,9 @@ def _fault(name: str, head: object) -> str | None:
         return f"has options {head.options!r}; expected a dataclass, not an instance of one, or None"
     if head.name != name:
         return f"is a Head called {head.name!r}; expected the same name"
+    for flag in ("reads_video", "stacks", "captures"):
+        if not isinstance(value := getattr(head, flag), bool):
+            return f"is a Head whose {flag} is {value!r:.60}; expected True or False"
     fault = call_fault(head.build, "options", "sizes")
     return None if fault is None else f"is a Head whose build {fault}"
 
@@ -241,6 +244,11 @@ def _build(head: Head | _BuiltIn, config: Config, sizes: Sizes) -> nn.Module:
 def _checked(head: Head, module: object, answers: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"the head {head.name} builds a {type(module).__name__}; expected a torch.nn.Module")
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:
+        raise ConfigError(
+            f"the head {head.name} builds a {type(module).__name__}, which has no forward; expected a method "
+            "forward(batch) that returns logits"
+        )
     for method, argument in (("forward", "batch"), ("measure", "tokens")):
         if hasattr(module, method) and (fault := call_fault(getattr(module, method), argument)):
             raise ConfigError(f"the {method} of the head {head.name} {fault}")
