@@ -96,7 +96,10 @@ class Plugins(Generic[T]):
             ConfigError: The name is taken or no text, or `plugin` is of the wrong kind.
         """
         if not (isinstance(name, str) and name):
-            raise ConfigError(f"the name to register as {self.option} is {name!r:.60}; expected text, such as 'mine'")
+            hint = f": the arguments are swapped, give {plugin!r:.60} first" if isinstance(plugin, str) else ""
+            raise ConfigError(
+                f"the name to register as {self.option} is {name!r:.60}; expected text, such as 'mine'{hint}"
+            )
         if owners := self._owners(name, called=not replace):
             again = ", or pass replace=True" if owners == [CALL] else ""
             raise ConfigError(f"{self.option} {name!r} is already registered by {owners[0]}; use another name{again}")

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
 from egopatch.features.common.command_line import pick_varied
 from egopatch.features.common.units import counted
+from egopatch.features.values.errors import require_type
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -61,12 +63,16 @@ class Clip:
 
     def __post_init__(self) -> None:
         if not self.clip_id:
-            raise ValueError("clip_id is empty; expected a unique name")
-        start = 0.0 if self.start_s is None else self.start_s
+            raise ValueError(f"clip_id is {self.clip_id!r}; expected a unique name")
+        start, end = 0.0 if self.start_s is None else self.start_s, self.end_s
+        if not isinstance(start, Real) or not isinstance(end, Real | None):
+            return  # the registry refuses values of the wrong type, all of them at once
         if start < 0:
-            raise ValueError(f"start_s is {start}; expected seconds from the video's start, at least 0")
-        if self.end_s is not None and self.end_s <= start:
-            raise ValueError(f"end_s is {self.end_s}; expected more than start_s, which is {start}")
+            raise ValueError(
+                f"clip {self.clip_id!r}: start_s is {start}; expected seconds from the video's start, at least 0"
+            )
+        if end is not None and end <= start:
+            raise ValueError(f"clip {self.clip_id!r}: end_s is {end}; expected more than start_s, which is {start}")
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions
@@ -108,11 +114,17 @@ class Question:
             object.__setattr__(self, "written", None)
         if not self.options:
             return
+        options: object = self.options
+        if not isinstance(options, tuple | list) or not all(isinstance(option, str) for option in options):
+            return  # the registry refuses values of the wrong type, all of them at once
+        named = f"question {self.question_id!r} has"
         if not MIN_OPTIONS <= len(self.options) <= MAX_OPTIONS:
-            raise ValueError(f"has {counted(len(self.options), 'option')}; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
+            raise ValueError(f"{named} {counted(len(self.options), 'option')}; expected {MIN_OPTIONS} to {MAX_OPTIONS}")
         compared = [option.strip().lower() for option in self.options]
         if self.answer and self.answer not in compared:
-            raise ValueError(f"has the answer {self.answer!r}, which is not one of its options {', '.join(compared)}")
+            raise ValueError(
+                f"{named} the answer {self.answer!r}, which is not one of its options {', '.join(compared)}"
+            )
 
     @property
     def counts(self) -> bool:
@@ -191,7 +203,16 @@ class Dataset:
 
 
 def texts_of(questions: Iterable[Question]) -> tuple[str, ...]:
-    """Unique texts of the questions, their options and their variants, sorted."""
+    """Unique texts of the questions, their options and their variants, sorted.
+
+    Raises:
+        TypeError: `questions` holds something else, such as the names of the parts.
+    """
+    questions = list(questions)
+    for question in questions:
+        require_type(
+            "an item of questions", question, Question, "a Question: give the questions of all parts in a list"
+        )
     texts = ((question.text, *question.options, *(question.variants or ())) for question in questions)
     return tuple(sorted({text for of_question in texts for text in of_question}))
 
@@ -206,7 +227,14 @@ def answer_vocabulary(train_answers: Sequence[str], limit: int = MAX_ANSWERS) ->
         train_answers: Training answers in the file's own spelling.
         limit: Number of answers to keep.
 
+    Raises:
+        TypeError: `train_answers` is one answer, or holds something else than texts.
+
     Source: EgoTaskQA, `baselines/preprocess/preprocess_vocab.py`.
     """
+    if isinstance(train_answers, str):
+        raise TypeError(f"train_answers is {train_answers!r:.60}; expected a list of answers")
+    for answer in train_answers:
+        require_type("an item of train_answers", answer, str, "an answer as text: question.answer")
     frequent = (answer.strip().lower() for answer, _ in Counter(train_answers).most_common(limit))
     return tuple(dict.fromkeys((*UNKNOWN_ANSWERS, *frequent)))

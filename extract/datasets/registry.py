@@ -122,6 +122,10 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
     if wrong := [name for name, value in fields.items() if isinstance(value, str) or not isinstance(value, Sequence)]:
         yield from (f"{name} is of type {type(fields[name]).__name__}; expected a tuple" for name in wrong)
         return
+    if not _is_text(dataset.split):
+        yield f"split is {dataset.split!r:.200}; expected a text, such as data.split"
+    if not isinstance(dataset.free_answers, bool):
+        yield f"free_answers is {dataset.free_answers!r:.200}; expected True or False"
     # Values of a wrong type cannot be compared, so other faults are looked for only if there are none.
     if wrong := [*_wrong_fields(dataset)]:
         yield from wrong
@@ -214,7 +218,7 @@ def _are_texts(value: object) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    return value is None or (isinstance(value, int | float) and type(value) is not bool and math.isfinite(value))
 
 
 _Field = tuple[Callable[[Any], bool], str]  # whether a value fits, and what was expected

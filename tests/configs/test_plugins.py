@@ -13,7 +13,7 @@ from torch import nn
 from egopatch.configs.plugins import Plugins, traceback_kept
 from egopatch.configs.schema import Config, ConfigError, DataConfig, EncoderConfig, HeadConfig
 from egopatch.extract.datasets import PARTS, Clip, Dataset, DatasetError, Question, load_dataset, register_dataset
-from egopatch.extract.datasets.records import answer_vocabulary
+from egopatch.extract.datasets.records import answer_vocabulary, texts_of
 from egopatch.extract.datasets.registry import _PLUGINS as DATASETS
 from egopatch.extract.encoders import Checkpoint, find_network, input_transform, load_video_encoder, register_encoder
 from egopatch.extract.encoders.networks import lite
@@ -145,6 +145,18 @@ def test_registering_a_data_set_that_is_not_a_function_is_refused() -> None:
         register_dataset("mine", 3)  # type: ignore[arg-type]
 
 
+def test_swapped_arguments_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"expected text, such as 'mine': the arguments are swapped, give 'squares'"):
+        register_dataset(lambda _: GOOD, "squares")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flag", ["reads_video", "stacks", "captures"])
+def test_a_flag_of_a_head_that_is_no_truth_value_is_refused(flag: str) -> None:
+    head = replace(Head("mine", lambda _, __: nn.Identity()), **{flag: "no"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"it is a Head whose {flag} is 'no'; expected True or False"):
+        register_head(head)
+
+
 def test_a_function_that_takes_other_arguments_is_refused_in_one_line() -> None:
     """Called, each would raise a TypeError whose traceback shows none of its own lines."""
     with pytest.raises(ConfigError, match=r"it is a Head whose build takes \(_\); expected a function of \(options, s"):
@@ -227,6 +239,12 @@ def asked(**changed: object) -> dict[str, object]:
             {"clips": (replace(CLIP, end_s=np.int64(7)),)},
             r"end_s is np.int64\(7\); expected seconds as an int or a float",
         ),
+        ({"clips": (replace(CLIP, start_s="1"),)}, "clip 'a': start_s is '1'; expected seconds as an int or a float"),
+        ({"clips": (replace(CLIP, end_s=True),)}, "clip 'a': end_s is True; expected seconds as an int or a float"),
+        ({"split": None}, "split is None; expected a text, such as data.split"),
+        ({"free_answers": "no"}, "free_answers is 'no'; expected True or False"),
+        (asked(options="ab"), "question '1': options is 'ab'; expected a tuple of texts"),
+        (asked(options=(1, 2)), r"question '1': options is \(1, 2\); expected a tuple of texts"),
         ({"clips": ({"clip_id": "a"},)}, "clips contains {'clip_id': 'a'}; expected a Clip"),
         ({"clips": (replace(CLIP, clip_id="b"),)}, "question '1': clip_id 'a' is not in clips; add it there"),
         (
@@ -276,6 +294,35 @@ def test_an_inconsistent_data_set_is_refused(
         load_dataset(DataConfig(name="mine"))
     monkeypatch.setitem(DATASETS._registered, "mine", lambda _: GOOD)
     assert load_dataset(DataConfig(name="mine")) == GOOD
+
+
+def test_a_clip_or_question_that_cannot_exist_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^clip 'a': end_s is 1; expected more than start_s, which is 2$"):
+        replace(CLIP, start_s=2, end_s=1)
+    with pytest.raises(ValueError, match=r"^clip 'a': start_s is -1; expected seconds from the video's start"):
+        replace(CLIP, start_s=-1)
+    with pytest.raises(ValueError, match=r"^clip_id is None; expected a unique name$"):
+        replace(CLIP, clip_id=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^question '1' has the answer 'a cup', which is not one of its options"):
+        replace(QUESTION, options=("a hat", "a bowl"))
+    with pytest.raises(ValueError, match=r"^question '1' has 1 option; expected 2 to 26$"):
+        replace(QUESTION, options=("a cup",))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "why"),
+    [
+        (answer_vocabulary, "yes", "^train_answers is 'yes'; expected a list of answers$"),
+        (answer_vocabulary, [QUESTION], r"^an item of train_answers is Question\(.*; expected an answer as text"),
+        (texts_of, ASKED, "^an item of questions is 'train'; expected a Question: give the questions of all parts"),
+        (texts_of, [CLIP], r"^an item of questions is Clip\(.*; expected a Question"),
+    ],
+)
+def test_parts_of_a_data_set_are_not_made_of_something_else(
+    make: Callable[[object], object], given: object, why: str
+) -> None:
+    with pytest.raises(TypeError, match=why):
+        make(given)
 
 
 def test_lists_in_a_data_set_become_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
