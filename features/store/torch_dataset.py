@@ -113,9 +113,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 "collate was given one item; expected a list: set the DataLoader's batch_size or batch_sampler,"
                 " or leave out collate_fn"
             )
-        if not isinstance(clips, Sequence) or not clips or not all(isinstance(clip, Mapping) for clip in clips):
-            raise TypeError(f"collate was given {one_line(clips)}; expected a list of items of this dataset")
-        if not isinstance(clips, _Clips):
+        if not isinstance(clips, _Clips):  # looking at the items of these would read them
+            if not isinstance(clips, Sequence) or not clips or not all(isinstance(clip, Mapping) for clip in clips):
+                raise TypeError(f"collate was given {one_line(clips)}; expected a list of items of this dataset")
             return default_collate(list(clips))
         batch: dict[str, Any] = {"clip_id": list(clips.ids)}
         if get_worker_info() is None:

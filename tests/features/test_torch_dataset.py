@@ -51,6 +51,16 @@ def test_items_and_batches_equal_store_reads_without_workers(store: Store, dtype
     assert (first["clip_id"], second["clip_id"]) == (IDS[7], IDS[2])
 
 
+def test_a_batch_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips, asked = torch_dataset(store), list[str]()
+    read = clips.read
+    monkeypatch.setattr(clips, "read", lambda ids: asked.extend(ids) or read(ids))
+    for loader in (DataLoader(clips, 4, collate_fn=clips.collate), DataLoader(clips, 4)):
+        asked.clear()
+        assert len(list(loader)) > 1
+        assert asked == list(IDS)
+
+
 def test_a_dataset_takes_a_subset_of_clips_in_the_given_order(store: Store) -> None:
     clips = torch_dataset(store, IDS[5:2:-1])
     assert clips.clip_ids == IDS[5:2:-1]
