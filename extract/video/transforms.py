@@ -50,8 +50,8 @@ class Transform:
             raise ValueError(f"std is {self.std}; expected numbers other than 0, by which pixels are divided")
         if not (self.short_side is None or (isinstance(self.short_side, int) and self.short_side > 0)):
             raise ValueError(f"short_side is {self.short_side!r:.60}; expected pixels as a whole number, or None")
-        if not (self.share is None or (isinstance(self.share, Real) and self.share > 0)):
-            raise ValueError(f"share is {self.share!r:.60}; expected a number above 0, or None")
+        if not (self.share is None or (isinstance(self.share, Real) and 0 < self.share <= 1)):
+            raise ValueError(f"share is {self.share!r:.60}; expected a number above 0 and at most 1, or None")
         if self.resampling not in _REACH:
             raise ValueError(f"resampling is {self.resampling!r:.60}; expected one of {', '.join(_REACH)}")
 

@@ -136,7 +136,8 @@ def test_an_encoder_of_another_number_of_frames_is_refused() -> None:
         ({"std": (1.0, 0.0, 1.0)}, r"std is \(1.0, 0.0, 1.0\); expected numbers other than 0"),
         ({"mean": (float("nan"),) * 3}, r"mean is \(nan, nan, nan\); expected three numbers"),
         ({"short_side": "224"}, "short_side is '224'; expected pixels as a whole number, or None"),
-        ({"share": 0}, "share is 0; expected a number above 0, or None"),
+        ({"share": 0}, "share is 0; expected a number above 0 and at most 1, or None"),
+        ({"share": 1.5}, "share is 1.5; expected a number above 0 and at most 1, or None"),
         ({"resampling": "cubic"}, "resampling is 'cubic'; expected one of bilinear, bicubic"),
     ],
 )
