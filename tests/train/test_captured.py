@@ -321,6 +321,9 @@ def test_a_head_with_one_parameter_under_two_names_is_refused(tiny: Config) -> N
             self.look = torch.nn.Linear(4, answers)
             self.see = self.look
 
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return self.see(batch.tokens.cls[:, :4])
+
     register_head(Head("tied", lambda _, sizes: Tied(sizes.answers)), replace=True)
     config = with_run(tiny, "tied", head_name="tied")
     with pytest.raises(ConfigError, match=r"head tied has one parameter under two names, look\.weight and see\.weight"):
