@@ -39,7 +39,7 @@ from benchmarks._machine import add_result_arguments, stamp, write_result  # noq
 from egopatch.configs.schema import VideoConfig  # noqa: E402
 from egopatch.extract.children.slots import SharedSlots  # noqa: E402
 from egopatch.extract.datasets import Clip  # noqa: E402
-from egopatch.extract.feed.clips import PreparedClip, read_clip  # noqa: E402
+from egopatch.extract.feed.clips import PreparedClip, frames_and_cuts, read_clip  # noqa: E402
 from egopatch.extract.feed.pixels import FrameKind, finish_pixels  # noqa: E402
 from egopatch.extract.feed.pool import TOGETHER, DecodePool, slots_for  # noqa: E402
 from egopatch.extract.video.indexing.cache import VideoCache  # noqa: E402
@@ -93,14 +93,14 @@ def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> 
 
         def _receive(self, clip: PreparedClip) -> None:
             assert isinstance(clip.frames, tuple)
-            parts = [np.asarray(run.frames) for run in clip.frames]
             if transforms:
                 torch.set_num_threads(1)  # one core transforms a clip, as it encodes it
-                cuts = [run.cut for run in clip.frames for _ in run.frames]
-                to_input([frame for part in parts for frame in part], VIDEO.size, EGOVLP_TRANSFORM, cuts)
+                frames, cuts = frames_and_cuts(clip.frames)
+                to_input(frames, VIDEO.size, EGOVLP_TRANSFORM, cuts)
             started = time.thread_time()
-            for part in parts if copies and not transforms else ():
-                np.copyto(self._device[: part.nbytes], part.reshape(-1))
+            for run in clip.frames if copies and not transforms else ():
+                pixels = np.asarray(run.frames)
+                np.copyto(self._device[: pixels.nbytes], pixels.reshape(-1))
             self.copy_s += time.thread_time() - started
             clip.release()
 

@@ -54,6 +54,11 @@ class Pixels:
     cut: Cut
 
 
+def frames_and_cuts(runs: Sequence[Pixels]) -> tuple[list[Any], list[Cut]]:
+    """Each frame of `runs`, in order, and how it was cut."""
+    return [frame for run in runs for frame in run.frames], [run.cut for run in runs for _ in run.frames]
+
+
 Frames = NDArray[np.float32] | tuple[Pixels, ...]
 Finish = Callable[[DecodedClip[Any]], Frames]
 

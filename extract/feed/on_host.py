@@ -55,20 +55,6 @@ def crop_and_resize(
     return results
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch's operations in this thread: resizing rounds differently on several."""
-    threads = torch.get_num_threads()
-    if threads == 1:  # setting it again would empty caches of the encoder
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def to_input(
     frames: Sequence[NDArray[np.uint8]],
     size: int,
@@ -88,3 +74,17 @@ def resize(pixels_tchw: Tensor, target: tuple[int, int], transform: Transform) -
     mode, antialias = transform.resampling, transform.antialias
     resized = F.interpolate(pixels_tchw, size=target, mode=mode, align_corners=False, antialias=antialias)
     return resized.clamp_(0, 1) if mode == "bicubic" else resized  # cubic weights overshoot at edges
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch's operations in this thread: resizing rounds differently on several."""
+    threads = torch.get_num_threads()
+    if threads == 1:  # setting it again would empty caches of the encoder
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from egopatch.extract.children.limits import clock_stopped
-from egopatch.extract.feed.clips import Cut, Frames, Pixels
+from egopatch.extract.feed.clips import Cut, Frames, Pixels, frames_and_cuts
 from egopatch.extract.video.frames import DecodedClip
 from egopatch.extract.video.planes import Colours, Planes, even
 from egopatch.extract.video.transforms import Transform, Window
@@ -35,13 +35,13 @@ class FrameKind:
 def finish_pixels(decoded: DecodedClip[Any], kind: FrameKind, most: int) -> Frames:
     """The cut pixels of the frames, or the network's input if these exceed `most` bytes."""
     runs = _runs(decoded, kind.transform)
-    frames = [frame for run in runs for frame in run.frames]
+    frames, cuts = frames_and_cuts(runs)
     if sum(frame.nbytes for frame in frames) <= most:
         return runs
     with clock_stopped():  # importing torch is no part of the clip's work
         from egopatch.extract.feed.on_host import to_input
     pixels = [frame.rgb() if isinstance(frame, Planes) else frame for frame in frames]
-    return to_input(pixels, kind.size, kind.transform, [run.cut for run in runs for _ in run.frames]).numpy()
+    return to_input(pixels, kind.size, kind.transform, cuts).numpy()
 
 
 def _runs(decoded: DecodedClip[Any], transform: Transform) -> tuple[Pixels, ...]:

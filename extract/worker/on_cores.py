@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from egopatch.extract.encoders import VideoEncoder
-from egopatch.extract.feed.clips import Frames, PreparedClip
+from egopatch.extract.feed.clips import Frames, PreparedClip, frames_and_cuts
 from egopatch.extract.feed.on_host import to_input
 from egopatch.extract.video.transforms import Transform
 from egopatch.extract.worker.batch_encoder import BatchEncoder, Row
@@ -48,8 +48,8 @@ class CoreEncoder(BatchEncoder):
         """[T, 3, S, S] from pixels, or as a child has transformed them."""
         if isinstance(frames, np.ndarray):
             return torch.from_numpy(frames)
-        pixels = [frame for run in frames for frame in np.asarray(run.frames)]
-        return to_input(pixels, self._encoder.size, self._transform, [run.cut for run in frames for _ in run.frames])
+        pixels, cuts = frames_and_cuts(frames)
+        return to_input(pixels, self._encoder.size, self._transform, cuts)
 
     def _launch(self, clips: Sequence[PreparedClip]) -> Callable[[], tuple[list[Row], list[bool]]]:
         """Queue the clips; each goes to the next free core. Only the writer checks whether they are finite."""

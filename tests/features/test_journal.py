@@ -55,9 +55,16 @@ def test_a_line_newer_than_the_head_file_counts(journal: FileJournal) -> None:
     journal.append({"ids": ["new"]})
     journal.head_path.write_bytes(head)  # as if killed between the two
     assert len(records(journal.read())) == 4
+    written = journal.path.read_bytes()
+    journal.path.write_bytes(written[:-5])  # like a line of which the crash let only a part through
+    assert records(journal.read()) == RECORDS
+    assert journal.read().faults == ()
+    journal.path.write_bytes(written)
     journal.append({"ids": ["newer"]})
     assert len(records(journal.read())) == 5
     assert journal.read().faults == ()
+    journal.path.write_bytes(written[:-5])  # now the head counts it
+    assert journal.read().faults == ("ledger.jsonl ends after 3 of 5 lines",)
 
 
 def test_reads_and_writes_that_the_system_cuts_short_are_continued(
