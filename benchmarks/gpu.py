@@ -107,7 +107,7 @@ MARKED = re.compile(r"mark\.cuda|\bdevice: torch\.device")
 CUDA_FILES = tuple(str(file.relative_to(ROOT)) for file in FILES if MARKED.search(file.read_text()))
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "cuda")
 # One test at a time leaves the GPU idle while a CPU makes videos and starts children.
-AT_ONCE = ("-n", "10", "--dist", "loadgroup") if find_spec("xdist") else ()
+AT_ONCE = ("-n", "10", "--dist", "loadfile") if find_spec("xdist") else ()
 SCRIPTS = {name: (sys.executable, f"benchmarks/{name}.py") for name in
            ("select_attend", "encoder", "gpu_stage_one", "gpu_step", "gpu_small", "nvdec")}  # fmt: skip
 OUT = ("--out", "{out}")

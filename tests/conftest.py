@@ -1,4 +1,4 @@
-"""What holds for all tests: they hear Ctrl-C, pytest-xdist shares them by files, and a GPU's do not skip unseen."""
+"""What holds for all tests: they hear Ctrl-C, large networks do not stay in memory, and a GPU's do not skip unseen."""
 
 import os
 import signal
@@ -23,14 +23,8 @@ def pytest_configure() -> None:
     request_huge_pages()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file in one process; files that need the full-size networks, 1.6 GB of tensors, share a process."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("full-size networks" if _is_full_size(item) else str(item.path)))
-
-
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Free those networks after the last test that needs them."""
+    """Free the full-size networks, 1.6 GB of tensors, after the last test in a row that needs them."""
     if _is_full_size(item) and not _is_full_size(nextitem):
         from tests.extract.encoders.networks import forget_full_size
 

@@ -43,16 +43,17 @@ def test_demo_commands_use_known_options_and_write_to_one_folder(tmp_path: Path)
 
     recipe, own = Recipe(tmp_path / "else where"), {"--out", "--clips", "--config", "--ratios", "--questions"}
     recipe.write_configs()
-    for command in [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]:
+    commands = [*recipe.small(), *recipe.features(), *recipe.training("indirect"), *recipe.results()]
+    for command in commands:
         assert {word for word in command if word.startswith("--")} <= own | {f"--{name}" for name in option_names()}
         options = dict(itertools.pairwise(command))
         for name in {"--out", "--run.dir"} & options.keys():
             assert Path(options[name]).is_relative_to(recipe.out)
-        for file in [Path(word) for word in command if word.endswith(".yaml")]:
-            moved, packaged = load_config(file, []), load_config(ROOT / "configs" / "demo" / file.name, [])
-            here = json.dumps(dataclasses.asdict(moved), default=str)
-            assert str(FULL) not in here
-            assert here.replace(str(recipe.out), str(FULL)) == json.dumps(dataclasses.asdict(packaged), default=str)
+    for file in {Path(word) for command in commands for word in command if word.endswith(".yaml")}:
+        moved, packaged = load_config(file, []), load_config(ROOT / "configs" / "demo" / file.name, [])
+        here = json.dumps(dataclasses.asdict(moved), default=str)
+        assert str(FULL) not in here
+        assert here.replace(str(recipe.out), str(FULL)) == json.dumps(dataclasses.asdict(packaged), default=str)
     names = {
         Path(command[command.index("--run.dir") + 1]).name
         for command in recipe.training("indirect")

@@ -41,6 +41,7 @@ def test_annotations_of_a_profile_do_not_count_as_kernels() -> None:
     assert kernel_microseconds([kernel, step, operator]) == 3.0
 
 
+@pytest.mark.slow
 def test_missing_gpu_is_reported_with_exit_code_2() -> None:
     result = gpu(CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2

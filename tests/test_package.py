@@ -37,6 +37,7 @@ for name in ("features", "features.store.reader", "extract.encoders", "train.hea
 """
 
 
+@pytest.mark.slow
 def test_short_names_in_a_checkout_import_the_same_modules() -> None:
     done = run(sys.executable, "-W", "error", "-c", SAME, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -144,6 +145,7 @@ for stage in STAGES:
 """
 
 
+@pytest.mark.slow
 def test_help_and_option_errors_do_not_import_slow_libraries() -> None:
     """Torch alone takes two seconds to import."""
     done = run(sys.executable, "-c", HELP_AND_TYPOS, cwd=ROOT)

@@ -98,6 +98,7 @@ def crash_at_every(points: Iterator[int], bucket: str) -> int:
     raise AssertionError("the job never got through")
 
 
+@pytest.mark.slow
 def test_a_job_killed_at_some_requests_resumes_without_loss(bucket: str) -> None:
     assert crash_at_every(iter(range(3, 1000, 40)), bucket) >= 3
 
@@ -129,6 +130,7 @@ job(sys.argv[1], "zarr")
 """
 
 
+@pytest.mark.slow
 def test_a_sigkilled_and_resumed_store_equals_a_local_one(bucket: str, tmp_path: Path) -> None:
     """A real child process and a real SIGKILL; the lease of a dead process on this machine expires at once."""
     url = f"{bucket}/store"
@@ -252,7 +254,7 @@ def change(store: Store, ending: str, to: Callable[[bytes], bytes | None]) -> No
 
 
 @pytest.mark.parametrize("to", [lambda b: b[:-1], lambda b: b"", lambda b: None, lambda b: bytes([b[0] ^ 1]) + b[1:]])
-@pytest.mark.parametrize("ending", ["/patches/c.1.0", "/timestamps/c.1.0"])
+@pytest.mark.parametrize("ending", ["/patches/c.1.0", pytest.param("/timestamps/c.1.0", marks=pytest.mark.slow)])
 def test_damaged_objects_are_found_named_and_repaired(store: Store, ending: str, to: Callable) -> None:
     expected = store.read(IDS).tensors()
     change(store, ending, to)

@@ -263,6 +263,7 @@ def test_video_times_read_only_timestamps_of_the_requested_clips(tmp_path: Path)
         store.video_times(IDS[4:6])
 
 
+@pytest.mark.slow
 def test_a_store_in_a_bucket_is_read_by_spawned_workers_and_refuses_forked_ones(bucket: str) -> None:
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
     fill(store)

@@ -154,6 +154,7 @@ def test_triton_on_a_full_gpu_does_not_lack_a_compiler(monkeypatch: pytest.Monke
         triton_fault.__wrapped__(CUDA)
 
 
+@pytest.mark.slow
 def test_large_tensors_are_in_huge_pages() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():

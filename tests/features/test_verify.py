@@ -75,7 +75,7 @@ def holds_data(path: Path) -> bool:
     return (path.suffix == ".h5" and path.name != "index.h5") or path.name.startswith("c.")
 
 
-@pytest.mark.parametrize("seed", range(210))
+@pytest.mark.parametrize("seed", [*range(70), *(pytest.param(n, marks=pytest.mark.slow) for n in range(70, 210))])
 def test_every_random_fault_is_found(whole: Path, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     check_that_a_fault_is_found(whole, seed, capsys)
 

@@ -50,8 +50,8 @@ def trace(config: Config, experiment: Experiment, padded: bool, seeds: tuple[int
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"head_name": "egovlp"}, {"head_name": "question-only"}, {"head_name": "attention"},
-    {"train_label_smoothing": 0.1},
+    {"train_label_smoothing": 0.1}, {"head_name": "egovlp"}, {"head_name": "question-only"}, {"head_name": "attention"},
+    pytest.param({}, marks=pytest.mark.slow),
     pytest.param({"train_contrast": 1.0, "data_paraphrases": True}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_padding_changes_no_loss(tiny: Config, options: dict[str, object]) -> None:

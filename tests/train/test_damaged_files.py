@@ -69,6 +69,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path, "psa", config=sections, card={"parameters": 12, "synthetic": False})
 
 
+@pytest.mark.slow
 def test_an_edited_card_opens_a_head_or_is_refused(run: Path) -> None:
     def read() -> None:
         card = Card.read(run)

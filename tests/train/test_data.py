@@ -59,7 +59,7 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert order(None, 0) == list(range(40))
 
 
-@pytest.mark.parametrize("head", ["psa", "egovlp", "attention"])
+@pytest.mark.parametrize("head", ["psa", "egovlp", pytest.param("attention", marks=pytest.mark.slow)])
 def test_disk_and_ram_residency_train_identically(tiny: Config, capsys: pytest.CaptureFixture[str], head: str) -> None:
     on_disk = with_run(tiny, f"{head}-disk", head_name=head, train_residency="disk")
     in_memory = with_run(tiny, f"{head}-ram", head_name=head, train_residency="ram")

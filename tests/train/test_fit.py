@@ -98,6 +98,7 @@ def test_same_seed_same_losses_and_weights(tiny: Config) -> None:
     assert losses(third.run.dir) != losses(tiny.run.dir)
 
 
+@pytest.mark.slow
 def test_training_keeps_the_callers_random_state_and_thread_count(tiny: Config) -> None:
     config = with_run(tiny, "psa", train_epochs=1)
     torch.manual_seed(5)
@@ -177,7 +178,7 @@ def test_a_derived_store_trains_with_the_losses_of_its_parent(tiny: Config, tmp_
         fit(with_run(small, "coarse", head_coarse=True), "x")
 
 
-@pytest.mark.parametrize("mask", [0o002, 0o027])
+@pytest.mark.parametrize("mask", [0o002, pytest.param(0o027, marks=pytest.mark.slow)])
 def test_the_files_of_runs_and_sweeps_follow_the_umask(tiny: Config, mask: int) -> None:
     former = os.umask(mask)
     try:

@@ -231,6 +231,7 @@ def test_commands_on_the_page_quote_paths_with_spaces(copy: Path, made: tuple[Co
     assert f"egopatch train explain --config '{folder}/psa/config.yaml'" in text
 
 
+@pytest.mark.slow
 def test_the_page_repeats_byte_for_byte(made: tuple[Config, Path], text: str) -> None:
     assert write_report(made[0], made[1].parent).read_text(encoding="utf-8") == text
 
@@ -357,6 +358,7 @@ def test_examples_show_only_the_frames_the_head_reads(tmp_path: Path, made: tupl
     assert report_analysis.frames_read(row, report_analysis.config_of(row, made[0])) == [2, 6]
 
 
+@pytest.mark.slow
 def test_reading_results_never_imports_the_decoder() -> None:
     code = "import sys, egopatch.train.report.page, egopatch.train.report.table; sys.exit('av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -49,6 +49,7 @@ def test_runs_of_a_sweep_equal_separate_runs(tiny: Config) -> None:
     assert result["members"][0]["all"] == pytest.approx(metrics.all.accuracy, abs=2)
 
 
+@pytest.mark.slow
 def test_each_seed_of_a_sweep_trains_as_in_a_separate_run(tiny: Config) -> None:
     path = run_sweep(tiny, seeds=[0, 1])
     for seed in (0, 1):
@@ -204,6 +205,7 @@ def test_a_sweep_of_other_settings_needs_another_name(tiny: Config) -> None:
         run_sweep(tiny, ratios=[0.25], name="a")
 
 
+@pytest.mark.slow
 def test_a_sweep_waits_for_runs_held_by_another_process(tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     whole = run_sweep(tiny, ratios=[0.25, 0.5], name="whole")
     folder = whole.parent.parent / "shared"
@@ -227,6 +229,7 @@ def test_runs_that_another_process_trains_meanwhile_with_other_settings_are_refu
         run_sweep(tiny, ratios=[0.5], name="shared")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_releases_is_trained(tiny: Config) -> None:
     folder = tiny.run.dir.parent / "sweeps" / "shared"
     with held(folder / "ratio-0.5", sweep):
@@ -357,6 +360,7 @@ def test_the_summary_states_verdicts_and_the_seeds_needed() -> None:
     assert len(describe({"points": points, "comparisons": [], "seeds_needed": None})) == 2
 
 
+@pytest.mark.slow
 def test_results_have_intervals_and_comparisons(tiny: Config) -> None:
     path = run_sweep(tiny, ratios=[0.25, 1.0], seeds=[0, 1], name="results")
     result = json.loads(path.read_text())

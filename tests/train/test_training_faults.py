@@ -68,7 +68,8 @@ def test_weights_that_are_not_finite_are_never_the_best(tiny: Config) -> None:
     assert not (tiny.run.dir / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize(("ema", "read_together"), [pytest.param(0.0, 1, marks=pytest.mark.slow), (0.9, 5)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("ema", "read_together"), [(0.0, 1), (0.9, 5)])
 def test_a_failed_run_of_a_stack_does_not_affect_the_others(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, ema: float, read_together: int
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_failed_run_of_a_stack_does_not_affect_the_others(
     assert json.loads(run_sweep(tiny, ratios=[0.25, 0.5], name="faulty").read_text())["trained"] == 1
 
 
+@pytest.mark.slow
 def test_a_stack_remembers_its_failed_run_after_an_interruption(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     real = StackedHeads._losses

@@ -92,7 +92,7 @@ def test_cut_planes_match_the_decoded_frames(video: Path) -> None:
     assert run.frames.nbytes == expected.nbytes // 2
 
 
-@pytest.mark.parametrize("planes", [True, False])
+@pytest.mark.parametrize("planes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_frames_too_large_for_a_slot_arrive_transformed(
     planes: bool, video: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

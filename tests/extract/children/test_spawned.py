@@ -148,7 +148,11 @@ def test_children_start_immediately_with_asserts_disabled(tmp_path: Path) -> Non
     ("call", "purpose"),
     [
         ("egopatch.extract.children.spawned import SpawnedPool as start; start('decoding', 1, int)", "decoding in chi"),
-        ("egopatch.extract.engines.joblib_engine import call_in_workers as start; start(int, [()])", "encoding in wor"),
+        pytest.param(
+            "egopatch.extract.engines.joblib_engine import call_in_workers as start; start(int, [()])",
+            "encoding in wor",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_program_on_standard_input_is_the_cause_that_is_named(call: str, purpose: str) -> None:

@@ -30,6 +30,7 @@ def refused(model: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_loading_a_tokenizer_does_not_import_transformers_models(tmp_path: Path) -> None:
     """`extract doctor` needs the tokenizer alone; transformers' models take seconds and 160 MB to import."""
     folder = write_standin("egovlpv2", tmp_path / "a.pth", texts=["what is held?"]).tokenizer

@@ -85,13 +85,15 @@ def test_worker_processes_use_the_configured_device(
     assert seen == used
 
 
+@pytest.mark.slow
 def test_children_of_a_worker_can_be_stopped() -> None:
     """A worker ignores signals before and after its work, but a child must not inherit that."""
     (code,) = call_in_workers(_end_a_child, [()])
     assert code == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("to_all", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [True, False])
 def test_signalled_workers_finish_the_work_they_started(to_all: bool, tmp_path: Path) -> None:
     """Whether a scheduler signals all processes or only the job's first; a worker that has finished does not matter."""
 

@@ -287,6 +287,7 @@ def test_missing_network_is_reported_in_one_line_per_file(
     assert "Traceback" not in out + error
 
 
+@pytest.mark.slow
 def test_download_interrupted_by_ctrl_c_is_resumed(published: Published) -> None:
     gate = threading.Event()
     published.server.files["/Net.pth"] = Served(published.contents["/Net.pth"], gate=gate)

@@ -160,7 +160,13 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)),
+    ],
+)
 def test_started_commit_finishes_despite_a_signal_to_all_processes(
     tmp_path: Path, slots: SharedSlots, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +197,7 @@ def test_closing_the_pool_does_not_wait_for_its_children(slots: SharedSlots) -> 
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.slow
 def test_an_idle_child_that_is_killed_is_replaced_and_one_that_cannot_start_is_reported(
     tmp_path: Path, slots: SharedSlots
 ) -> None:

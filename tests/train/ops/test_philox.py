@@ -124,6 +124,7 @@ def test_operators_infer_shapes_of_fake_tensors() -> None:
         assert uniform_kernel([3, 4], [0, 1], 0, torch.zeros(2), None, CPU).shape == (2, 3, 4)
 
 
+@pytest.mark.slow
 def test_dropout_on_a_cpu_needs_no_triton() -> None:
     value = "dropout(torch.ones(2, 4), Draw((1,)), 0.5).shape"
     assert without_triton("from egopatch.train.ops.philox import Draw, dropout", value) == "torch.Size([2, 4])"

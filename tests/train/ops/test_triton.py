@@ -62,7 +62,7 @@ def run_interpreted(*selection: str) -> int:
 
 @needs_triton
 def test_a_sample_of_kernel_tests_passes_in_the_interpreter() -> None:
-    assert run_interpreted("-k", "49-64 or ties_at_the_threshold or more_than_two_to_the_31 or philox") >= 21
+    assert run_interpreted("-k", "49-64 or ties_at_the_threshold or philox") >= 18
 
 
 @needs_triton
@@ -133,6 +133,7 @@ def test_dropout_compiles_to_vector_accesses_without_spills(arch: int, monkeypat
     assert assemble(ptx, arch)[1] == 0
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_budget_refuses_the_interpreter() -> None:
     result = run(["benchmarks/kernel_budget.py"], TRITON_INTERPRET="1")
