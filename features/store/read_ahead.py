@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from egopatch.features.values.errors import one_line, require_type
+from egopatch.features.values.errors import one_line, require_count, require_type
 from egopatch.features.values.spec import PatchTokens
 
 
@@ -48,16 +48,24 @@ def read_ahead(
             work.
 
     Raises:
-        TypeError: `store` is not a source of clips, but for example the path of a store, or `batches` is one id.
-        ValueError: `depth` is below 1.
+        TypeError: `store` is not a source of clips, but for example the path of a store, or `batches` is one id; or
+            `depth` or `threads` is no whole number.
+        ValueError: `depth` or `threads` is below 1, or `device` is not a device of torch.
         StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """
     require_type("store", store, ClipSource, "an open store: open_store(path)")
     if isinstance(batches, str) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is {one_line(batches)}; expected lists of ids, such as [store.clip_ids[:8]]")
-    if depth < 1:
-        raise ValueError(f"depth is {depth}; expected at least 1 batch")
-    return _read_ahead(store, iter(batches), depth, threads, torch.device(device))
+    require_count("depth", depth, "batch")
+    require_count("threads", threads, "thread")
+    return _read_ahead(store, iter(batches), depth, threads, _device(device))
+
+
+def _device(device: object) -> torch.device:
+    try:
+        return torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {one_line(device)}; expected a device of torch, such as 'cpu' or 'cuda'") from None
 
 
 def _read_ahead(

@@ -30,7 +30,14 @@ from egopatch.features.store.summary import as_html, as_text, draw
 from egopatch.features.store.writer import Rows, ShardWriter
 from egopatch.features.values.dtypes import row_bytes
 from egopatch.features.values.encoding import dequantise
-from egopatch.features.values.errors import FingerprintMismatch, StoreError, one_line, require_ids, require_type
+from egopatch.features.values.errors import (
+    FingerprintMismatch,
+    StoreError,
+    one_line,
+    require_count,
+    require_ids,
+    require_type,
+)
 from egopatch.features.values.location import Location
 from egopatch.features.values.spec import TOKEN_ARRAYS, ArraySpec, Fingerprint, PatchTokens, TextStates
 from egopatch.features.values.tensors import bytes_of
@@ -191,7 +198,7 @@ class Store:
         Raises:
             AbsentClip: Some ids were never committed; the message names them.
             DamagedStore: A clip's bytes differ from those that were committed; the message names the clip.
-            ValueError: `dtype` is not a floating-point dtype of torch.
+            ValueError: `dtype` is not a floating-point dtype of torch, or `threads` is below 1.
         """
         self._require_kind("patches", "read_text")
         return PatchTokens(**self.read_arrays(ids, dtype, out, threads))
@@ -224,6 +231,7 @@ class Store:
         self, arrays: Sequence[ArraySpec], ids: Iterable[str], out: PatchTokens | None = None, threads: int = 1
     ) -> dict[str, Tensor]:
         """As `read_arrays`, but only for the given `arrays`."""
+        require_count("threads", threads, "thread")
         ids = _listed(ids)
         records = self.catalog.clip_records(ids)
         if out is not None:

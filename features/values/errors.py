@@ -86,6 +86,22 @@ def require_type(argument: str, value: object, kind: type, expected: str) -> Non
         raise TypeError(f"{argument} is {one_line(value)}; expected {expected}")
 
 
+def require_count(argument: str, value: object, thing: str) -> None:
+    """Refuse anything but a whole number from 1 on.
+
+    Args:
+        argument: Name of the argument.
+        thing: What it counts, in the singular.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is below 1.
+    """
+    require_type(argument, value, int, f"a whole number, at least 1 {thing}")
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{argument} is {value}; expected at least 1 {thing}")
+
+
 def require_ids(ids: object) -> None:
     """Refuse one id, or what is no list, where ids are expected; Python would read an id as a list of letters.
 

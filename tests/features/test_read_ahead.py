@@ -123,9 +123,31 @@ def test_batches_that_are_no_lists_are_refused(store: Store, batches: object) ->
         read_ahead(store, batches)  # type: ignore[arg-type]
 
 
-def test_a_depth_of_zero_is_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match="depth is 0; expected at least 1 batch"):
-        read_ahead(store, BATCHES, depth=0)
+@pytest.mark.parametrize(
+    ("argument", "value", "kind", "why"),
+    [
+        ("depth", 0, ValueError, "depth is 0; expected at least 1 batch"),
+        ("depth", "2", TypeError, "depth is '2'; expected a whole number, at least 1 batch"),
+        ("threads", 0, ValueError, "threads is 0; expected at least 1 thread"),
+        ("threads", 1.5, TypeError, "threads is 1.5; expected a whole number, at least 1 thread"),
+        ("device", "gpu", ValueError, "device is 'gpu'; expected a device of torch, such as 'cpu' or 'cuda'"),
+        ("device", None, ValueError, "device is None; expected a device of torch, such as 'cpu' or 'cuda'"),
+    ],
+)
+def test_an_impossible_depth_number_of_threads_or_device_is_refused(
+    store: Store, argument: str, value: object, kind: type[Exception], why: str
+) -> None:
+    with pytest.raises(kind, match=f"^{why}$"):
+        read_ahead(store, BATCHES, **{argument: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("threads", "kind"), [(0, ValueError), (-1, ValueError), (None, TypeError), ("2", TypeError)])
+def test_a_store_refuses_to_read_with_an_impossible_number_of_threads(
+    store: Store, threads: object, kind: type[Exception]
+) -> None:
+    for read in (store.read, store.to_numpy):
+        with pytest.raises(kind, match=rf"^threads is {threads!r}; expected .*at least 1 thread$"):
+            read(IDS[:2], threads=threads)  # type: ignore[operator]
 
 
 class FakeEvent:
