@@ -29,10 +29,15 @@ class DatasetError(ValueError):
     Attributes:
         problems: One line per fault, `file:position: what is wrong`, in the order of the files. The message lists
             ten of them, of as many kinds as possible, and counts the others.
+
+    Raises:
+        ValueError: `problems` is empty or has a blank line, so that commands could not say what is wrong.
     """
 
     def __init__(self, problems: Iterable[str] | str):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        if not self.problems or not all(str(problem).strip() for problem in self.problems):
+            raise ValueError(f"problems is {self.problems!r:.200}; expected one line for each fault, at least one")
         hidden = len(self.problems) - SHOWN_PROBLEMS
         more = (
             [f"and {hidden:,} more; `egopatch extract doctor --json --config CONFIG` lists them all"]

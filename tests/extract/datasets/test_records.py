@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from egopatch.extract.datasets import Clip, Question
+from egopatch.extract.datasets import Clip, DatasetError, Question
 from egopatch.extract.datasets.records import answer_vocabulary, texts_of
 
 CLIP, QUESTION = Clip("a", Path("a.mp4")), Question("1", "a", "what?", "a cup", "open", ())
@@ -43,3 +43,12 @@ def test_parts_of_a_data_set_are_not_made_of_something_else(
 ) -> None:
     with pytest.raises(TypeError, match=why):
         make(given)
+
+
+@pytest.mark.parametrize("problems", [[], "", ["a.json: no such file", " "]])
+def test_an_error_about_a_data_set_says_what_is_wrong(problems: list[str] | str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^problems is \(.*\); expected one line for each fault, at least one$"
+    ) as raised:
+        raise DatasetError(problems)
+    assert raised.type is ValueError  # of the code that raises it, so that commands keep its traceback
