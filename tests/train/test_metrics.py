@@ -359,6 +359,21 @@ def test_score_command_gives_each_fault_a_line(tmp_path: Path, capsys: pytest.Ca
     ]
 
 
+@pytest.mark.parametrize("answers", ["p.jsonl", "p.json"])
+def test_score_says_that_questions_and_predictions_are_swapped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: str
+) -> None:
+    records = made_up_release(tmp_path / "direct", n=50)
+    predictions = tmp_path / answers
+    write_predictions(predictions, records)
+    questions = tmp_path / "direct/formatted_test_qas_encode.json"
+    assert main(["score", "--questions", str(predictions), "--predictions", str(questions)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"train score: error: --questions is {predictions}, whose lines are answers without a question; expected the "
+        "file of the questions there, and the answers in --predictions: swap the two if they are the wrong way round"
+    ]
+
+
 def test_score_refuses_malformed_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.json").write_text('[{"question_id": 1}]')
     (tmp_path / "p.jsonl").write_text("")

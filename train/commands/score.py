@@ -9,12 +9,13 @@ from typing import Literal
 
 from egopatch.configs.command_line import ConfigParser
 from egopatch.configs.schema import ConfigError
-from egopatch.extract.datasets import Question, egotaskqa, jsonl, qaego4d
+from egopatch.extract.datasets import DatasetError, Question, egotaskqa, jsonl, qaego4d
 from egopatch.extract.datasets.records import Part, answer_vocabulary
 from egopatch.features.common.command_line import print_result
 from egopatch.train.scores.metrics import (
     PredictionError,
     difference,
+    holds_answers,
     lines,
     read_predictions,
     same_as_released,
@@ -45,7 +46,15 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Score the answers and print the metrics; returns 1 if the answers have faults."""
     _add_options(parser)
     options = parser.parse_args(list(args))
-    file = read_question_file(options.questions, options.part)
+    try:
+        file = read_question_file(options.questions, options.part)
+    except DatasetError:
+        if holds_answers(options.questions):
+            raise ConfigError(
+                f"--questions is {options.questions}, whose lines are answers without a question; expected the file of "
+                "the questions there, and the answers in --predictions: swap the two if they are the wrong way round"
+            ) from None
+        raise
     split = options.split or file.split
     try:
         answers = read_predictions(options.predictions, file.questions)
