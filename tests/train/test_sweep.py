@@ -160,6 +160,7 @@ def test_grid_file_varies_any_field_of_the_head(tiny: Config, tmp_path: Path) ->
         ("store.path: [a, b]", "store.path cannot vary in a sweep; expected one of head.ratio"),
         ("head.levles: [a]", "head.levles cannot vary in a sweep; did you mean head.levels?"),
         ("head.ratio: 0.5", r"head.ratio is 0.5; expected lines such as head.dropout: \[0.0, 0.1\]"),
+        ("# all lines are comments", "found no options; expected lines such as"),
         ("- head.ratio", r"found \['head.ratio'\]; expected lines such as"),
         ("train.lr: [0.1]\nhead.ratio: []", r"head.ratio is \[\]; expected lines such as"),
         ("{", "expected a YAML file"),

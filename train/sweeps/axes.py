@@ -55,7 +55,7 @@ def read_axes(
             read = read_yaml(grid)
         except ValueError as error:
             raise ConfigError(f"--grid {grid}: {error}") from None
-        wrong = [f"found {read!r:.60}"]
+        wrong = ["found no options" if read is None else f"found {read!r:.60}"]
         if isinstance(read, dict):
             lists = ((option, isinstance(values, list) and values) for option, values in read.items())
             wrong = [f"{option} is {read[option]!r:.60}" for option, given in lists if not given]
