@@ -192,13 +192,13 @@ def load_video_encoder(
         dtype: Data type of weights and arithmetic.
         variant: MFAS only: `paper`, or `released` with the quirks of the released code; see
             `extract.encoders.networks.mfas`.
-        size: Side of the input in pixels; None uses the size that the network was trained on.
+        size: Side of the input in pixels; None uses the size that the checkpoint takes.
         compile: Device to compile the network for with `torch.compile`, whose first clips then take minutes longer;
             None does not compile.
         saliency: hf only: `cls`, `norm` or `attention`; see `extract.encoders.networks.hf_models.vision`.
 
     Raises:
-        CheckpointError: The checkpoint is unreadable, another network's, incomplete, or trained on another size.
+        CheckpointError: The checkpoint is unreadable, another network's, incomplete, or takes another size.
         ConfigError: `arch` is unknown or builds no complete `VideoEncoder`, a package is not installed, or
             `torch.compile` does not work here. The `forward` of an encoder from outside this package raises it too, if
             its own code does not return `PatchTokens` of the shapes that the encoder promises.
@@ -235,7 +235,8 @@ def load_video_encoder(
             )
     if size is not None and encoder.size != size:
         raise CheckpointError(
-            f"video.size is {size}, but {loaded.path} was trained on {encoder.size}; set video.size to {encoder.size}"
+            f"video.size is {size}, but {loaded.path} takes frames of {encoder.size} pixels; set video.size to "
+            f"{encoder.size}"
         )
     return encoder if compile is None else compile_encoder(encoder, compile)
 

@@ -89,14 +89,14 @@ class ExtractionJob:
 
     @property
     def frames_line(self) -> str | None:
-        """One line of advice if clips have more frames than the network was trained on; else None."""
+        """One line of advice if clips have more frames than the checkpoint has positions for; else None."""
         trained, frames = self.encoder.trained_frames, self.encoder.num_frames
         if trained is None or frames <= trained:
             return None
         return (
-            f"{self.checkpoint.path} was trained on {counted(trained, 'frame')}, but video.frames is {frames}: the "
-            f"positions of the other frames are filled in as its authors do; --video.frames {trained} uses only "
-            "trained positions"
+            f"{self.checkpoint.path} has positions for {counted(trained, 'frame')}, but video.frames is {frames}: the "
+            f"positions of the other frames are filled in as its authors do; --video.frames {trained} uses only those "
+            "of the file"
         )
 
     def open_batch_encoder(self) -> BatchEncoder:
@@ -125,7 +125,7 @@ def resolve_job(config: Config, device: str | None = None, network: Network | No
             have been registered only in the process that started the job.
 
     Raises:
-        CheckpointError: The file is not a checkpoint of `encoder.arch`, or was trained on another `video.size`.
+        CheckpointError: The file is not a checkpoint of `encoder.arch`, or takes another `video.size`.
         ConfigError: The network or the device does not exist, or `encoder.compile` finds no compiler.
         JobFailed: `encoder.compile` finds the GPU without free memory.
     """

@@ -87,7 +87,7 @@ def test_truncated_questions_are_reported(fresh: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(
+def test_more_frames_than_the_checkpoint_has_positions_for_are_reported(
     bare: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(bare)
@@ -97,9 +97,9 @@ def test_more_frames_than_the_checkpoint_was_trained_on_are_reported(
     assert job.frames_line is None
     more = resolve_job(replace(config, video=replace(config.video, frames=4 * trained)))
     assert more.frames_line == (
-        f"{config.encoder.checkpoint} was trained on {trained} frames, but video.frames is {4 * trained}: the "
+        f"{config.encoder.checkpoint} has positions for {trained} frames, but video.frames is {4 * trained}: the "
         "positions of the other frames are filled in as its authors do; "
-        f"--video.frames {trained} uses only trained positions"
+        f"--video.frames {trained} uses only those of the file"
     )
     # Reported before any data is read.
     changed = options(bare, "--video.frames", str(4 * trained))

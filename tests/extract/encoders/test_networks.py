@@ -133,7 +133,7 @@ def test_frames_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
         ({"variant": "mine"}, "variant is 'mine'; expected paper or released"),
         ({"depth": 3}, "depth is 3; expected 1 to 2, where the question enters the fused path"),
         ({"depth": 5, "path": "dual"}, "depth is 5; expected 1 to 4, the number of its blocks"),
-        ({"size": 96}, r"video\.size is 96, but .* was trained on 64; set video\.size to 64"),
+        ({"size": 96}, r"video\.size is 96, but .* takes frames of 64 pixels; set video\.size to 64"),
         ({"arch": "egovlp"}, "this EgoVLPv2 checkpoint was found where EgoVLP is expected; set encoder.arch"),
     ],
 )
