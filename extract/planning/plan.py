@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,12 @@ from egopatch.features.common.disk import free_bytes
 from egopatch.features.common.machine import limit_threads
 from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.registry import format_named
+from egopatch.features.state.header import HEADER
+from egopatch.features.state.ledger import ledger_journal
 from egopatch.features.state.origin import Origin
+from egopatch.features.storage.pick import storage_at
 from egopatch.features.values.dtypes import spec_row_bytes
+from egopatch.features.values.errors import DamagedStore
 from egopatch.features.values.location import parse_location
 
 
@@ -173,6 +178,12 @@ def _stored_rows(job: ExtractionJob) -> _StoredRows:
     """Read the store and close it again, because an open store and a data set are both large with millions of clips."""
     path = job.config.store.path
     if not store_exists(path):
+        storage = storage_at(path)
+        if ledger_journal(storage).read().lines:
+            raise DamagedStore(
+                f"{storage.location / HEADER} is missing, but the store has commits; run `egopatch features repair "
+                f"{shlex.quote(str(storage.location))}`"
+            )
         return _StoredRows()
     with open_store(path, expect=job.fingerprint) as store:
         return _StoredRows(

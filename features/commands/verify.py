@@ -116,4 +116,5 @@ def _report_lines(report: "VerifyReport") -> Iterator[str]:
     else:
         counts = f"{counted(len(report.faults), 'fault')}, {counted(len(report.bad_clips) - len(texts), 'bad clip')}"
         counts += f", {counted(len(texts), 'bad text')}" if texts else ""
-        yield f"{counts}: run `egopatch features repair {shlex.quote(str(report.path))}`"
+        repair = f"features repair {shlex.quote(str(report.path))}"
+        yield f"{counts}: run `egopatch {'extract run' if report.only_unfinished else repair}`"

@@ -45,6 +45,11 @@ class VerifyReport:
         return not self.faults
 
     @property
+    def only_unfinished(self) -> bool:
+        """Whether the only fault is a text substore whose creation was interrupted: `extract run` finishes it."""
+        return [fault.where for fault in self.faults] == [TEXT_FOLDER]
+
+    @property
     def bad_clips(self) -> tuple[str, ...]:
         """Ids that the faults name, each once."""
         return tuple(dict.fromkeys(name for fault in self.faults for name in fault.clips))
@@ -77,7 +82,7 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
         except OtherVersion:
             raise
         except StoreError as error:
-            faults.append(Fault(TEXT_FOLDER, str(error)))
+            faults.append(Fault(TEXT_FOLDER, f"is unfinished: {error}"))
     shards = sum(len(audit.shards) for audit in audits.values())
     total = sum(audit.nbytes for audit in audits.values())
     done = 0

@@ -265,3 +265,14 @@ def test_a_gpu_without_enough_memory_is_reported_in_one_line(
     assert main(["run", *options(bare, "--encoder.batch", str(batch))]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "failed" in line)
     assert line.startswith(f"extract run: failed: {said}, {remedy}")
+
+
+def test_plan_does_not_count_the_clips_of_a_store_without_header_as_missing(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (fresh / "store" / "store.json").unlink()
+    assert main(["plan", *options(fresh), "--probe", "0"]) == 1
+    assert "store.json is missing, but the store has commits; run `egopatch features repair " in capsys.readouterr().err
+    repair(fresh / "store")
+    assert main(["plan", *options(fresh), "--probe", "0"]) == 0
+    assert "20 stored, 0 in quarantine, 0 to do" in capsys.readouterr().out

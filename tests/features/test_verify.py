@@ -218,6 +218,21 @@ def test_verify_names_a_bad_text_as_one_and_each_file_once(root: Path, capsys: p
     assert "removed 'why?'\nrun `egopatch extract run` to encode again what was removed\n" in capsys.readouterr().out
 
 
+def test_an_unfinished_text_store_is_left_to_extract_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "text")
+    (root / "text").mkdir()
+    assert main(["verify", str(root)]) == 1
+    printed = capsys.readouterr().out
+    assert "\n  text is unfinished: no store at " in printed
+    assert printed.endswith("\n1 fault, 0 bad clips: run `egopatch extract run`\n")
+    (root / "ledger.jsonl.head").unlink()  # a fault that `repair` mends before it names what `extract run` has to do
+    assert main(["verify", str(root)]) == 1
+    assert "2 faults, 0 bad clips: run `egopatch features repair" in capsys.readouterr().out
+    assert main(["repair", str(root)]) == 1
+    assert re.search(r"no store at \S+text \(store.json is missing\); run `extract run`", capsys.readouterr().err)
+    assert [fault.where for fault in verify(root).faults] == ["text"]
+
+
 def test_a_damaged_text_is_called_a_text_when_it_is_read(root: Path) -> None:
     texts = open_store(root / "text")
     row = texts.read_text(["why?"]).states.numpy().tobytes()
