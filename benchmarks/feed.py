@@ -1,6 +1,6 @@
 """What stage one costs around its encoder: decoding, hand-over and writing, each against the least that it could cost.
 
-    python benchmarks/feed.py [--rounds 3] [--encoder-rate CLIPS_PER_S] [--folder FOLDER] [--json] [--quick]
+    python benchmarks/feed.py [--rounds 10] [--encoder-rate CLIPS_PER_S] [--folder FOLDER] [--json] [--quick]
 
 For three kinds of H.264 video, each clip a file of its own:
 cpu_ratio: CPU time a clip of all processes (decoding, index, hash, hand-over to an encoder that only takes the bytes,
@@ -51,7 +51,7 @@ from egopatch.features.common.machine import request_huge_pages  # noqa: E402
 VIDEO = VideoConfig()
 CLIPS = {"320x240, 2 s": 32, "456x256, 30 s": 4, "1280x720, 10 s": 2}  # about a second of decoding each
 BATCH = 2
-SHARD, SHARDS = 64, 6
+SHARD, SHARDS, WRITTEN = 64, 6, 6
 HANDED = 400
 HANDOVER = ("handover_clips_per_s", "handover_and_copy_clips_per_s")
 NODE_CORES, H100_CLIPS_PER_S, NODE_DISK_GB_PER_S = 16, 1000.0, 2.0
@@ -298,7 +298,7 @@ def forecast(parts: dict[str, Any], row_mb: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="best of")
+    parser.add_argument("--rounds", type=int, default=10, help="best of so many, of decoding and hand-over")
     parser.add_argument("--encoder-rate", type=float, default=None, help="clips/s of the encoder; default: no limit")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to write to")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -312,7 +312,7 @@ def main() -> int:
         parts = {kind.name: measure_kind(kind, Path(folder), options) for kind in kinds}
     places = {"disk": options.folder, "memory": Path("/dev/shm")}
     written = {
-        name: measure_writing(place, 2 * options.rounds, 4 if options.quick else SHARD)
+        name: measure_writing(place, 2 if options.quick else WRITTEN, 4 if options.quick else SHARD)
         for name, place in places.items()
     }
 
