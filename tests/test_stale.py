@@ -160,7 +160,11 @@ def contents(store: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("stage", STALE, ids=lambda stage: stage.__name__)
+@pytest.mark.parametrize(
+    "stage",
+    [s if s in (move, encode_video_again) else pytest.param(s, marks=pytest.mark.slow) for s in STALE],
+    ids=lambda stage: stage.__name__,
+)
 def test_stale_clips_are_named_and_never_used(
     stage: Callable[[Path], None], root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,8 @@ from tests.extract.job import CLIPS, config_of, options
 from tests.extract.video.videos import write_video
 
 
-@pytest.mark.parametrize("folder", [pytest.param("", marks=pytest.mark.slow), TEXT_FOLDER])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["", TEXT_FOLDER])
 def test_a_store_whose_creation_was_interrupted_is_planned_for_and_completed(
     folder: str, bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,7 +186,7 @@ def test_a_head_without_trainable_parameters_prints_a_note(own: Registered, caps
 @pytest.mark.parametrize(
     ("name", "stacks", "options", "noted"),
     [
-        ("mine", True, ["--seeds", "0", "1"], False),
+        pytest.param("mine", True, ["--seeds", "0", "1"], False, marks=pytest.mark.slow),
         ("mine", False, ["--ratios", "0.5", "1.0"], False),
         ("mine", True, ["--ratios", "0.25", "0.5", "0.75", "1.0"], True),
     ],

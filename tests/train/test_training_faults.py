@@ -216,7 +216,9 @@ def test_gpu_out_of_memory_prints_one_line_with_advice(
         assert f"train {command[0]}: failed: CUDA error: out of memory, with train.batch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", ["last.pt", "log.jsonl", "best.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["last.pt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("log.jsonl", "best.safetensors"))]
+)
 def test_a_full_disk_prints_one_line_and_keeps_the_last_state(
     tiny: Config, config_file: str, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:

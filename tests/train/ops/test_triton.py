@@ -47,28 +47,18 @@ def without_triton(imported: str, value: str) -> str:
     return result.stdout.strip()
 
 
-def run_interpreted(*selection: str) -> int:
-    """Run the selected tests of the kernels in the interpreter, on the CPU; returns how many passed."""
+@needs_triton
+@pytest.mark.slow
+def test_the_kernels_pass_their_tests_in_the_interpreter() -> None:
     environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # The interpreter of Triton 3.6 makes numbers of arrays in a way that NumPy deprecates.
     plugins = ("-p", "tests.train.ops.interpreter", "-W", "ignore:Conversion of an array:DeprecationWarning")
-    result = run_pytest(*INTERPRETED, *plugins, *selection, **environment)
+    result = run_pytest(*INTERPRETED, *plugins, "-m", "slow or not slow", **environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, result.stdout[-2000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
-    return int(passed.group(1))
-
-
-@needs_triton
-def test_a_sample_of_kernel_tests_passes_in_the_interpreter() -> None:
-    assert run_interpreted("-k", "49-64 or ties_at_the_threshold or philox") >= 18
-
-
-@needs_triton
-@pytest.mark.slow
-def test_all_kernel_tests_pass_in_the_interpreter() -> None:
-    assert run_interpreted("-m", "slow or not slow") >= 170
+    assert int(passed.group(1)) >= 170
 
 
 def budget(*arguments: str) -> list[Usage]:
