@@ -1,6 +1,7 @@
 """What can go wrong with a store. Every message is one line that names what was expected and what to do next."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from egopatch.features.common.units import counted
 
@@ -97,7 +98,7 @@ def require_count(argument: str, value: object, thing: str) -> None:
         TypeError: It is no whole number.
         ValueError: It is below 1.
     """
-    require_type(argument, value, int, f"a whole number, at least 1 {thing}")
+    require_type(argument, value, Integral, f"a whole number, at least 1 {thing}")  # NumPy's, too
     if value < 1:  # type: ignore[operator]
         raise ValueError(f"{argument} is {value}; expected at least 1 {thing}")
 

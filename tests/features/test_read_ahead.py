@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +140,11 @@ def test_an_impossible_depth_number_of_threads_or_device_is_refused(
 ) -> None:
     with pytest.raises(kind, match=f"^{why}$"):
         read_ahead(store, BATCHES, **{argument: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_count_threads_and_batches(store: Store) -> None:
+    (tokens,) = read_ahead(store, BATCHES[:1], depth=np.int64(1), threads=np.int64(2))  # type: ignore[arg-type]
+    assert torch.equal(tokens.patches, store.read(BATCHES[0]).patches)
 
 
 @pytest.mark.parametrize(("threads", "kind"), [(0, ValueError), (-1, ValueError), (None, TypeError), ("2", TypeError)])
