@@ -13,7 +13,7 @@ from egopatch.features.io.fields import MalformedRecord, Record, get_count, get_
 from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import decode_line, encode_line
 from egopatch.features.values.dtypes import disk_dtype
-from egopatch.features.values.errors import DamagedStore, OtherVersion, StoreError
+from egopatch.features.values.errors import DamagedStore, NoStore, OtherVersion
 from egopatch.features.values.spec import ArraySpec, Fingerprint, StoreSpec
 
 VERSION = 3
@@ -100,7 +100,7 @@ def read_header(storage: Storage) -> Record:
 
     Raises:
         OtherVersion: Another version of this program wrote the store.
-        StoreError: The store does not exist.
+        NoStore: The store does not exist.
         DamagedStore: The file is damaged.
     """
     root = storage.location
@@ -108,7 +108,7 @@ def read_header(storage: Storage) -> Record:
     try:
         decoded = decode_line(storage.read(HEADER))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
+        raise NoStore(
             f"no store at {root} ({HEADER} is missing); run `extract run` to create one, or, if it was moved, replace "
             "its old path in the config"
         ) from None

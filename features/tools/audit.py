@@ -94,7 +94,7 @@ def audit_store(storage: Storage) -> Audit:
 
     Raises:
         OtherVersion: Another version of this program wrote the store.
-        StoreError: The store does not exist.
+        NoStore: The store does not exist.
     """
     commits_journal, rows_journal = ledger_journal(storage), ids_journal(storage)
     failures_journal = quarantine_journal(storage)

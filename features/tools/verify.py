@@ -13,7 +13,7 @@ from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.text_substore import TEXT_FOLDER, substores
 from egopatch.features.tools.audit import Audit, Fault, audit_store
 from egopatch.features.values.dtypes import row_bytes
-from egopatch.features.values.errors import DamagedStore, OtherVersion, StoreError
+from egopatch.features.values.errors import DamagedStore, NoStore
 from egopatch.features.values.location import Location
 
 
@@ -70,7 +70,8 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
 
     Raises:
         OtherVersion: Another version of this program wrote the store.
-        StoreError: The store does not exist.
+        NoStore: The store does not exist.
+        StoreError: The storage cannot be reached.
     """
     storage, started = storage_at(path), time.monotonic()
     audits = {"": audit_store(storage)}
@@ -79,9 +80,7 @@ def verify(path: Location | str, on_bytes: Callable[[int, int], None] | None = N
         try:
             audits[folder] = audit_store(storage_at(storage.location / folder))
             faults += [_in_folder(folder, fault) for fault in audits[folder].faults]
-        except OtherVersion:
-            raise
-        except StoreError as error:
+        except NoStore as error:
             faults.append(Fault(TEXT_FOLDER, f"is unfinished: {error}"))
     shards = sum(len(audit.shards) for audit in audits.values())
     total = sum(audit.nbytes for audit in audits.values())

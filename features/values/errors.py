@@ -10,6 +10,10 @@ class StoreError(ValueError):
     """A store cannot be opened, read or written as requested."""
 
 
+class NoStore(StoreError):
+    """Nothing is stored here yet, or the creation of the store was interrupted."""
+
+
 class BadLocation(StoreError):
     """No store can exist at this path or URL."""
 

@@ -22,7 +22,8 @@ from egopatch.features.formats.registry import format_named
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.quarantine import raw_quarantine_journal
 from egopatch.features.storage.folder import LocalStorage
-from egopatch.features.tools.audit import audit_store
+from egopatch.features.storage.interface import Storage
+from egopatch.features.tools.audit import Audit, audit_store
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import check_shards, verify
 from egopatch.features.values.location import Location
@@ -231,6 +232,17 @@ def test_an_unfinished_text_store_is_left_to_extract_run(root: Path, capsys: pyt
     assert main(["repair", str(root)]) == 1
     assert re.search(r"no store at \S+text \(store.json is missing\); run `extract run`", capsys.readouterr().err)
     assert [fault.where for fault in verify(root).faults] == ["text"]
+
+
+def test_texts_that_cannot_be_reached_are_not_called_unfinished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def audit(storage: Storage) -> Audit:
+        if storage.location.name == "text":
+            raise StoreError("no answer")
+        return audit_store(storage)
+
+    monkeypatch.setattr("egopatch.features.tools.verify.audit_store", audit)
+    with pytest.raises(StoreError, match="no answer"):
+        verify(root)
 
 
 def test_a_damaged_text_is_called_a_text_when_it_is_read(root: Path) -> None:

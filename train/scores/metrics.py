@@ -262,9 +262,10 @@ def read_predictions(path: Path, questions: Sequence[Question]) -> dict[str, str
 def holds_answers(path: Path) -> bool:
     """Whether the first line of a file is an answer without the question's text."""
     try:
-        record = next((record for _, record in parsing.json_lines(path, "answers")), None)
-        return _prediction(record) is not None and not {"question", "part"} & parsing.as_object(record).keys()
-    except ValueError:
+        _, record = next(parsing.json_lines(path, "answers"))
+        _prediction(record)
+        return not {"question", "part"} & parsing.as_object(record).keys()
+    except (StopIteration, ValueError):
         return False
 
 
