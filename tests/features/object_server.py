@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import create_backend_app
 from werkzeug.serving import make_server
 
 
@@ -25,7 +25,7 @@ def one_at_a_time(application: Callable[..., Iterable[bytes]]) -> Callable[..., 
 
 if __name__ == "__main__":
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = make_server("127.0.0.1", 0, one_at_a_time(DomainDispatcherApplication(create_backend_app)), threaded=True)
+    server = make_server("127.0.0.1", 0, one_at_a_time(create_backend_app("s3")), threaded=True)
     print(server.port, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
