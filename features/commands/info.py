@@ -1,5 +1,6 @@
 """`features info`: how a store was made and how many clips it holds."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +13,8 @@ from egopatch.features.state.counts import machines_line
 from egopatch.features.state.header import parse_header, read_header
 from egopatch.features.state.quarantine import Quarantine
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
+from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences
+from egopatch.features.values.errors import NoStore
 from egopatch.features.values.location import Location
 
 
@@ -21,11 +23,16 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     parser.add_place()
     options = parser.parse_args(args)
     require_store(options.store)
-    clips, *texts = (catalog_at(options.store / folder) for folder in substores(storage_at(options.store)))
+    clips = catalog_at(options.store)
     result = facts(clips)
-    for catalog in texts:
-        result[TEXT_FOLDER] = facts(catalog)
-        result["network_differences"] = network_differences(clips.header.fingerprint, catalog.header.fingerprint)
+    if storage_at(options.store).exists(TEXT_FOLDER):
+        try:
+            texts = catalog_at(options.store / TEXT_FOLDER)
+        except NoStore as error:
+            print(f"note: {TEXT_FOLDER} is unfinished: {error}", file=sys.stderr)
+        else:
+            result[TEXT_FOLDER] = facts(texts)
+            result["network_differences"] = network_differences(clips.header.fingerprint, texts.header.fingerprint)
     lines = [*_lines(result), *filter(None, [machines_line(clips.ledger.machines())])]
     print_result(options.json, result, "\n".join(lines))
     return 0

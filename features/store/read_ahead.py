@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from egopatch.features.common.machine import usable_gpus
+from egopatch.features.common.units import counted
 from egopatch.features.values.errors import one_line, require_count, require_type
 from egopatch.features.values.spec import PatchTokens
 
@@ -50,7 +52,7 @@ def read_ahead(
     Raises:
         TypeError: `store` is not a source of clips, but for example the path of a store, or `batches` is one id; or
             `depth` or `threads` is no whole number.
-        ValueError: `depth` or `threads` is below 1, or `device` is not a device of torch.
+        ValueError: `depth` or `threads` is below 1, or `device` is not a device of torch or a GPU that is not here.
         StoreError: As in `Store.read`; this and errors from `batches` are raised in place of the batch they concern.
     """
     require_type("store", store, ClipSource, "an open store: open_store(path)")
@@ -63,9 +65,14 @@ def read_ahead(
 
 def _device(device: object) -> torch.device:
     try:
-        return torch.device(device)  # type: ignore[call-overload]
+        found = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {one_line(device)}; expected a device of torch, such as 'cpu' or 'cuda'") from None
+    if found.type == "cuda" and (found.index or 0) >= (gpus := usable_gpus()):
+        raise ValueError(
+            f"device is '{found}', but torch sees {counted(gpus, 'CUDA device')} here; expected one of them or 'cpu'"
+        )
+    return found
 
 
 def _read_ahead(

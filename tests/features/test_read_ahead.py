@@ -142,6 +142,15 @@ def test_an_impossible_depth_number_of_threads_or_device_is_refused(
         read_ahead(store, BATCHES, **{argument: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cuda"), (1, "cuda:1")])
+def test_a_gpu_that_is_not_here_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
+) -> None:
+    monkeypatch.setattr("egopatch.features.store.read_ahead.usable_gpus", lambda: gpus)
+    with pytest.raises(ValueError, match=f"^device is '{device}', but torch sees {gpus} CUDA devices? here; expected"):
+        read_ahead(store, BATCHES, device=device)
+
+
 def test_numbers_of_numpy_count_threads_and_batches(store: Store) -> None:
     (tokens,) = read_ahead(store, BATCHES[:1], depth=np.int64(1), threads=np.int64(2))  # type: ignore[arg-type]
     assert torch.equal(tokens.patches, store.read(BATCHES[0]).patches)
@@ -179,6 +188,7 @@ def test_buffers_wait_for_copies_to_the_named_device(store: Store, monkeypatch: 
     buffers, pinned = Store.buffers, []
     monkeypatch.setattr(FakeEvent, "made", events, raising=False)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr("egopatch.features.store.read_ahead.usable_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(Store, "buffers", lambda self, rows, pin=False: pinned.append(pin) or buffers(self, rows))
@@ -209,6 +219,7 @@ def test_the_reader_thread_uses_the_gpu_of_its_consumer(
     monkeypatch.setattr(FakeEvent, "made", events, raising=False)
     monkeypatch.setattr(FakeEvent, "synchronize", lambda _: waited.append(getattr(current, "gpu", 0)))
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr("egopatch.features.store.read_ahead.usable_gpus", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"that of {device}")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "gpu", device.index))

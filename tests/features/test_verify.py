@@ -226,6 +226,10 @@ def test_an_unfinished_text_store_is_left_to_extract_run(root: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "\n  text is unfinished: no store at " in printed
     assert printed.endswith("\n1 fault, 0 bad clips: run `egopatch extract run`\n")
+    assert main(["info", str(root), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "text" not in json.loads(captured.out)
+    assert captured.err.startswith("note: text is unfinished: no store at ")
     (root / "ledger.jsonl.head").unlink()  # a fault that `repair` mends before it names what `extract run` has to do
     assert main(["verify", str(root)]) == 1
     assert "2 faults, 0 bad clips: run `egopatch features repair" in capsys.readouterr().out

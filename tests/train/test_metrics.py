@@ -374,6 +374,15 @@ def test_score_says_that_questions_and_predictions_are_swapped(
     ]
 
 
+def test_score_refuses_the_questions_as_their_own_predictions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": "q0", "part": "test", "question": "where?", "answer": "sink"}\n')
+    args = ["score", "--questions", str(tmp_path / "q.jsonl"), "--predictions", str(tmp_path / "." / "q.jsonl")]
+    assert main(args) == 2
+    assert "whose answers would all be right; expected a system's answers" in capsys.readouterr().err
+
+
 def test_score_refuses_malformed_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "q.json").write_text('[{"question_id": 1}]')
     (tmp_path / "p.jsonl").write_text("")

@@ -46,6 +46,11 @@ def main(parser: ConfigParser, args: Sequence[str]) -> int:
     """Score the answers and print the metrics; returns 1 if the answers have faults."""
     _add_options(parser)
     options = parser.parse_args(list(args))
+    if options.questions.resolve() == options.predictions.resolve():
+        raise ConfigError(
+            f"--questions and --predictions are both {options.questions}, whose answers would all be right; expected a "
+            "system's answers in --predictions"
+        )
     try:
         file = read_question_file(options.questions, options.part)
     except DatasetError:
