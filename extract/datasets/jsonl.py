@@ -55,7 +55,7 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
 
     Raises:
         DatasetError: A file is missing, a line is malformed, an id is repeated or a question names an unknown clip;
-            one line per fault.
+            one line per fault. Unknown clips are named only if the file of the clips has no fault.
     """
     problems: list[str] = []
     video = cache(root.__truediv__)  # many clips share a video
@@ -68,13 +68,13 @@ def load(clips_file: Path, questions_file: Path | None, root: Path, split: str) 
         parse, id_of = partial(_clip, video=video), attrgetter("clip_id")
         found = parsing.collect_unique(lines, parse, problems, "clip_id", id_of)
         clips = {clip.clip_id: clip for _, clip in found}
+    known = not problems  # the id of a malformed line is not in `clips`, so its questions would seem to have no clip
     questions: dict[Part, list[Question]] = {part: [] for part in PARTS}
     alike: dict[str, str] = {}
     try:
         numbered = () if questions_file is None else _numbered(questions_file, problems)
         for position, part, question in numbered:
-            # Questions of a clip whose own line is malformed are listed too, because its id is unknown.
-            if question.clip_id not in clips:
+            if known and question.clip_id not in clips:
                 alike = alike or {parsing.compared(clip_id): clip_id for clip_id in clips}
                 problems.append(f"{position}: {_unknown(question.clip_id, alike, clips_file)}")
             questions[part].append(question)

@@ -230,6 +230,13 @@ def test_errors_of_both_files_are_reported_together(tmp_path: Path) -> None:
     ]
 
 
+def test_fault_in_a_clip_is_not_reported_as_questions_about_an_unknown_clip(tmp_path: Path) -> None:
+    clips = CLIPS.replace('"clip_id": "a",', '"clip_id": "a", "start_s": 9, "end_s": 3,')
+    assert clips != CLIPS
+    (fault,) = faults(tmp_path, clips, QUESTIONS)
+    assert fault.endswith("clip 'a': end_s is 3.0; expected more than start_s, which is 9.0")
+
+
 CHOICE = {"question_id": 1, "clip_id": "a", "question": "What?", "part": "train"}
 
 
@@ -300,17 +307,17 @@ def test_options_on_only_some_questions_are_refused(tmp_path: Path) -> None:
 
 def test_error_message_shows_ten_errors_and_counts_the_rest(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
-        load(tmp_path, "[]\n" * 2000)
+        load(tmp_path, "[]\n" * 2000, "[]\n" * 3)
     lines = str(caught.value).splitlines()
     assert lines[6] == f"{tmp_path}/clips.jsonl:7: contains a list; expected an object"
     assert all(line.startswith(f"{tmp_path}/questions.jsonl:") for line in lines[7:10])
     assert lines[10:] == ["and 1,993 more; `egopatch extract doctor --json --config CONFIG` lists them all"]
-    assert len(caught.value.problems) == 2003  # with three questions whose clips are unknown
+    assert len(caught.value.problems) == 2003
 
 
 def test_error_message_shows_a_rare_error_among_many_equal_ones(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
-        load(tmp_path, "[]\n" * 20 + '{"clip_id": "c"}\n' + "[]\n" * 20)
+        load(tmp_path, "[]\n" * 20 + '{"clip_id": "c"}\n' + "[]\n" * 20, "[]\n" * 3)
     shown = [line.removeprefix(f"{tmp_path}/clips.jsonl:") for line in str(caught.value).splitlines()]
     assert shown[5:7] == ["6: contains a list; expected an object", "21: 'video' is missing; expected text"]
     assert shown[10].startswith("and 34 more; ")
