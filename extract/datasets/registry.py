@@ -86,19 +86,20 @@ def load_dataset(data: DataConfig) -> Dataset:
 
 
 def require_root(data: DataConfig) -> None:
-    """Check that `data.root` exists, which a data set from outside this package may not need.
+    """Check that `data.root` is a folder, which a data set from outside this package may not need.
 
     Raises:
-        DatasetError: It does not exist.
+        DatasetError: It is not a folder.
     """
     if data.name not in LOADERS or data.root.is_dir():
         return
     hint = "`egopatch extract data` downloads EgoTaskQA, `make demo` renders EgoSynth"
     if data.name == "jsonl":
         hint = "if it was moved, replace its old path in the config"
-    raise DatasetError(
-        [f"data.root is '{data.root}', which does not exist; set --data.root to the folder of the annotations ({hint})"]
-    )
+    fault = f"data.root is '{data.root}', which does not exist"
+    if data.root.exists():
+        fault = f"data.root is '{data.root}', which is not a folder"
+    raise DatasetError([f"{fault}; set --data.root to the folder of the annotations ({hint})"])
 
 
 def load_clips(data: DataConfig) -> tuple[Clip, ...]:

@@ -218,6 +218,13 @@ def test_missing_data_root_is_a_config_error(tmp_path: Path, capsys: pytest.Capt
     assert f"data.root is '{tmp_path / 'nowhere'}', which does not exist; set --data.root" in line
 
 
+def test_data_root_that_is_a_file_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips.jsonl").touch()
+    assert main(["doctor", "--data.root", str(tmp_path / "clips.jsonl")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.root is '{tmp_path / 'clips.jsonl'}', which is not a folder; set --data.root" in line
+
+
 def test_custom_jsonl_data_set_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips.jsonl").write_text('{"clip_id": "a", "video": "a.mp4"}\n{"clip_id": "b", "video": "b.mp4"}\n')
     asked = [
