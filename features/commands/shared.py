@@ -33,7 +33,8 @@ def require_store(place: Location) -> None:
         BadLocation: The message names STORE, its value and what was expected.
     """
     if isinstance(place, Path) and not place.is_dir():
-        raise BadLocation(f"STORE is {str(place)!r}; expected the folder of a store")
+        fault = "is not a folder" if place.exists() else "does not exist"
+        raise BadLocation(f"STORE is {str(place)!r}, which {fault}; expected the folder of a store")
 
 
 def require_existing(name: str, place: Path, expected: str) -> None:

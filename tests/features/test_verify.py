@@ -201,7 +201,7 @@ def test_verify_info_and_repair_commands_report_damage(
     assert main(["repair", str(root)]) == 0
     assert main(["verify", str(root)]) == 0
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
-    assert "expected the folder of a store" in capsys.readouterr().err
+    assert "which does not exist; expected the folder of a store" in capsys.readouterr().err
     assert main(["verfy", str(root)]) == 2
     assert "did you mean verify?" in capsys.readouterr().err
 
