@@ -2,7 +2,7 @@
 
 `records` defines the dataclasses, `parsing` reads files and reports faults by line, each adapter (such as `egotaskqa`)
 reads one layout, and `registry` picks the adapter by `data.name`, from this package or another. `egosynth` renders the
-synthetic set. Other packages use the names below, and the answer vocabulary in `records`.
+synthetic set.
 """
 
 from egopatch.extract.datasets.records import PARTS, Clip, Dataset, DatasetError, Question

@@ -1,9 +1,8 @@
 """Frozen encoders: video and text networks, their checkpoints, and the registry that finds them by name.
 
 `checkpoints` reads weight files, `layers` holds the parts that networks share, `networks` has one file a network,
-`registry` finds a network by `encoder.arch` and loads it, and `inspection` reports what a checkpoint contains. Other
-packages use the names below, `inspection`, and the names that each room's docstring lists. The sentence network is the
-text half for encoders that have none of their own.
+`registry` finds a network by `encoder.arch` and loads it, and `inspection` reports what a checkpoint contains. The
+sentence network is the text half for encoders that have none of their own.
 """
 
 from egopatch.extract.encoders.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint

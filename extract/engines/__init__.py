@@ -1,5 +1,4 @@
 """Starting workers and sharing a job's shards between them, in one process, with joblib or on a Ray cluster.
 
-Other rooms use `dispatch.encode_with_engine`, `job_slice.Slice` for one job of a job array, and the counts of workers
-and decoders in `sharing`.
+`dispatch` starts the workers of an engine, `sharing` is what each of them does, and `job_slice` is one job of an array.
 """

@@ -1,4 +1,3 @@
-"""What a job would do, without doing it: its size and duration (`plan`, `forecast`), and faults in its data (`doctor`).
-
-Other rooms use `plan.make_plan`, `forecast.make_forecast`, `plan.disk_refusal` and `doctor.examine`.
+"""What comes before a job: its size and duration (`plan`, `forecast`), and faults in its data and machine (`doctor`,
+`machine`); for a folder of videos without annotations also its clips and its config (`own_videos`).
 """

@@ -2,6 +2,5 @@
 
 `opening` opens a file, `indexing` lists its frames, and `container` decodes selected ones. `frames` chooses a clip's
 frames, and `transforms` says how they are resized and normalised. A frame is turned upright (`orientation`) and becomes
-RGB, or stays as it was decoded (`planes`). `nvdec` decodes on a GPU, `decord_frames` compares decord with PyAV. Other
-rooms use `frames.read_frames`, `indexing.cache.VideoCache` and `transforms.Transform`.
+RGB, or stays as it was decoded (`planes`). `nvdec` decodes on a GPU, `decord_frames` compares decord with PyAV.
 """

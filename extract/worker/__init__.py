@@ -1,5 +1,4 @@
 """One worker of stage one: it resolves the config (`job`), decodes, encodes and has its shards written (`pipeline`).
 
-Other rooms use `job.resolve_job` and `job.ExtractionJob`, `pipeline.encode_shards`, `batch_encoder.BatchEncoder`, the
-statistics in `job_stats`, and the device checks in `device`.
+Clips are encoded `on_cores` or `on_device`; `job_stats` has the time that each stage took, `bottleneck` the slowest.
 """

@@ -1,4 +1,4 @@
 """File formats for shards, Zarr and HDF5, behind the protocols in `interface`.
 
-Other rooms get a format by name from `registry` and import no implementation.
+Other rooms get a format by name from `registry`.
 """
