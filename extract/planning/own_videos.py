@@ -17,7 +17,7 @@ from egopatch.extract.datasets.origins import compare_origins
 from egopatch.extract.feed.durations import durations_s
 from egopatch.extract.feed.pool import decoder_count
 from egopatch.extract.fingerprints import configured
-from egopatch.features.io.files import make_folder, replacing
+from egopatch.features.io.files import replacing
 from egopatch.features.state.counts import read_ledger
 
 SHORTEST_CLIP_S = 0.1
@@ -86,7 +86,6 @@ def prepare_own_videos(folder: Path, out: Path, base: Config, clip_s: float | No
     clips = [clip for (name, path), end in zip(videos.items(), lengths) for clip in cut(name, path, end, clip_s)]
     _require_same_length(config, clips, clip_s)
     new_files = tuple(file for file in (config_file, clips_file) if not file.exists())
-    make_folder(out.parent)
     # The same command may be running elsewhere, so each process writes a temporary file of its own.
     with replacing(clips_file) as new:
         new.write_bytes(format_clips(clips).encode())

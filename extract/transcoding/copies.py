@@ -145,5 +145,4 @@ def _write_annotations(
     if data.questions is not None:
         files[data.questions] = (data.root / data.questions).read_bytes()
     for name, content in files.items():
-        make_folder((out / name).parent)
         write_file(out / name, content)

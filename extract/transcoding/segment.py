@@ -20,7 +20,7 @@ from egopatch.extract.video.indexing.cache import VideoCache, version_of
 from egopatch.extract.video.indexing.index import VideoError
 from egopatch.extract.video.opening import require_content
 from egopatch.features.common.units import counted
-from egopatch.features.io.files import make_folder, replacing
+from egopatch.features.io.files import replacing
 
 SHORT_SIDE = 288
 KEY_FRAME_S = 1.0
@@ -59,7 +59,6 @@ def write_segment(clip: Clip, video: VideoConfig, cache: VideoCache | None = Non
         VideoError: As `extract.video.frames.read_frames`; or the copy does not hold the clip's frames.
     """
     target = folder / f"{clip.clip_id}.mp4"
-    make_folder(target.parent)  # a clip id may have slashes
     require_content(clip.video)
     before = version_of(clip.video)
     with open_video(clip.video, cache) as file, replacing(target) as temporary:

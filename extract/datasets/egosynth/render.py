@@ -152,7 +152,6 @@ def _write_clips(folder: Path, scenes: Sequence[Scene], size: int) -> int:
 
 
 def _write_annotations(root: Path, scenes: Sequence[Scene], questions: int, seed: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     # Written first, because this file marks the folder as EgoSynth's.
     _write(root / EVENTS_FILE, "".join(f"{json.dumps(_events(scene))}\n" for scene in scenes))
     records: list[Record] = []
@@ -173,7 +172,6 @@ def _write_choices(
     root: Path, parts: Mapping[Part, Sequence[Record]], scenes: Sequence[Scene], rng: np.random.Generator
 ) -> None:
     folder = root / CHOICE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     names = [interval_of(scene) for scene in scenes]
     clips = [{"clip_id": name, "video": f"{VIDEO_FOLDER}/{name}.mp4"} for name in names]
     questions = [line for part in PARTS for line in multiple_choice(parts[part], part, rng)]
@@ -182,7 +180,6 @@ def _write_choices(
 
 
 def _write_split(folder: Path, parts: Mapping[Part, Sequence[Record]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     answers = answer_vocabulary([record["answer"] for record in parts["train"]])
     classes = {answer: index for index, answer in enumerate(answers)}
     tags: dict[str, None] = {}
