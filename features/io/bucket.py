@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from urllib.parse import urlsplit
 
 from isal import isal_zlib
@@ -102,6 +102,10 @@ class Bucket:
                 },
             )
 
+    @overload
+    def get(self, key: str) -> Content: ...
+    @overload
+    def get(self, key: str, unless: Version | None) -> Content | None: ...
     def get(self, key: str, unless: Version | None = None) -> Content | None:
         """A whole object; None where it still has the version `unless`.
 

@@ -51,8 +51,7 @@ def hold(bucket: Bucket, shard: int) -> Iterator[None]:
         stop.set()
         thread.join()
         with suppress(StoreError, FileNotFoundError):  # a lease that cannot be removed expires
-            found = bucket.get(key)
-            if found is not None and found.content == content:
+            if bucket.get(key).content == content:
                 bucket.delete([key])
 
 
@@ -112,7 +111,7 @@ def _write(bucket: Bucket, key: str, content: bytes, version: Version | None) ->
     except WriteConflict:
         with suppress(FileNotFoundError):
             found = bucket.get(key)
-            if found is not None and found.content == content:
+            if found.content == content:
                 return found.version
         raise
 
@@ -122,16 +121,13 @@ def _read_lease(bucket: Bucket, key: str) -> LeaseState | None:
         found = bucket.get(key)
     except FileNotFoundError:
         return None
-    assert found is not None
     return LeaseState(parse_owner(found.content), _idle_s(bucket, found), found.version)
 
 
 def _idle_s(bucket: Bucket, found: Content) -> float:
     """Seconds since an object was written, by the server's clock alone; the local clock may be wrong."""
     bucket.put("leases/clock", b"now")
-    now = bucket.get("leases/clock")
-    assert now is not None
-    return (now.modified - found.modified).total_seconds()
+    return (bucket.get("leases/clock").modified - found.modified).total_seconds()
 
 
 def _renew(bucket: Bucket, key: str, content: bytes, version: Version, stop: threading.Event) -> None:

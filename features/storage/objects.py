@@ -96,9 +96,7 @@ class ObjectStorage(ObjectFiles):
         self._bucket.exists("store.json")
 
     def read(self, name: str) -> bytes:
-        found = self._bucket.get(name)
-        assert found is not None
-        return found.content
+        return self._bucket.get(name).content
 
     def write(self, name: str, content: bytes) -> None:
         self._bucket.put(name, content)
