@@ -30,6 +30,7 @@ from egopatch.features.common.machine import (
     SPILLING_TRITON,
     release,
     usable_cores,
+    usable_gpus,
 )
 from egopatch.features.common.units import format_bytes
 
@@ -106,13 +107,12 @@ def check_torch(gpu: Gpu) -> Check:
         return Check("torch", "ok", f"{found}, driver for CUDA {gpu.driver_cuda}; {', '.join(gpu.names)}")
     if gpu.driver_cuda is None:
         return Check("torch", "ok", f"{found}; no NVIDIA driver here, so the CPU computes")
-    major, minor = (int(part) for part in gpu.driver_cuda.split("."))
+    wheels = f"pip install --force-reinstall torch --index-url {WHEELS}/cu{gpu.driver_cuda.replace('.', '')}"
     if gpu.torch_cuda is None:
-        wheels = f"pip install --force-reinstall torch --index-url {WHEELS}/cu{major}{minor}"
         return Check("torch", "warning", f"{found}, but there is a driver for CUDA {gpu.driver_cuda}", wheels)
-    if tuple(map(int, gpu.torch_cuda.split("."))) > (major, minor):
-        wheels = f"update the driver, or pip install --force-reinstall torch --index-url {WHEELS}/cu{major}{minor}"
-        return Check("torch", "error", f"{found}, but the driver is for CUDA {gpu.driver_cuda} at most", wheels)
+    if release(gpu.torch_cuda) > release(gpu.driver_cuda):
+        mend = f"update the driver, or {wheels}"
+        return Check("torch", "error", f"{found}, but the driver is for CUDA {gpu.driver_cuda} at most", mend)
     hidden = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
     return Check("torch", "warning", f"{found}, driver for CUDA {gpu.driver_cuda}, but torch sees no GPU", hidden)
 
@@ -171,8 +171,7 @@ def _find_gpu() -> Gpu:
     # Imported here, because torch takes seconds to import.
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.cuda.get_device_properties(number) for number in range(count)]
+    gpus = [torch.cuda.get_device_properties(number) for number in range(usable_gpus())]
     names = tuple(f"{gpu.name} ({format_bytes(gpu.total_memory)})" for gpu in gpus)
     capabilities = [(gpu.major, gpu.minor) for gpu in gpus]
     unsupported = (
@@ -190,8 +189,8 @@ def has_code(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     build for AMD's GPUs, whose architectures have other names, is not judged.
     """
     for kind, number in (name.rstrip("af").split("_") for name in architectures if "_" in name):
-        version = divmod(int(number), 10)
-        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+        built = divmod(int(number), 10)
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
             return True
     return all(name.startswith("gfx") for name in architectures)
 
