@@ -133,6 +133,5 @@ class BatchEncoder(ABC):
         steps = self._encoder.steps
         return times if len(times) == steps else reduce(times, "(t frames) -> t", "mean", t=steps)
 
-    def _converted(self, tokens: PatchTokens, copy: bool = False) -> dict[str, Tensor]:
-        dtypes = self._dtypes
-        return {name: t.to(dtypes.get(name, torch.float32), copy=copy) for name, t in tokens.tensors().items()}
+    def _converted(self, tokens: PatchTokens) -> dict[str, Tensor]:
+        return {name: t.to(self._dtypes.get(name, torch.float32), copy=True) for name, t in tokens.tensors().items()}

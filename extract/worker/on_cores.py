@@ -59,7 +59,7 @@ class CoreEncoder(BatchEncoder):
             started = time.perf_counter()
             try:
                 # What the encoder returns may be memory that it, or another clip's frames, use again.
-                tokens = self._converted(self._encoder(self._input(clip.frames)[None]), copy=True)
+                tokens = self._converted(self._encoder(self._input(clip.frames)[None]))
             finally:
                 clip.release()
             return {name: tensor[0] for name, tensor in tokens.items()}, time.perf_counter() - started

@@ -216,7 +216,7 @@ class DeviceEncoder(BatchEncoder):
         # The tensors of `received` belong to the other stream's memory; `wait` below keeps them until it is unused.
         with full_float32():
             self._transform_all(received)
-            tokens = self._converted(self._encode(), copy=True)  # the next batch may replace what the encoder returned
+            tokens = self._converted(self._encode())  # copies: the next batch may replace the encoder's
         results = tokens | {_FINITE: _rows_finite(tokens.values())}
         clock.stop()
         self._out.wait_stream(self._compute)

@@ -166,10 +166,10 @@ def test_rows_do_not_depend_on_the_other_clips_of_their_batch(encoder: VideoEnco
 def test_the_device_finds_rows_that_are_not_finite(
     encoder: VideoEncoder, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(self: DeviceEncoder, tokens: PatchTokens, copy: bool) -> dict[str, Tensor]:
+    def damaged(self: DeviceEncoder, tokens: PatchTokens) -> dict[str, Tensor]:
         tokens.patches[1, -1, -1, -1] = 1e6  # too large for the store's float16
         tokens.cls[3, -1] = torch.nan
-        return convert(self, tokens, copy)
+        return convert(self, tokens)
 
     convert = DeviceEncoder._converted
     monkeypatch.setattr(DeviceEncoder, "_converted", damaged)
