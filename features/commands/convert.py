@@ -1,5 +1,6 @@
 """`features convert`: copy a store, with its text states, to another format, dtype, shard size or codec."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -9,7 +10,6 @@ from egopatch.features.commands.shared import CommandParser, count, location, pr
 from egopatch.features.common.command_line import print_result
 from egopatch.features.common.units import counted, format_bytes
 from egopatch.features.formats.interface import CODECS
-from egopatch.features.values.location import Location
 from egopatch.features.values.spec import Codec, StoredDtype
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
         store = convert(
             options.store, to, options.format, options.dtype, options.shard, options.codec, on_clips=on_clips
         )
-    print_result(options.json, facts(store.catalog), copy_line(store, options.store))
+    print_copy(store, options)
     return 0
 
 
@@ -50,11 +50,12 @@ def add_copy(parser: CommandParser) -> None:
     parser.add_argument("--to", type=location, metavar="FOLDER", help="folder of the copy (default: beside STORE)")
 
 
-def copy_line(store: "Store", source: Location) -> str:
-    """Lines about a store that was made from `source`: its clips, bytes and reconstruction errors."""
-    lines = [f"{store.path}: {counted(len(store.clip_ids), 'clip')}, {format_bytes(store.nbytes)}, from {source}"]
+def print_copy(store: "Store", options: argparse.Namespace, *more: str) -> None:
+    """Print the clips, bytes and reconstruction errors of a store that was made from another, and `more` lines."""
+    size = f"{counted(len(store.clip_ids), 'clip')}, {format_bytes(store.nbytes)}"
+    lines = [f"{store.path}: {size}, from {options.store}"]
     lines += [
         f"{array}: reconstruction error {error:.2%} (relative root mean square, worst clip)"
         for array, error in store.reconstruction_error.items()
     ]
-    return "\n".join(lines)
+    print_result(options.json, facts(store.catalog), "\n".join([*lines, *more]))

@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 
-from egopatch.features.commands.convert import add_copy, copy_line
-from egopatch.features.commands.info import facts
+from egopatch.features.commands.convert import add_copy, print_copy
 from egopatch.features.commands.shared import CommandParser, progress, require_store
-from egopatch.features.common.command_line import print_result
 
 
 def main(parser: CommandParser, args: Sequence[str]) -> int:
@@ -25,7 +23,7 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     to = options.to or options.store.with_name(f"{options.store.name}_keep{options.keep:g}")
     with progress("derive", "clips", options) as on_clips:
         store = derive(options.store, to, options.keep, on_clips)
-    print_result(options.json, facts(store.catalog), copy_line(store, options.store))
+    print_copy(store, options)
     return 0
 
 

@@ -4,10 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from egopatch.features.commands.convert import copy_line
-from egopatch.features.commands.info import facts
+from egopatch.features.commands.convert import print_copy
 from egopatch.features.commands.shared import CommandParser, count, location, progress, require_existing
-from egopatch.features.common.command_line import print_result
 from egopatch.features.formats.interface import CODECS
 from egopatch.features.values.errors import BadLocation
 
@@ -43,7 +41,7 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
         "to train on this store, set encoder.arch to imported in a config, and encode the questions with "
         "`egopatch extract run --config CONFIG`"
     )
-    print_result(options.json, facts(store.catalog), f"{copy_line(store, options.store)}\n{hint}")
+    print_copy(store, options, hint)
     return 0
 
 
