@@ -127,9 +127,7 @@ def encode_questions(config: Config, texts: Sequence[str]) -> tuple[Fingerprint,
     network = find_network(config.encoder.arch)
     video = open_checkpoint(network, config.encoder.checkpoint) if network.text_weights is None else None
     loaded = find_text_network(config, network, device_of(config.encoder.device), video)
-    dtype = getattr(torch, unscaled_dtype(config.store.dtype))
-    rows = _encode_text_batch(loaded, texts, dtype)
-    return loaded.fingerprint, rows
+    return loaded.fingerprint, _encode_text_batch(loaded, texts)
 
 
 def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
@@ -143,7 +141,6 @@ def cut_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
 def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork]) -> None:
     """Encode question texts, except those in shards that other processes hold."""
-    dtype = getattr(torch, unscaled_dtype(network.config.store.dtype))
     machine = describe_machine(network.device)
     with (
         ProgressDisplay("questions", sum(len(work.ids) for work in works), "questions") as display,
@@ -153,19 +150,18 @@ def encode_texts(network: TextNetwork, store: Store, works: Sequence[ShardWork])
             rows: dict[str, Mapping[str, torch.Tensor]] = {}
             for start in range(0, len(uncommitted), TEXT_BATCH):
                 batch = uncommitted[start : start + TEXT_BATCH]
-                rows |= _encode_text_batch(network, batch, dtype)
+                rows |= _encode_text_batch(network, batch)
                 display.advance(len(batch))
             sources = {text: hashlib.sha256(text.encode()).hexdigest() for text in rows}
             writer.write(EncodedShard(work, machine, rows, sources))
         writer.wait()
 
 
-def _encode_text_batch(
-    network: TextNetwork, texts: Sequence[str], dtype: torch.dtype
-) -> dict[str, dict[str, torch.Tensor]]:
+def _encode_text_batch(network: TextNetwork, texts: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
     # Always the same shape; `extract.worker.batch_encoder` gives the reason.
     ids, mask = network.tokenizer([*texts, *[texts[-1]] * (TEXT_BATCH - len(texts))])
     network.require_known(ids, network.encoder)
+    dtype = getattr(torch, unscaled_dtype(network.config.store.dtype))
     with shortage_explained(None), torch.inference_mode(), full_float32():
         states = network.encoder(ids.to(network.device), mask.to(network.device)).to(dtype).cpu()
     return {text: {"states": states[i], "attention_mask": mask[i].bool()} for i, text in enumerate(texts)}
