@@ -71,11 +71,11 @@ class ExtractionResult:
     clips_left: int = 0
 
 
-def extract_features(job: ExtractionJob, wait: bool = False) -> ExtractionResult:
-    """Encode everything that is missing from the store of a resolved config; otherwise as `extract_together`."""
+def extract_features(job: ExtractionJob) -> ExtractionResult:
+    """As `extract_together`, for one config that is resolved already; waits for shards that other processes hold."""
     limit_threads()
     _require_one_gpu(job.config)
-    return _extract([job], retry=False, job_slice=ALL_SHARDS, refresh=False, wait=wait)[0]
+    return _extract([job], retry=False, job_slice=ALL_SHARDS, refresh=False, wait=True)[0]
 
 
 def extract_together(

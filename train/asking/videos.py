@@ -88,7 +88,7 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
             with writable("cache", cache):
                 folder.mkdir(exist_ok=True)
             prepare_own_videos(video, folder / "store", experiment, clip_s)
-            encoded = extract_features(job, wait=True).stats.committed
+            encoded = extract_features(job).stats.committed
     clips = {clip.clip_id: clip for clip in load_dataset(config.data).clips}
     with open_store(config.store.path) as store:
         quarantined = {name: record.reason for name, record in store.quarantine.items()}
