@@ -11,7 +11,7 @@ Without `answer_set.txt` the answer set is built from the training answers by th
 Source: EgoTaskQA (Jia et al., NeurIPS 2022), `baselines/preprocess`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +150,7 @@ def _question(record: object, variants: bool) -> Question:
     )
 
 
-def _tags(fields: Any) -> tuple[str, ...]:
+def _tags(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """`reasoning_type` split at its dollar signs, or the same tags from the single fields."""
     if "reasoning_type" in fields:
         tags = tuple(parsing.text_field(fields, "reasoning_type").split("$"))
@@ -163,7 +163,7 @@ def _tags(fields: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tag for tag in tags if tag))
 
 
-def _encoded(fields: Any) -> int | None:
+def _encoded(fields: Mapping[str, Any]) -> int | None:
     """`answer_encode`, a number or (in `*_qas_encode.json`) its digits."""
     value = fields.get("answer_encode")
     if value is None:

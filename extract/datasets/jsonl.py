@@ -198,7 +198,7 @@ def _right_option(fields: Mapping[str, Any], options: tuple[str, ...]) -> str:
     return options[index].strip()
 
 
-def _one_of(fields: Any, key: str, choices: tuple[Any, ...]) -> Any:
+def _one_of(fields: Mapping[str, Any], key: str, choices: tuple[Any, ...]) -> Any:
     value = fields.get(key)
     if value not in choices:
         found = repr(value) if key in fields else "missing"

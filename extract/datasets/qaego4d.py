@@ -9,6 +9,7 @@ question-answering in long egocentric videos", CVPR 2024.
 
 import random
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _question(record: object, close: bool) -> Question:
     )
 
 
-def _options(fields: Any, name: str, right: str) -> tuple[str, ...]:
+def _options(fields: Mapping[str, Any], name: str, right: str) -> tuple[str, ...]:
     wrong = parsing.texts_field(fields, "wrong_answers")
     if len(wrong) != WRONG:
         raise ValueError(f"'wrong_answers' has {counted(len(wrong), 'answer')}; expected {WRONG}, as in QAEgo4D-Close")

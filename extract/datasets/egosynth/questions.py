@@ -93,7 +93,7 @@ class Draft:
     reference: str
     program: str
 
-    def record(self, question_id: int, video_id: int, interval: str) -> dict[str, Any]:
+    def record(self, question_id: int, video_id: int, interval: str) -> Record:
         """The question as a record of EgoTaskQA's files, without `answer_encode`."""
         return {
             "question": _sentence(self.text),

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import av
 import joblib
 import numpy as np
 
 from egopatch.extract.datasets.egosynth.frames import frames
-from egopatch.extract.datasets.egosynth.questions import drafts
+from egopatch.extract.datasets.egosynth.questions import Record, drafts
 from egopatch.extract.datasets.egosynth.scene import SETTINGS, Difficulty, Scene, draw_scene, rng_of
 from egopatch.extract.datasets.egosynth.splits import multiple_choice, split_direct, split_indirect
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
@@ -39,8 +38,6 @@ TAGS_FILE = "all_reasoning_types.txt"
 EVENTS_FILE = "events.jsonl"
 LOCK = ".egosynth.lock"
 CHOICE_FOLDER = "choice"  # the multiple-choice set, in the layout `jsonl`
-
-Record = dict[str, Any]
 
 
 def render(

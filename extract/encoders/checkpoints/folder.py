@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -140,7 +140,9 @@ def read_transform(folder: Path, size: int) -> Transform:
     return Transform(f"hf {numbers}", short_side, share, mean, std, _RESAMPLING[resample], antialias=True)
 
 
-def _normalisation(settings: dict[str, Any], refuse: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    settings: dict[str, Any], refuse: Callable[[str, str], CheckpointError]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of pixels in [0, 1], with the processor's own rescaling included."""
     rescale = settings.get("rescale_factor", 1 / 255)
     if not _are_numbers([rescale]) or rescale <= 0:
