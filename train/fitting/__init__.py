@@ -1,6 +1,6 @@
 """Training and evaluating heads: opening an experiment, run groups of stacked heads, and the loop over their batches.
 
-Other rooms use `fit`, `evaluate`, `train_together` and `evaluate_groups` (`fit`), `open_experiment` and `pick_device`
-(`experiment`), `RunGroup` (`run_group`), `predict_clips` (`predict`), `trained`, which opens a trained head again, and
-`shortage`, which explains why training ran out of memory or disk space.
+`fit` is the loop. It opens an `experiment`, trains each `run_group` with heads from `build_heads`, writes each `run`
+and scores its `answers`. `trained` opens a trained head again, `predict` asks it any question, `published` evaluates a
+published network, and `shortage` explains why memory or disk space ran out.
 """

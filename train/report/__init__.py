@@ -1,5 +1,6 @@
 """The results table and the HTML report about a folder of runs.
 
-Other rooms use `write_table` (`table`), `write_report` (`page`), `draw_prediction` (`kept_picture`), and from
-`sources`, `answers` and `plots` the functions for sweeps. `templates` holds the page's HTML, style and script.
+`table` writes the table and `page` the report. `analysis`, `answers`, `examples`, `integrity` and `sources` find what
+they show, `plots` and `sections` draw it, and `templates` holds the HTML, style and script. `kept_picture` draws one
+answer.
 """

@@ -1,5 +1,4 @@
 """Metrics of answers, and their intervals and comparisons.
 
-Other rooms use `score`, `Metrics`, `Score`, `read_predictions` and the matching rules (`metrics`), `accuracy`,
-`compare` and `measure_power` (`statistics`), and `text_metrics`.
+`metrics` matches and counts answers, `statistics` has the intervals, and `text_metrics` compares answers as texts.
 """

@@ -1,5 +1,4 @@
 """Our head: partition the frame, select patches by the question, aggregate patch -> frame -> video.
 
-Other rooms use `PSA` from `psa`, `PatchSelection` and `implementation_in_use` from `selection`, and `kernel_width`
-from `coarse`.
+`psa` is the head, with the levels `selection` (fine) and `coarse`, and the start of the spatial `prior`.
 """

@@ -1,4 +1,4 @@
-"""Random numbers as a function of seed, place, position and row, equal on CPU and GPU. Other rooms use the names below.
+"""Random numbers as a function of seed, place, position and row, equal on CPU and GPU.
 
 `api` chooses by the device, `reference` is the specification and what a CPU runs, `kernels` draws on a GPU, and
 `library` registers the kernels with torch.

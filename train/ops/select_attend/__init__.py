@@ -1,4 +1,4 @@
-"""Score, select and aggregate frozen patch tokens in one pass. Other rooms use the five names below.
+"""Score, select and aggregate frozen patch tokens in one pass.
 
 `api` validates the arguments, `plan` decides which implementation runs and how, `reference` is the specification and
 the fast path on a CPU, and `kernels` launches the CUDA kernels (`schedule`, `columns`, `forward`, `backward`; `parts`
