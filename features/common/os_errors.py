@@ -33,7 +33,7 @@ def gpu_shortage(error: BaseException) -> str | None:
 def with_remedy(error: BaseException) -> str:
     """The text of an error, with a remedy if the system refused a path or more space."""
     if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):
-        path = error.filename or "a file or standard output"  # unbuffered, that names itself as little as a file
+        path = error.filename or "a file or standard output"  # neither names itself after a failed write
         if error.errno in NO_SPACE:
             return f"{path}: {error.strerror}; free some space there and run the same command again"
         # A file that may not be read is not helped by another mount.

@@ -2,7 +2,8 @@
 
 import shlex
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from egopatch.features.state.header import StoreHeader
 from egopatch.features.state.ids import RowPlan, ids_journal
@@ -11,6 +12,8 @@ from egopatch.features.storage.interface import Storage
 from egopatch.features.storage.journal import Contents, Position, require_intact
 from egopatch.features.values.dtypes import spec_row_bytes
 from egopatch.features.values.errors import AbsentClip, DamagedStore, require_ids
+
+T = TypeVar("T")
 
 
 def commit_mismatch(commit: Commit, header: StoreHeader) -> str | None:
@@ -153,6 +156,15 @@ class Catalog:
         if absent := [name for name, commit in pairs if commit is None]:
             raise AbsentClip(list(dict.fromkeys(absent)), f"store {self.root}")
         return [commit.clip(name) for name, commit in pairs if commit is not None]
+
+    def read_unchanged(self, ids: Sequence[str], read: Callable[[], T]) -> tuple[T, dict[str, RowVersion]]:
+        """What `read` returns of the clips `ids`, and their rows: both of the same commits, whatever others replace."""
+        while True:
+            versions = self.ledger.versions(ids)
+            result = read()
+            # Else another process has replaced or removed a row, or another thread is reading what replaced it.
+            if versions.keys() >= set(ids) and self.ledger.versions(ids) == versions:
+                return result, versions
 
     def unchanged(self, versions: Mapping[str, RowVersion]) -> list[str]:
         """The ids in `versions` whose row is still the same."""

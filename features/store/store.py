@@ -282,12 +282,7 @@ class Store:
         if not times:
             raise StoreError(f"store {self.path} has no timestamps; expected a store of videos")
         ids = _listed(ids)
-        while True:
-            versions = self.catalog.ledger.versions(ids)
-            timestamps = self._read(times, ids)["timestamps"]
-            # Else another process has replaced or removed a row, or another thread is reading what replaced it.
-            if versions.keys() >= set(ids) and self.catalog.ledger.versions(ids) == versions:
-                break
+        read, versions = self.catalog.read_unchanged(ids, lambda: self._read(times, ids))
         origins = {name: version.origin for name, version in versions.items()}
         if unknown := [name for name in ids if origins[name] is None]:
             raise StoreError(
@@ -296,7 +291,7 @@ class Store:
                 "with the clip"
             )
         starts = [origin.start_s or 0.0 for name in ids if (origin := origins[name]) is not None]
-        return timestamps.double() + torch.tensor(starts, dtype=torch.float64)[:, None]
+        return read["timestamps"].double() + torch.tensor(starts, dtype=torch.float64)[:, None]
 
     def buffers(self, rows: int, pin: bool = False) -> PatchTokens:
         """Memory that `read(out=...)` can fill again and again; pinned for copies to a GPU if requested.

@@ -1,7 +1,8 @@
 """Copying a store to another format, dtype, shard size or codec."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,7 +94,9 @@ def copy_store(
         rows: dict[str, dict[str, Tensor]] = {}
         made_of: dict[str, Provenance] = {}
         if ids:
-            stored, made_of = _read_with_provenance(source, ids, torch.float32 if decoded else None)
+            read = partial(source.read_arrays, ids, torch.float32 if decoded else None)
+            stored, _ = source.catalog.read_unchanged(ids, read)
+            made_of = source.catalog.ledger.provenance(ids)
             arrays = change(stored)
             rows = {name: {array: values[index] for array, values in arrays.items()} for index, name in enumerate(ids)}
         failures = {
@@ -113,17 +116,6 @@ def copy_store(
         if on_clips is not None:
             done += len(ids)
             on_clips(done, len(origins))
-
-
-def _read_with_provenance(
-    store: Store, ids: Sequence[str], dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, Provenance]]:
-    """The rows of `ids` and their provenance, both of the same commits: another process may replace rows meanwhile."""
-    while True:
-        versions = store.catalog.ledger.versions(ids)
-        arrays = store.read_arrays(ids, dtype)
-        if store.catalog.ledger.versions(ids) == versions:
-            return arrays, store.catalog.ledger.provenance(ids)
 
 
 def _outdated(source: Store, target: Store) -> set[str]:

@@ -105,12 +105,11 @@ def _read_with_video_times(store: Store, ids: list[str], dtype: torch.dtype, ori
         StoreError: Another process has encoded a clip from a stretch of video other than that in `origins`, by which
             clips are joined.
     """
-    while True:
-        versions = store.catalog.ledger.versions(ids)
-        read = store.read_arrays(ids, dtype)
-        read["timestamps"] = store.video_times(ids).float()
-        if store.catalog.ledger.versions(ids) == versions:
-            break
+
+    def arrays() -> dict[str, Tensor]:
+        return store.read_arrays(ids, dtype) | {"timestamps": store.video_times(ids).float()}
+
+    read, versions = store.catalog.read_unchanged(ids, arrays)
     if moved := [name for name in ids if versions[name].origin != origins[name]]:
         raise StoreError(
             f"clip {moved[0]!r} was encoded again from another stretch of video during this export; run the same "
