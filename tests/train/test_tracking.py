@@ -1,18 +1,23 @@
 """Experiment trackers: stand-ins of their modules get the numbers of the log, and a run that resumes stays one run."""
 
+import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from egopatch.configs.schema import Config, ConfigError
 from egopatch.train.fitting.fit import fit
 from egopatch.train.rundir.log import RunLog
+from egopatch.train.rundir.names import BOARD
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.tracking import open_tracker
+from tests.features.faults import limited
 from tests.train.tiny import events, with_run
 
 Calls = list[tuple[str, Any]]
@@ -133,3 +138,28 @@ def test_a_tracker_that_is_not_installed_is_named(tiny: Config, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run.tracker is 'wandb', .* run: pip install 'egopatch\[wandb\]'"):
         fit(with_run(tiny, "tracked", run_tracker="wandb"), "train fit")
+
+
+def test_tensorboard_reads_the_numbers_of_a_run_that_resumed(tmp_path: Path) -> None:
+    for resumed_after, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = RunLog(tmp_path, resumed_after)
+        for step in steps:
+            log.write("step", step, loss=1 / step + resumed_after)
+        log.close()
+    board = EventAccumulator(str(tmp_path / BOARD)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("step/loss")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, pytest.approx(2 + 1 / 3)),
+        (4, 2.25),
+    ]
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_an_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    with limited(resource.RLIMIT_FSIZE, 20), pytest.raises(OSError, match="File too large"):
+        RunLog(tmp_path, 0)
+    assert printed == []
