@@ -129,7 +129,9 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
             raise OSError(error.errno, error.strerror, str(path)) from error  # FFmpeg's errors cannot be renamed
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        # A read-only file system refuses this even if there is no such file, which would hide the first error.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def read_at(handle: int, size: int, offset: int) -> bytes:

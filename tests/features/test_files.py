@@ -22,6 +22,7 @@ from egopatch.features.io.files import (
     replacing,
     size_and_crc,
     size_and_crc_of_file,
+    write_file,
 )
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
@@ -86,6 +87,21 @@ def test_write_errors_name_the_file_rather_than_the_temporary_one(tmp_path: Path
         with pytest.raises(OSError, match="No space left") as caught:
             fail(kind, with_name)
         assert caught.value.filename == str(path)
+
+
+def test_a_read_only_file_system_is_an_error_of_the_file_and_not_of_the_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses to remove a file even if there is none."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_file(tmp_path / "file", b"x")
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_an_error_of_renaming_names_the_place_of_the_file(tmp_path: Path) -> None:
