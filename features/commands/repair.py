@@ -26,6 +26,11 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     done = repair(options.store, sources.clips if sources else ())
     result = {"before": report_json(done.before), "dropped": list(done.dropped), "rewritten": list(done.rewritten)}
     lines = [f"rewrote {name}" for name in done.rewritten] + [f"removed {name!r}" for name in done.dropped]
-    lines.append("run `egopatch extract run` to encode again what was removed" if done.dropped else "no clip was lost")
+    if done.dropped:
+        lines.append("run `egopatch extract run` to encode again what was removed")
+    elif done.missing:
+        lines.append("nothing was removed; run `egopatch extract run` to encode what is missing")
+    else:
+        lines.append("no clip was lost")
     print_result(options.json, result, "\n".join(lines))
     return 0

@@ -3,11 +3,12 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from egopatch.features.io.fields import Record
 from egopatch.features.state.header import HEADER, write_header
 from egopatch.features.state.ids import add_rows, ids_journal
 from egopatch.features.state.ledger import raw_ledger_journal
 from egopatch.features.state.quarantine import raw_quarantine_journal
-from egopatch.features.storage.interface import Storage
+from egopatch.features.storage.interface import Journal, Storage
 from egopatch.features.storage.pick import storage_at
 from egopatch.features.store.store import open_store
 from egopatch.features.store.text_substore import substores
@@ -25,11 +26,13 @@ class RepairReport:
         before: Result of `verify` before the repair.
         dropped: Clips (and texts of questions) that have to be encoded again.
         rewritten: Files that describe the store and were rewritten from intact data.
+        missing: Number of clips (and texts) that the store is without, some perhaps since an interrupted repair.
     """
 
     before: VerifyReport
     dropped: tuple[str, ...]
     rewritten: tuple[str, ...]
+    missing: int
 
 
 def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
@@ -53,16 +56,16 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
         storage = storage_at(root.location / folder)
         storage.require_no_writers()
         with storage.adding_rows():
-            rewritten += [f"{folder}/{name}" if folder else name for name in _repair_description(storage)]
-        removed = _repair_shards(storage, () if folder else changed)
-        _remove_from_quarantine(storage, {*before.bad_clips, *removed})
-        dropped += removed
+            names = _repair_description(storage, before.bad_clips)
+        rewritten += [f"{folder}/{name}" if folder else name for name in names]
+        dropped += _repair_shards(storage, () if folder else changed)
     committed = open_store(root.location).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]
-    return RepairReport(before, (*dropped, *lost), tuple(rewritten))
+    missing = sum(len(open_store(root.location / folder).missing()) for folder in substores(root))
+    return RepairReport(before, (*dropped, *lost), tuple(rewritten), missing)
 
 
-def _repair_description(storage: Storage) -> list[str]:
+def _repair_description(storage: Storage, bad: Collection[str]) -> list[str]:
     audit = audit_store(storage)
     damaged = {fault.where for fault in audit.faults}
     if audit.header_record is None:
@@ -72,10 +75,11 @@ def _repair_description(storage: Storage) -> list[str]:
         )
     if HEADER in damaged:
         write_header(storage, audit.header_record)
-    for journal in (raw_ledger_journal(storage), raw_quarantine_journal(storage)):
-        if journal.name in damaged:
-            journal.back_up_damaged()
-            journal.rewrite(lambda intact: intact)
+    if raw_quarantine_journal(storage).name in damaged:
+        _keep_intact_lines(raw_quarantine_journal(storage))
+    _remove_from_quarantine(storage, bad)
+    if raw_ledger_journal(storage).name in damaged:
+        _keep_intact_lines(raw_ledger_journal(storage))
     metadata = {}
     if storage.in_place:
         metadata = audit.format.metadata_files(audit.header_record, audit.spec, len(audit.row_ids))
@@ -88,8 +92,16 @@ def _repair_description(storage: Storage) -> list[str]:
     return sorted(damaged)
 
 
+def _keep_intact_lines(journal: Journal[Record]) -> None:
+    journal.back_up_damaged()
+    journal.rewrite(lambda intact: intact)
+
+
 def _remove_from_quarantine(storage: Storage, ids: Collection[str]) -> None:
-    """Forget earlier failures of clips that have to be encoded again, which `extract run` would skip otherwise."""
+    """Forget earlier failures of clips that have to be encoded again, which `extract run` would skip otherwise.
+
+    This comes before the clips are removed: a repair that is interrupted after that finds nothing bad the next time.
+    """
     journal = raw_quarantine_journal(storage)
     if any(line.entry["id"] in ids for line in journal.read().lines):
         journal.rewrite(lambda records: [record for record in records if record["id"] not in ids])
@@ -105,6 +117,7 @@ def _repair_shards(storage: Storage, changed: Collection[str]) -> list[str]:
         changed_in.setdefault(store.catalog.shard_of(record.row), []).append(name)
     for shard in sorted(damaged | changed_in.keys()):
         bad = list(dict.fromkeys([*(bad_rows(audit, shard) if shard in damaged else ()), *changed_in.get(shard, ())]))
+        _remove_from_quarantine(storage, bad)
         store.rewrite_shard(shard, without=bad)
         dropped += bad
     store.clear_leftovers()

@@ -219,6 +219,22 @@ def test_verify_names_a_bad_text_as_one_and_each_file_once(root: Path, capsys: p
     assert "removed 'why?'\nrun `egopatch extract run` to encode again what was removed\n" in capsys.readouterr().out
 
 
+def test_clips_that_an_interrupted_repair_removed_are_missing_and_repair_says_so(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Storage, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    damage_row(open_store(root), IDS[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "staging", full)
+        assert main(["repair", str(root)]) == 1
+    assert "no space left while rewriting shard 0" in capsys.readouterr().err
+    assert main(["repair", str(root)]) == 0
+    assert capsys.readouterr().out == "nothing was removed; run `egopatch extract run` to encode what is missing\n"
+    assert open_store(root).missing() == (IDS[1],)  # and not in quarantine, where it was before it was committed
+
+
 def test_an_unfinished_text_store_is_left_to_extract_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "text")
     (root / "text").mkdir()
