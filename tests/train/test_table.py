@@ -245,6 +245,13 @@ def test_unlike_settings_are_not_averaged(tmp_path: Path, capsys: pytest.Capture
     assert "psa on direct: several settings were run; psa (head.ratio 0.5) has a separate" in capsys.readouterr().err
 
 
+def test_a_heads_own_options_distinguish_rows_one_by_one(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", all_=50, config={"head": {"options": {"hidden": 64, "layers": 2}}})
+    write_run(tmp_path, "b", all_=60, config={"head": {"options": {"hidden": 32, "layers": 2}}})
+    records = write_table(NO_ANNOTATIONS, tmp_path)
+    assert [record["model"] for record in records] == ["psa", "psa (head.options.hidden 32)"]
+
+
 def test_messages_name_custom_data_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {"data": {"name": "jsonl", "root": "data/mine"}}
     write_run(tmp_path, "a", config=own)

@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +97,12 @@ class Run:
         """
         config = {**(self.card.get("config") or {}), "trained_on": self.card.get("trained_on")}
         options = {
-            f"{section}.{name}": value
+            name: value
             for section, fields in sorted(config.items())
             if isinstance(fields, Mapping) and section != "engine"
-            for name, value in sorted(fields.items())
+            for name, value in _entries(section, fields)
             # Cards of earlier versions lack the options that were added since, whose default is null.
-            if f"{section}.{name}" not in _DIFFER_BETWEEN_SEEDS and value is not None
+            if name not in _DIFFER_BETWEEN_SEEDS and value is not None
         }
         if options.get("video.decoder") == "decord":
             options["video.decoder"] = "pyav"
@@ -337,6 +337,15 @@ def _no_seed_of(first: Run, run: Run) -> str | None:
     if counts[0] != counts[1]:
         return f"it answers {counts[1][-1]:,} test questions instead of {counts[0][-1]:,}; evaluate both again"
     return None
+
+
+def _entries(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Name and value of each option in a section, also of a head's own options: `head.options.width`."""
+    if isinstance(value, Mapping):
+        for key, inner in sorted(value.items()):
+            yield from _entries(f"{name}.{key}", inner)
+    else:
+        yield name, value
 
 
 def _differing(values: Mapping[str, object], base: Mapping[str, object]) -> list[str]:
