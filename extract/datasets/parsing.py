@@ -1,5 +1,6 @@
 """Reading annotation files, with every fault reported as one line that names its file and position."""
 
+import codecs
 import csv
 import difflib
 import io
@@ -165,6 +166,9 @@ def json_lines(path: Path, purpose: str) -> Iterator[tuple[str, Any]]:
     name = str(path)
     with _readable(path, purpose), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                yield f"{name}:1", ValueError("is UTF-16 text, as some editors save it; save the file as UTF-8")
+                return
             if line.strip():
                 yield f"{name}:{number}", _json_line(line, "utf-8-sig" if number == 1 else "utf-8")
 

@@ -106,6 +106,12 @@ def test_byte_order_mark_and_crlf_line_endings_are_accepted(tmp_path: Path) -> N
     assert load(tmp_path, None) == plain
 
 
+def test_utf16_is_reported_once_and_not_for_each_line(tmp_path: Path) -> None:
+    (tmp_path / "clips.jsonl").write_text(CLIPS, encoding="utf-16")
+    fault = "ROOT/clips.jsonl:1: is UTF-16 text, as some editors save it; save the file as UTF-8"
+    assert faults(tmp_path, None) == [fault]
+
+
 def test_invalid_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "clips.jsonl").write_bytes(CLIPS.encode() + b'{"clip_id": "\xff"}\n{"clip_id"\n')
     assert faults(tmp_path, None) == [
