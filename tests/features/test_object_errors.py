@@ -111,7 +111,7 @@ def test_an_unreachable_endpoint_is_named_without_its_credentials(
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{KEY}:{SECRET.replace('/', '%2F')}@127.0.0.1:9")
     monkeypatch.setattr("egopatch.features.io.bucket.RETRIES", 1)
     assert features(["info", "s3://bucket/store"]) == 1
-    assert "127.0.0.1 cannot be reached while looking for text; check AWS_ENDPOINT_URL and" in only_line(capfd)
+    assert "127.0.0.1 cannot be reached while reading store.json; check AWS_ENDPOINT_URL and" in only_line(capfd)
 
 
 def test_a_listing_that_breaks_off_is_requested_again(environment: str, monkeypatch: pytest.MonkeyPatch) -> None:
