@@ -8,8 +8,9 @@ import errno
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache
@@ -43,6 +44,10 @@ _WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed")
 _UPLOAD_CHUNK = 16 << 20  # bytes in one request of a large upload; four chunks are in memory at once
 _BLOCK = 4 << 20
 RETRIES = 6  # after errors that may be temporary; about ten seconds in all
+# Where obstore gives up, although tries are left, if a connection breaks off: within a listing, and while or after it
+# sends a request that it takes for one that must not be sent twice, which are conditional writes and deletions.
+_BROKEN_OFF = re.compile(rf"list response body|\bretries: [0-{RETRIES - 1}],.*\bkind: Interrupted", re.DOTALL)
+_WRITE = "write"  # metadata of an object: the random number of the conditional write that made it
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ class Bucket:
 
     def put(self, key: str, content: bytes) -> Version:
         """Write an object, replacing an existing one."""
-        return self._put(key, content, "overwrite")
+        with self._one_line_errors(f"writing {key}"):
+            return _version(self._store.put(key, content, use_multipart=False))
 
     def put_if_unchanged(self, key: str, content: bytes, version: Version | None) -> Version:
         """Write an object if its state is still `version`, or, if `version` is None, if it still does not exist.
@@ -165,9 +171,9 @@ class Bucket:
             WriteConflict: Another writer has written the object since.
         """
         if version is None:
-            return self._put(key, content, "create")
+            return self._put_on_condition(key, content, "create")
         numbered = {} if version.number is None else {"version": version.number}
-        return self._put(key, content, {"e_tag": version.e_tag, **numbered})
+        return self._put_on_condition(key, content, {"e_tag": version.e_tag, **numbered})
 
     def upload(self, key: str, path: Path) -> None:
         """Write an object of any size from a file, a few chunks at a time."""
@@ -207,18 +213,32 @@ class Bucket:
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects; missing ones are ignored."""
         with self._one_line_errors("deleting"):
-            self._store.delete([*keys])
+            _complete(lambda: self._store.delete([*keys]))
 
-    def _put(self, key: str, content: bytes, mode: Any) -> Version:
+    def _put_on_condition(self, key: str, content: bytes, mode: Any) -> Version:
+        """Write an object; a request whose answer is lost is sent again, and is then refused if the first was served.
+
+        The content does not tell whose the object is: another writer's may be the same.
+        """
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
+        write = uuid.uuid4().hex
+        attributes: Any = {_WRITE: write}
         with self._one_line_errors(f"writing {key}"):
             try:
-                return _version(self._store.put(key, content, mode=mode, use_multipart=False))
+                return _version(
+                    _complete(
+                        lambda: self._store.put(key, content, attributes=attributes, mode=mode, use_multipart=False)
+                    )
+                )
             except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
                 if _s3_code(error) == "NoSuchBucket":
                     raise
-                raise write_conflict(f"{self.url}/{key}") from None  # S3 answers 404 if the object was deleted
+            with suppress(FileNotFoundError):  # S3 answers 404 if the object was deleted
+                found = self._store.get(key)
+                if found.attributes.get(_WRITE) == write:
+                    return _version(found.meta)
+            raise write_conflict(f"{self.url}/{key}")
 
     @contextmanager
     def _one_line_errors(self, doing: str) -> Iterator[None]:
@@ -276,16 +296,16 @@ def _process_of_obstore() -> int:
 
 
 def _complete(request: Callable[[], T]) -> T:
-    """The result of a listing, requested again if its answer breaks off: obstore does that only for objects."""
+    """The result of a request, which is sent again if the connection breaks off and obstore does not do that itself."""
     from obstore.exceptions import GenericError
 
     for attempt in range(RETRIES):
         try:
             return request()
         except GenericError as error:
-            if "list response body" not in str(error):
+            if not _BROKEN_OFF.search(str(error)):
                 raise
-        time.sleep(min(0.1 * 2**attempt, 4))
+        time.sleep(min(0.2 * 2**attempt, 4))
     return request()
 
 

@@ -94,7 +94,7 @@ def _acquire(bucket: Bucket, key: str, shard: int, content: bytes) -> Version:
     lease = _read_lease(bucket, key)
     if lease is None or lease.holder is None:
         try:
-            return _write(bucket, key, content, None if lease is None else lease.version)
+            return bucket.put_if_unchanged(key, content, None if lease is None else lease.version)
         except WriteConflict:
             lease = _read_lease(bucket, key)  # another process took it first
     holder = "another process" if lease is None or lease.owner is None else str(lease.owner)
@@ -102,18 +102,6 @@ def _acquire(bucket: Bucket, key: str, shard: int, content: bytes) -> Version:
         f"shard {shard} of {bucket.url} is held by {holder}; wait for that process, or stop it: its "
         f"lease then expires automatically, {EXPIRY_S:.0f} s after the last renewal"
     )
-
-
-def _write(bucket: Bucket, key: str, content: bytes, version: Version | None) -> Version:
-    """As `put_if_unchanged`; if an answer was lost, the client's retry may conflict with its own first write."""
-    try:
-        return bucket.put_if_unchanged(key, content, version)
-    except WriteConflict:
-        with suppress(FileNotFoundError):
-            found = bucket.get(key)
-            if found.content == content:
-                return found.version
-        raise
 
 
 def _read_lease(bucket: Bucket, key: str) -> LeaseState | None:
@@ -133,7 +121,7 @@ def _idle_s(bucket: Bucket, found: Content) -> float:
 def _renew(bucket: Bucket, key: str, content: bytes, version: Version, stop: threading.Event) -> None:
     while not stop.wait(RENEW_S):
         try:
-            version = _write(bucket, key, content, version)
+            version = bucket.put_if_unchanged(key, content, version)
         except WriteConflict:
             return  # another process took the lease; the commit will fail with a conflict
         except StoreError:

@@ -1,9 +1,10 @@
 """Many writers in object storage: they share work, take over leases, conflict with each other, and lose nothing."""
 
+import http.client
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.errors import WriteConflict
 from egopatch.features.values.location import ObjectUrl
+from tests.extract.fetch.loopback import Answer, answering
 from tests.features.conftest import FINGERPRINT, IDS, SPEC, clip
 from tests.features.objects import objects
 from tests.features.test_objects import GONE, Killed
@@ -193,17 +195,70 @@ def test_a_commit_with_a_lost_response_counts_as_committed(bucket: str, monkeypa
     assert verify(store.path).ok
 
 
+@pytest.fixture(params=["broken off", "500"])
+def losing(environment: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The server does what it is asked for, but answers with an error, or not at all, to requests for these objects.
+
+    Of each request, the first answer is lost; a request that is sent again is answered.
+    """
+    lost: list[str] = []
+    sent: set[str] = set()
+
+    def forward(asked: Any) -> Answer:
+        to = http.client.HTTPConnection(environment.removeprefix("http://"))
+        to.request(asked.command, asked.path, asked.content, dict(asked.headers))
+        answer = to.getresponse()
+        body = answer.read()
+        again = f"{asked.command} {asked.path} {asked.content.decode('latin-1')}"
+        if asked.command in ("PUT", "POST") and again not in sent and any(name in again for name in lost):
+            sent.add(again)
+            if request.param == "broken off":
+                raise ConnectionAbortedError
+            return 500, b"<Error><Code>InternalError</Code></Error>", {}
+        return answer.status, body, dict(answer.getheaders())
+
+    with answering(forward) as link:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", link)
+        yield lost
+
+
+def test_nothing_is_done_twice_if_an_answer_is_lost(bucket: str, losing: list[str]) -> None:
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    at = Bucket(ObjectUrl(f"{bucket}/store"))
+    losing += ["quarantine", "ledger", "leases/0"]
+    with store.lease(0):
+        store.write_shard(0, {IDS[0]: clip(0)}, {IDS[0]: "x"}, {IDS[1]: Failure("broken")})
+    store.rewrite_shard(0, without=[IDS[0]])
+    assert store.quarantine[IDS[1]].attempts == 1
+    assert not [key for key in at.listing("leases") if "leases/0" in key]
+    lines = [line.entry for line in ledger_journal(storage_at(store.path)).read().lines]
+    assert len(lines) == 2
+
+
+def test_the_same_content_from_another_writer_is_a_conflict(bucket: str) -> None:
+    """Whoever announces first may write files that the other must not take for leftovers."""
+    at = Bucket(ObjectUrl(f"{bucket}/store"))
+    first = at.put_if_unchanged("ids.jsonl", b"", None)
+    for version, content in ((None, b""), (first, b"announced")):
+        at.put("ids.jsonl", content)
+        with pytest.raises(WriteConflict):
+            at.put_if_unchanged("ids.jsonl", content, version)
+
+
 def test_a_lease_with_lost_responses_is_held_and_renewed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore
+
     monkeypatch.setattr("egopatch.features.io.object_lease.RENEW_S", 0.01)
     store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
-    real, renewed = Bucket.put_if_unchanged, threading.Semaphore(0)
+    real, renewed = obstore.put, threading.Semaphore(0)
 
-    def lossy(self: Bucket, key: str, content: bytes, version: Any) -> Any:
-        real(self, key, content, version)
-        renewed.release()
-        raise WriteConflict("refused")
+    def put_twice(at: Any, key: str, *args: Any, **options: Any) -> Any:
+        real(at, key, *args, **options)
+        if "leases/0" in key:
+            renewed.release()
+        return real(at, key, *args, **options)  # the client's second try
 
-    monkeypatch.setattr(Bucket, "put_if_unchanged", lossy)
+    monkeypatch.setattr(obstore, "put", put_twice)
     with store.lease(0):
         assert all(renewed.acquire(timeout=60) for _ in range(4))
     assert not any("leases/0" in key for key in objects(bucket))

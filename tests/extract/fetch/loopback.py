@@ -13,10 +13,12 @@ Answer = tuple[int, bytes, dict[str, str]]
 
 
 class Answering(BaseHTTPRequestHandler):
-    """Gives the answers of its server's `answer`; the body follows the headers, except after HEAD."""
+    """Gives the answers of its server's `answer`, which finds what was sent in `content`; HEAD gets no body."""
+
+    content = b""
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, body, headers = self.server.answer(self)  # type: ignore[attr-defined]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
