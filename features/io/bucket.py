@@ -178,7 +178,14 @@ class Bucket:
     def upload(self, key: str, path: Path) -> None:
         """Write an object of any size from a file, a few chunks at a time."""
         with self._one_line_errors(f"writing {key}"):
-            self._store.put(key, path, chunk_size=_UPLOAD_CHUNK, max_concurrency=4)
+            for last in (False, True):
+                try:
+                    self._store.put(key, path, chunk_size=_UPLOAD_CHUNK, max_concurrency=4)
+                    return
+                except FileNotFoundError as error:
+                    # Some servers say so to the last request of an upload, if it is sent again for its lost answer.
+                    if last or _s3_code(error) != "NoSuchUpload":
+                        raise
 
     def listing(self, folder: str) -> dict[str, Version]:
         """Keys and versions of all objects below `folder`."""

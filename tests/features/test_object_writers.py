@@ -14,6 +14,7 @@ import torch
 from egopatch.features import Failure, ShardOwned, create_store, open_store
 from egopatch.features.io import object_lease
 from egopatch.features.io.bucket import Bucket
+from egopatch.features.io.files import size_and_crc
 from egopatch.features.io.process import Owner
 from egopatch.features.state.ledger import ledger_journal
 from egopatch.features.storage.objects import ObjectStorage
@@ -195,6 +196,14 @@ def test_a_commit_with_a_lost_response_counts_as_committed(bucket: str, monkeypa
     assert verify(store.path).ok
 
 
+def forwarded(asked: Any, server: str) -> tuple[http.client.HTTPResponse, bytes]:
+    """The server's answer to a request, and its body."""
+    to = http.client.HTTPConnection(server.removeprefix("http://"))
+    to.request(asked.command, asked.path, asked.content, dict(asked.headers))
+    answer = to.getresponse()
+    return answer, answer.read()
+
+
 @pytest.fixture(params=["broken off", "500"])
 def losing(environment: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The server does what it is asked for, but answers with an error, or not at all, to requests for these objects.
@@ -205,10 +214,7 @@ def losing(environment: str, request: pytest.FixtureRequest, monkeypatch: pytest
     sent: set[str] = set()
 
     def forward(asked: Any) -> Answer:
-        to = http.client.HTTPConnection(environment.removeprefix("http://"))
-        to.request(asked.command, asked.path, asked.content, dict(asked.headers))
-        answer = to.getresponse()
-        body = answer.read()
+        answer, body = forwarded(asked, environment)
         again = f"{asked.command} {asked.path} {asked.content.decode('latin-1')}"
         if asked.command in ("PUT", "POST") and again not in sent and any(name in again for name in lost):
             sent.add(again)
@@ -233,6 +239,32 @@ def test_nothing_is_done_twice_if_an_answer_is_lost(bucket: str, losing: list[st
     assert not [key for key in at.listing("leases") if "leases/0" in key]
     lines = [line.entry for line in ledger_journal(storage_at(store.path)).read().lines]
     assert len(lines) == 2
+
+
+def test_an_upload_whose_last_answer_is_lost_is_made_again(
+    bucket: str, environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers do not know an upload any more once it is complete."""
+    completions = 0
+
+    def forward(asked: Any) -> Answer:
+        nonlocal completions
+        answer, body = forwarded(asked, environment)
+        if asked.command == "POST" and "uploadId" in asked.path:
+            completions += 1
+            if completions == 1:
+                raise ConnectionAbortedError
+            if completions == 2:
+                return 404, b"<Error><Code>NoSuchUpload</Code></Error>", {}
+        return answer.status, body, dict(answer.getheaders())
+
+    (tmp_path / "file").write_bytes(content := bytes(17 << 20))
+    with answering(forward) as link:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", link)
+        at = Bucket(ObjectUrl(f"{bucket}/store"))
+        at.upload("file", tmp_path / "file")
+        assert at.size_and_crc("file") == size_and_crc(content)
+    assert completions == 3
 
 
 def test_the_same_content_from_another_writer_is_a_conflict(bucket: str) -> None:
