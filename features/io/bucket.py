@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from isal import isal_zlib
 
 from egopatch.features.io.fields import FileSum
-from egopatch.features.values.errors import BadLocation, StoreError, write_conflict
+from egopatch.features.values.errors import BadLocation, RequestFailed, StoreError, write_conflict
 from egopatch.features.values.location import ObjectUrl
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Bucket:
     Raises:
         BadLocation: obstore is not installed, or the environment has no credentials.
         StoreError: The process was forked from one that has opened a bucket; every method raises this too.
+        RequestFailed: In every method, the server cannot be reached, or refuses or fails the request.
     """
 
     def __init__(self, url: ObjectUrl) -> None:
@@ -293,7 +294,7 @@ class Bucket:
             else:
                 what = code or type(error).__name__
                 message = f"{self.url}: {self._endpoint} failed while {doing} ({what}); run the same command again"
-            raise StoreError(message) from None
+            raise RequestFailed(message) from None
 
 
 @cache

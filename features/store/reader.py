@@ -15,7 +15,7 @@ from egopatch.features.formats.interface import Format, OpenShard
 from egopatch.features.state.catalog import Catalog
 from egopatch.features.state.ledger import ClipRecord, Commit
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
-from egopatch.features.values.errors import DamagedStore, StoreError
+from egopatch.features.values.errors import DamagedStore, RequestFailed, StoreError
 from egopatch.features.values.spec import ArraySpec
 from egopatch.features.values.tensors import torch_dtype
 
@@ -62,6 +62,8 @@ class RowReader:
                 for target, array in targets:
                     self._read_committed(target, name, record, array)
                 return
+            except RequestFailed:
+                raise  # a server that fails is not asked for news, which threads would wait for one after the other
             except StoreError:  # also that of a stale handle: another machine has replaced the file
                 if not self._was_rewritten(name, record, commit):
                     raise

@@ -34,6 +34,10 @@ class OtherVersion(StoreError):
     """Another version of this program wrote the store; nothing in it is read or changed."""
 
 
+class RequestFailed(StoreError):
+    """The server of object storage cannot be reached, or it refused or failed a request."""
+
+
 class WriteConflict(StoreError):
     """Another writer added to the same journal first, so this write was not made."""
 

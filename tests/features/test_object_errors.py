@@ -160,6 +160,27 @@ def test_a_server_that_is_busy_for_seconds_is_asked_again(environment: str, monk
         assert Bucket(ObjectUrl("s3://bucket/store")).get("store.json").content == b"content"
 
 
+def test_readers_of_a_server_that_fails_do_not_wait_for_each_other(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other would each ask for the ledger, in vain, for ten seconds."""
+    import obstore
+    from obstore.exceptions import GenericError
+
+    store = create_store(f"{bucket}/store", SPEC, FINGERPRINT, IDS)
+    fill(store)
+    asked: list[str] = []
+
+    def fail(at: object, key: str, **options: object) -> None:
+        asked.append(key)
+        raise GenericError("<Code>SlowDown</Code>")
+
+    monkeypatch.setattr(obstore, "get", fail)
+    with pytest.raises(StoreError, match=r"failed while reading shards/.* \(SlowDown\); run the same command again"):
+        store.read(IDS)
+    assert not [key for key in asked if "ledger" in key]
+
+
 def test_a_conditional_write_of_a_deleted_object_is_a_conflict(
     environment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
