@@ -35,9 +35,15 @@ def best_run(folders: Sequence[Path], split: str | None = None, features: Finger
     choosers: list[Run] = []
     faults: list[str] = []  # of heads whose package is broken or not installed here
     for folder in folders:
-        trained = [run for run in _runs(folder) if _is_trained(run, split, features)]
-        faults += [f"{run.dir} ({fault})" for run in trained if (fault := _load_fault(run))]
-        able = [run for run in trained if not _load_fault(run) and reads_video(_head(run))]
+        able: list[Run] = []
+        for run in _runs(folder):
+            if not _is_trained(run, split, features):
+                continue
+            try:
+                if reads_video(str(run.card.get("model"))):
+                    able.append(run)
+            except ConfigError as error:
+                faults.append(f"{run.dir} ({error})")
         if runs := [run for run in able if not chooses_options(run.card.get("answers") or ())]:
             return max(runs, key=lambda run: (not is_standin(run.card), -math.inf if run.val is None else run.val)).dir
         choosers += able
@@ -77,19 +83,6 @@ def _runs(folder: Path) -> list[Run]:
         return [run for row in gather(folder).rows for run in row.runs]
     except TableError:
         return []
-
-
-def _head(run: Run) -> str:
-    return str(run.card.get("model"))
-
-
-def _load_fault(run: Run) -> str | None:
-    """Why the head of a run is not available here; None if it is."""
-    try:
-        reads_video(_head(run))
-        return None
-    except ConfigError as error:
-        return str(error)
 
 
 def _is_trained(run: Run, split: str | None, features: Fingerprint | None) -> bool:
