@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from egopatch.configs.schema import Config
 from egopatch.extract.datasets import Clip, load_dataset
@@ -99,10 +100,9 @@ def encode_video(video: Path, experiment: Config, card: Card, clip_s: float | No
     return EncodedVideo(config, folder, stored, quarantined, encoded)
 
 
-def _require_same_features(run: Path, trained_on: Mapping[str, object], now: Fingerprint) -> None:
+def _require_same_features(run: Path, trained_on: Mapping[str, Any], now: Fingerprint) -> None:
     """Refuse to encode with an updated package or checkpoint: the cache would keep features that the head refuses."""
-    head = Fingerprint(dict(trained_on))  # type: ignore[arg-type]
-    if different := head.differences(now, "head has", "here"):
+    if different := Fingerprint(trained_on).differences(now, "head has", "here"):
         raise FingerprintMismatch(
             f"the head in {run} was trained on features that differ from those that the encoder gives here "
             f"({'; '.join(different)}); restore the package or checkpoint that the head was trained with, or encode "

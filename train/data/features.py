@@ -5,6 +5,7 @@ Shape legend: C clips of a batch, B questions, D channels, W text tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Features:
         text_store: Store | None,
         clip_ids: Sequence[str],
         texts: Sequence[str],
-        residency: str,
+        residency: Residency | Literal["auto"],
         device: torch.device,
         ranks: Distributed = ALONE,
     ) -> None:

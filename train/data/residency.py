@@ -19,7 +19,7 @@ _DESCRIPTIONS = {"disk": "on disk, read batch by batch", "ram": "in memory", "gp
 
 
 def choose_residency(
-    wanted: str, nbytes: int, device: torch.device, ranks: Distributed = ALONE
+    wanted: Residency | Literal["auto"], nbytes: int, device: torch.device, ranks: Distributed = ALONE
 ) -> tuple[Residency, str]:
     """Decide where to keep `nbytes` of features, shared equally by the ranks; returns that and a log line.
 
@@ -32,7 +32,7 @@ def choose_residency(
     gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     per_rank = nbytes / ranks.size
     fits: Residency = "gpu" if per_rank < MEMORY_SHARE * gpu else "ram" if per_rank < MEMORY_SHARE * ram else "disk"
-    chosen: Residency = fits if wanted == "auto" else wanted  # type: ignore[assignment]
+    chosen = fits if wanted == "auto" else wanted
     free = f"{format_bytes(ram)} of memory free" + (f", {format_bytes(gpu)} on the GPU" if gpu else "")
     why = f"chosen: {free}" if wanted == "auto" else f"set by train.residency; {free}"
     if ranks.size > 1:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -326,7 +327,7 @@ def caller_state_kept(device: str) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def open_features(config: Config, kind: str, expect: Mapping[str, object] | None) -> Store:
+def open_features(config: Config, kind: str, expect: Mapping[str, Any] | None) -> Store:
     """The config's store of `patches`, or its text substore (`kind` `text`).
 
     Raises:
@@ -337,7 +338,7 @@ def open_features(config: Config, kind: str, expect: Mapping[str, object] | None
     """
     path = parse_location(config.store.path) / ("" if kind == "patches" else TEXT_FOLDER)
     store = open_store(path)
-    trained_on = None if expect is None else Fingerprint(dict(expect))  # type: ignore[arg-type]
+    trained_on = None if expect is None else Fingerprint(expect)
     if trained_on is not None and (different := store.fingerprint.differences(trained_on, "store has", "head has")):
         names = ", ".join(line.partition(":")[0] for line in different)
         raise FingerprintMismatch(

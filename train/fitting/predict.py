@@ -163,7 +163,7 @@ def _text_states(config: Config, card: Card, store: Store | None, question: str)
     from egopatch.extract.texts import encode_questions
 
     fingerprint, rows = encode_questions(config, [question])
-    trained_on = fingerprint if card.text_fingerprint is None else Fingerprint(dict(card.text_fingerprint))
+    trained_on = fingerprint if card.text_fingerprint is None else Fingerprint(card.text_fingerprint)
     if different := trained_on.differences(fingerprint, "head has", "config gives"):
         raise FingerprintMismatch(
             f"the config's text network is not the one that the head in {config.run.dir} was trained with "

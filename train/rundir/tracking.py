@@ -47,7 +47,7 @@ def open_tracker(name: str, folder: Path, config: Mapping[str, Any]) -> "Tracker
     except ValueError as error:
         raise RunError(f"{record} is damaged ({error}); delete it to log to a new run of the tracker") from None
     try:
-        tracker: Tracker = TRACKERS[name](module, folder, _flat(config), known.get(name))
+        tracker = TRACKERS[name](module, folder, _flat(config), known.get(name))
     except Exception as error:  # each tracker raises its own kinds
         report_failure(error)
         return None
@@ -123,7 +123,7 @@ class MlflowRun:
 
 
 Tracker = WandbRun | MlflowRun
-TRACKERS: Mapping[str, Any] = {"wandb": WandbRun, "mlflow": MlflowRun}
+TRACKERS: Mapping[str, type[Tracker]] = {"wandb": WandbRun, "mlflow": MlflowRun}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
