@@ -120,12 +120,7 @@ class Bench:
             right.append([[same_lower_cased(q, answers[q.question_id]) for q in questions] for answers in predictions])
         result = compare(*right, [question.clip_id for question in questions])
         difference = result.difference
-        found: dict[str, Any] = {
-            "difference": difference.mean,
-            "low": difference.low,
-            "high": difference.high,
-            "p": result.p,
-        }
+        found = {"difference": difference.mean, "low": difference.low, "high": difference.high, "p": result.p}
         return {**rounded(found), "verdict": result.verdict}
 
     def disagreements(self, point: Mapping[str, Any], split: str) -> list[dict[str, Any]]:

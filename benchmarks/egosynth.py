@@ -49,37 +49,33 @@ RATIOS = (0.1, 0.25, 0.5, 1.0)
 SEARCH = Path(__file__).parent / "egosynth_search.yaml"
 
 
-def train_table(bench: Bench, splits: Sequence[str]) -> None:
-    for split in splits:
-        for label in bench.systems:
-            system = SYSTEMS[label]
-            bench.sweep(f"{split}-{slug(label)}", system.encoder, split, system.options, {})
+def train_table(bench: Bench, split: str) -> None:
+    for label in bench.systems:
+        system = SYSTEMS[label]
+        bench.sweep(f"{split}-{slug(label)}", system.encoder, split, system.options, {})
 
 
-def train_ratios(bench: Bench, splits: Sequence[str]) -> None:
-    for split in splits:
-        with grid_file({"head.scores": [list(scores) for scores in SOURCES]}) as grid:
-            config = bench.config("lite", split, *SHORTER)
-            run_sweep(config, ratios=RATIOS, seeds=bench.seeds, grid=grid, name=f"{split}-ratios")
+def train_ratios(bench: Bench, split: str) -> None:
+    with grid_file({"head.scores": [list(scores) for scores in SOURCES]}) as grid:
+        config = bench.config("lite", split, *SHORTER)
+        run_sweep(config, ratios=RATIOS, seeds=bench.seeds, grid=grid, name=f"{split}-ratios")
 
 
-def train_copies(bench: Bench, splits: Sequence[str]) -> None:
-    for split in splits:
-        for label in COPIES:
-            bench.sweep(f"{split}-store-{slug(label)}", "lite", split, bench.copy_options(label), {})
+def train_copies(bench: Bench, split: str) -> None:
+    for label in COPIES:
+        bench.sweep(f"{split}-store-{slug(label)}", "lite", split, bench.copy_options(label), {})
 
 
-def train_ablation(bench: Bench, splits: Sequence[str]) -> None:
-    for split in splits:
-        for label, setting in ABLATION.items():
-            options = PARAPHRASES if label == CONTRAST else ()
-            bench.sweep(f"{split}-part-{slug(label)}", "lite", split, options, setting)
+def train_ablation(bench: Bench, split: str) -> None:
+    for label, setting in ABLATION.items():
+        options = PARAPHRASES if label == CONTRAST else ()
+        bench.sweep(f"{split}-part-{slug(label)}", "lite", split, options, setting)
 
 
-def train_search(bench: Bench, splits: Sequence[str]) -> None:
+def train_search(bench: Bench, split: str) -> None:
     """The same grid for every head, one seed; the systems use the setting that is best on val."""
-    for split in splits:
-        for label in [label for label in SEARCHED if label in bench.systems]:
+    for label in SEARCHED:
+        if label in bench.systems:
             system = SYSTEMS[label]
             config = bench.config(system.encoder, split, *SHORTER, *system.options)
             run_sweep(config, seeds=bench.seeds[:1], grid=SEARCH, name=f"{split}-search-{slug(label)}")
@@ -131,12 +127,9 @@ def gather(bench: Bench) -> dict[str, Any]:
                 if "head.scores" in setting and (found := bench.agreement(point, split)):
                     looks.append({"split": split, "scores": ", ".join(setting["head.scores"]), **found})
         path = bench.root / "sweeps" / f"{split}-ratios" / "sweep.json"
-        if path.exists():
-            points = json.loads(path.read_text())["points"]
-            ratios += [
-                {"split": split, "scores": point["setting"]["head.scores"], "ratio": point["ratio"], **numbers(point)}
-                for point in points
-            ]
+        for point in json.loads(path.read_text())["points"] if path.exists() else ():
+            found = {"scores": point["setting"]["head.scores"], "ratio": point["ratio"]}
+            ratios.append({"split": split, **found, **numbers(point)})
         for label, copy in COPIES.items():
             if point := bench.found(f"{split}-store-{slug(label)}"):
                 row = {"split": split, "store": label, **numbers(point), **bench.training(point), **bench.size(label)}
@@ -164,7 +157,7 @@ def numbers(point: Mapping[str, Any]) -> dict[str, Any]:
 def draw(bench: Bench, path: Path, table: Sequence[Mapping[str, Any]]) -> None:
     """Draw the ratio curves with their bands, and the levels of the pooled and the question-only head."""
     sweeps = [bench.root / "sweeps" / f"{split}-ratios" / "sweep.json" for split in SPLITS]
-    level = {split: {} for split in SPLITS}  # type: dict[str, dict[str, float]]
+    level: dict[str, dict[str, float]] = {split: {} for split in SPLITS}
     for row in table:
         if row["system"] in ("pooled (lite)", "question-only"):
             level[row["split"]][row["system"]] = row["all"]["mean"]
@@ -197,7 +190,8 @@ def main(args: Sequence[str] | None = None) -> None:
         bench = Bench(options.clips, options.seeds, options.set_seed, options.systems, **place)
         bench.encode(dict.fromkeys(SYSTEMS[label].encoder for label in bench.systems))
         for part in options.parts:
-            PARTS[part](bench, options.splits)
+            for split in options.splits:
+                PARTS[part](bench, split)
         found = gather(bench)
     result = {
         "what": f"EgoSynth, hard set of {options.clips} clips; percent on test with 95% intervals over seeds "
