@@ -17,13 +17,12 @@ FPS = 30
 
 @dataclass(frozen=True)
 class Kind:
-    """Videos of one kind, each a whole clip: H.264 with x264's defaults, except for `group` frames from key to key."""
+    """Videos of one kind, each a whole clip."""
 
     name: str
     width: int
     height: int
     seconds: float
-    group: int | None = None
 
 
 KINDS = (Kind("320x240, 2 s", 320, 240, 2), Kind("456x256, 30 s", 456, 256, 30), Kind("1280x720, 10 s", 1280, 720, 10))
@@ -35,9 +34,8 @@ def write_video(path: Path, kind: Kind, seed: int) -> Path:
     height, width = kind.height, kind.width
     ground = rng.integers(0, 255, (-(-height // 16), -(-width // 16), 3), np.uint8).repeat(16, 0).repeat(16, 1)
     grain = rng.integers(0, 8, (4, height, width, 3), np.uint8)
-    options = {"crf": "23", "preset": "medium"} | ({"g": str(kind.group)} if kind.group else {})
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=FPS, options=options)
+        stream = file.add_stream("libx264", rate=FPS, options={"crf": "23", "preset": "medium"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         for index in range(round(kind.seconds * FPS)):

@@ -68,12 +68,9 @@ def decode_nothing(clip: Clip, video: VideoConfig, cache: VideoCache, transform:
     return replace(_kept(replace(clip, clip_id="any"), transform), clip=clip)
 
 
-def taker(rate: float | None, copies: bool = True, transforms: bool = False) -> Any:
-    """Encoder that takes frames as a device does, with a copy of their bytes unless `copies` is off; returns no rows.
-
-    With `transforms` it takes them as a CPU does, which transforms them instead of copying.
-
-    Its results are ready at once, or at `rate` clips a second.
+def taker(rate: float | None, copies: bool, transforms: bool) -> Any:
+    """Encoder that takes frames as a device does, with a copy of their bytes unless `copies` is off, or as a CPU does,
+    which `transforms` them instead. It returns no rows; its results are ready at once, or at `rate` clips a second.
     """
     import torch
 

@@ -28,9 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs without being installed
 
-from benchmarks._machine import stamp  # noqa: E402
+from benchmarks._machine import RESULTS, stamp  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 Rows = list[tuple[str, float, str]]
 
 

@@ -66,7 +66,7 @@ class Problem:
         self.sdpa = "not run"  # backend that `dense` ran on
         self.project = torch.nn.Linear(width, 2 * width, bias=False, device=device)
         self.token_bytes = self.tokens.numel() * self.tokens.element_size()
-        self.expanded_bytes = b * frames * patches * width * 4 * (2 + (heads > 0))
+        self.expanded_bytes = b * frames * patches * width * 4 * 3
 
     def ours(self, *leaves: Tensor) -> Outputs:
         return tuple(select_attend(self.tokens, self.clip_index, *leaves, self.k)[:2])
