@@ -1,8 +1,8 @@
 """Heads, which stage two trains on cached patch tokens. Each is a system of the results table.
 
 `psa` is our head, `fused` the upper halves of the published networks, `common` holds the small baselines and the parts
-that heads share. `build_head` builds the head that a config names; `load_head` loads a published one; `BLIND` names the
-heads of this package that read no video. `Head` and `register_head` bring in heads from outside.
+that heads share. `build_head` builds the head that a config names; `load_head` loads a published one; `Head` and
+`register_head` bring in heads from outside.
 """
 
 from egopatch.train.heads.common.blind import Majority, QuestionOnly
@@ -24,10 +24,8 @@ from egopatch.train.heads.registry import (
     reads_video,
     register_head,
 )
-from egopatch.train.rundir.results import BLIND
 
 __all__ = [
-    "BLIND",
     "HEADS",
     "PSA",
     "Choice",
