@@ -109,11 +109,6 @@ def test_saved_plots_are_pictures_and_repeat_bit_for_bit(tmp_path: Path) -> None
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
-def test_systems_differ_in_colour() -> None:
-    colours = [*plots.COLOURS.values(), plots.OTHER_COLOUR]
-    assert len(set(colours)) == len(colours)
-
-
 HELP_AND_MATPLOTLIB = """
 import contextlib
 from egopatch.train.__main__ import main

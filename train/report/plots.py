@@ -1,6 +1,6 @@
 """The report's figures. Each function takes plain data and returns a Matplotlib figure; `save` writes it.
 
-Colours are Okabe and Ito's and browns, which colour-blind readers can tell apart.
+Lines have Okabe and Ito's colours, which colour-blind readers can tell apart.
 """
 
 import math
@@ -15,20 +15,8 @@ from matplotlib.figure import Figure
 from egopatch.features.io.files import replacing
 from egopatch.train.report.sources import Sweep
 
-# Colour of each system, the same in every figure.
-COLOURS = {
-    "majority": "#9a9a9a",
-    "question-only": "#4d4d4d",
-    "egovlp": "#e69f00",
-    "egovlpv2": "#009e73",
-    "mfas": "#cc79a7",
-    "psa": "#0072b2",
-    "pooled": "#56b4e9",
-    "attention": "#f0e442",
-    "attention (lite)": "#a6761d",
-    "pooled (lite)": "#8c564b",
-    "psa (lite)": "#d55e00",
-}
+# Colours of the levels in the picture of docs/egosynth.md, and of any other level.
+COLOURS = {"question-only": "#4d4d4d", "pooled (lite)": "#8c564b"}
 OTHER_COLOUR = "#000000"
 _CYCLE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _FAINT = "#1f2328", "#d8dce1"
