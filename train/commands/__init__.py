@@ -1,5 +1,4 @@
 """The commands of `egopatch train`, one module each.
 
-Every module has `main(parser, args)`: it adds its options to the parser, runs, and returns the exit code. Only
-`train.__main__` imports them, each when its command is called.
+Every module has `main(parser, args)`: it adds its options to the parser, runs, and returns the exit code.
 """

@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         dir: Folder of the run.
-        system: System, as in `head.name`.
+        system: System, as from `train.fitting.run.system_name`.
         split: `direct` or `indirect`.
         seed: Seed of the training.
         scores: Test accuracy over `open`, `binary`, `all`, `split_tag` (the questions tagged with the split's name),
@@ -124,7 +124,7 @@ class Row:
 
     Attributes:
         label: Name of the row: the system, with the options that distinguish it where several settings were run.
-        system: System, as in `head.name`.
+        system: System, as from `train.fitting.run.system_name`.
         runs: One run per seed, best on val first; the table links to the checkpoint and log of the first.
     """
 

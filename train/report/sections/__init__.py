@@ -1,4 +1,1 @@
-"""Sections of the HTML report beyond the table: charts, the list of all questions, and how to repeat the results.
-
-`page` uses `charts`, `question_list` and `repeat`.
-"""
+"""Sections of the HTML report: `charts`, all questions (`question_list`), and how to `repeat` the results."""
