@@ -158,11 +158,7 @@ def _run_full(recipe: Recipe, stdout: TextIO | None) -> int:
 def _run_here(commands: Sequence[Command]) -> int:
     """Run commands in this process, which imports torch once; returns the exit code of the first that fails."""
     for stage, *args in commands:
-        _show((stage, *args))
+        print(f"$ egopatch {shlex.join((stage, *args))}", flush=True)
         if code := import_module(f"egopatch.{stage}.__main__").main(args):
             return int(code)
     return 0
-
-
-def _show(command: Command) -> None:
-    print(f"$ egopatch {shlex.join(command)}", flush=True)
