@@ -291,7 +291,7 @@ EVENTS: dict[str, Callable[[Round], None]] = {
 }
 
 
-def run_rounds(first_seed: int, rounds: int, out: Callable[[str], object] = print) -> tuple[dict[str, int], list[int]]:
+def run_rounds(first_seed: int, rounds: int) -> tuple[dict[str, int], list[int]]:
     """Run rounds; returns how often each event occurred, and the seeds of the rounds that failed."""
     counts: collections.Counter[str] = collections.Counter()
     failed = []
@@ -301,7 +301,7 @@ def run_rounds(first_seed: int, rounds: int, out: Callable[[str], object] = prin
                 counts.update(Round(Path(folder), ("zarr", "hdf5")[seed % 2], seed).run())
             except Exception:
                 failed.append(seed)
-                out(f"seed {seed} failed:\n{traceback.format_exc()}")
+                print(f"seed {seed} failed:\n{traceback.format_exc()}")
     return dict(sorted(counts.items())), failed
 
 
