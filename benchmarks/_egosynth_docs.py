@@ -49,9 +49,9 @@ def findings(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for split in SPLITS:
         rows = [row for row in found["table"] if row["split"] == split]
-        compared = {row["system"]: row["psa_lite_above"]["verdict"] for row in rows if "psa_lite_above" in row}
-        if compared:
-            lines.append(f"- **{split.capitalize()}, systems.** " + sentence(REFERENCE, compared))
+        verdicts = {row["system"]: row["psa_lite_above"]["verdict"] for row in rows if "psa_lite_above" in row}
+        if verdicts:
+            lines.append(f"- **{split.capitalize()}, systems.** " + sentence(REFERENCE, verdicts))
         majority = next((row for row in rows if row["system"] == "majority"), None)
         for row in rows if majority else ():
             below = [part for part in NUMBERS if row[part]["high"] < majority[part]["mean"]]

@@ -60,9 +60,9 @@ class Problem:
         self.tokens = torch.stack([make(frames, patches, width).half() for _ in range(clips)])
         self.clip_index = torch.arange(clips, device=device).repeat_interleave(each)
         b = clips * each
-        self.leaves = [make(b, heads, width), make(b, width), make(clips, frames, patches)]
-        self.leaves = [t.div_(math.sqrt(width)).requires_grad_() if t.ndim == 2 or i == 0 else t.requires_grad_()
-                       for i, t in enumerate(self.leaves)]  # fmt: skip
+        queries, selector, bias = make(b, heads, width), make(b, width), make(clips, frames, patches)
+        leaves = [queries.div_(math.sqrt(width)), selector.div_(math.sqrt(width)), bias]
+        self.leaves = [leaf.requires_grad_() for leaf in leaves]
         self.sdpa = "not run"  # backend that `dense` ran on
         self.project = torch.nn.Linear(width, 2 * width, bias=False, device=device)
         self.token_bytes = self.tokens.numel() * self.tokens.element_size()

@@ -83,7 +83,7 @@ def ask_video(
     encoded = encode_video(video, experiment, card, clip_s, cache)
     predictions = _ranked(predict_clips(encoded.config, list(encoded.clips), question, answers))
     starts = {name: clip.start_s or 0.0 for name, clip in encoded.clips.items()}
-    notes = list(_worth(card, predictions[0]))
+    notes = list(_doubts(card, predictions[0]))
     if encoded.quarantined:
         name, reason = next(iter(encoded.quarantined.items()))
         notes.append(f"{counted(len(encoded.quarantined), 'clip')} cannot be decoded, such as {name} ({reason})")
@@ -100,14 +100,14 @@ def ask_clips(config: Config, clip_id: str | None, question: str, answers: int) 
     """Ask the head in `config.run.dir` about one clip of `config.store.path`, or about all of them."""
     names = open_store(config.store.path).clip_ids if clip_id is None else (clip_id,)
     predictions = _ranked(predict_clips(config, names, question, answers))
-    return AskResult(config, predictions, 0, tuple(_worth(Card.read(config.run.dir), predictions[0])))
+    return AskResult(config, predictions, 0, tuple(_doubts(Card.read(config.run.dir), predictions[0])))
 
 
 def _ranked(predictions: tuple[Prediction, ...]) -> tuple[Prediction, ...]:
     return tuple(sorted(predictions, key=lambda prediction: -prediction.answers[0][1]))
 
 
-def _worth(card: Card, prediction: Prediction) -> Iterator[str]:
+def _doubts(card: Card, prediction: Prediction) -> Iterator[str]:
     """Reasons to distrust an answer, one line each."""
     values = dataclasses.asdict(card)
     if is_standin(values):
