@@ -67,7 +67,7 @@ class SweepPoint:
     ratio: float
     accuracies: tuple[float, ...]
     n: int
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None
 
     @property
     def mean(self) -> float:

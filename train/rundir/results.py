@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,10 +67,10 @@ class Run:
     scores: Mapping[str, Score]
     val: float | None
     card: Mapping[str, Any]
-    quarantined: int = 0
-    wrong_form: int | None = None
-    seconds_to_converge: float | None = None
-    questions: Mapping[str, Any] = field(default_factory=dict)
+    quarantined: int
+    wrong_form: int | None
+    seconds_to_converge: float | None
+    questions: Mapping[str, Any]
 
     @property
     def checkpoint(self) -> Path | None:

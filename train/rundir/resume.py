@@ -34,7 +34,7 @@ class ResumeState:
     origin: tuple[str, ...]
     runs: tuple[Mapping[str, Any], ...]
     heads: Mapping[str, Any]
-    data: DataRecord | None = None
+    data: DataRecord | None
 
     def write(self, path: Path) -> None:
         """Replace the file at `path`."""
