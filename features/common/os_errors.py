@@ -30,15 +30,22 @@ def gpu_shortage(error: BaseException) -> str | None:
     return f"{line} (no GPU memory is free, or an earlier kernel failed, which CUDA_LAUNCH_BLOCKING=1 would show)"
 
 
+def remedy_of(error: OSError) -> str | None:
+    """What to do about a path that the system refuses to write, or to give more space; None if nothing is known."""
+    if error.errno in NO_SPACE:
+        return "free some space there"
+    if error.errno in NOT_ALLOWED:
+        # A file that may not be read is not helped by another mount.
+        return "mount its file system for writing" if error.errno == errno.EROFS else "give this user permission"
+    return None
+
+
 def with_remedy(error: BaseException) -> str:
     """The text of an error, with a remedy if the system refused a path or more space."""
-    if isinstance(error, OSError) and error.errno in (*NO_SPACE, *NOT_ALLOWED):
+    if isinstance(error, OSError) and (remedy := remedy_of(error)):
         path = error.filename or "a file or standard output"  # neither names itself after a failed write
-        if error.errno in NO_SPACE:
-            return f"{path}: {error.strerror}; free some space there and run the same command again"
-        # A file that may not be read is not helped by another mount.
-        remedy = "mount its file system for writing" if error.errno == errno.EROFS else "give this user permission"
-        return f"{path}: {error.strerror}; {remedy}, or choose another path"
+        then = " and run the same command again" if error.errno in NO_SPACE else ", or choose another path"
+        return f"{path}: {error.strerror}; {remedy}{then}"
     if isinstance(error, OSError) and error.filename and error.errno in _OTHERS:
         return f"{error.filename}: {error.strerror}; {_OTHERS[error.errno]}"
     return str(error)

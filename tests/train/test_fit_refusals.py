@@ -1,8 +1,10 @@
 """What training and evaluation refuse: other settings, other features, damaged files."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,24 +45,35 @@ def test_the_ratio_that_a_refusal_suggests_is_accepted(tiny: Config, tmp_path: P
     fit(with_run(small, "psa", head_ratio=suggested), "x")
 
 
-def test_an_unwritable_run_folder_names_its_option(
+def test_an_unwritable_run_folder_names_its_option_and_the_cause(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(lease.os, "access", lambda path, mode: False)
-        with pytest.raises(
-            ConfigError, match=r"run\.dir is .*/psa, which cannot be written \(Permission denied: .*/leases"
-        ):
-            fit(tiny, "x")
+    """Running as root, which may write everywhere, the tests have no folder that is refused."""
+    for flags, cause in (
+        (0, r"\(Permission denied: .*/leases\); give this user permission"),
+        (os.ST_RDONLY, r"\(Read-only file system: .*/leases\); mount its file system for writing"),
+    ):
+        with monkeypatch.context() as patch:
+            mounted = SimpleNamespace(f_flag=flags)
+            refusing = {"access": lambda path, mode: False, "statvfs": lambda path, mounted=mounted: mounted}
+            patch.setattr(lease, "os", SimpleNamespace(**vars(os) | refusing))
+            with pytest.raises(ConfigError, match=rf"/psa cannot be written {cause}, or set another --run\.dir$"):
+                fit(tiny, "x")
+            with pytest.raises(ConfigError, match=rf"/ratio-0\.5 cannot be written {cause}, or set another --run\.dir$"):
+                run_sweep(tiny, ratios=[0.5])
+            tabled = with_run(tiny, "psa", run_table=tmp_path / "table")
+            with pytest.raises(ConfigError, match=rf"{cause}, or set another --run\.table$"):
+                run_sweep(tabled, ratios=[0.5])
     (tmp_path / "file").write_text("")
     below = with_run(tiny, "psa", run_dir=tmp_path / "file" / "psa")
-    message = r"run\.dir is .*/file/psa, which cannot be written \(Not a directory: .*\); check its permissions or set"
+    message = r"/file/psa cannot be written \(Not a directory: .*\); set another --run\.dir$"
     with pytest.raises(ConfigError, match=message):
         fit(below, "x")
-    message = r"run\.dir is .*/sweeps/direct-psa/crews, which cannot be written"
+    message = r"/sweeps/direct-psa/crews cannot be written .* set another --run\.dir$"
     with pytest.raises(ConfigError, match=message):
         run_sweep(below, ratios=[0.5])
-    with pytest.raises(ConfigError, match=r"run\.table is .*/sweeps/direct-psa/crews, which cannot be written"):
+    message = r"/sweeps/direct-psa/crews cannot be written .* set another --run\.table$"
+    with pytest.raises(ConfigError, match=message):
         run_sweep(with_run(tiny, "psa", run_table=tmp_path / "file"), ratios=[0.5])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from egopatch.configs.schema import ConfigError
 from egopatch.features import ShardOwned
+from egopatch.features.common.os_errors import remedy_of
 from egopatch.features.io import file_lease
 from egopatch.features.io.files import make_folder
 from egopatch.train.processes.distributed import Distributed
@@ -18,18 +19,23 @@ POLL_S = 0.5
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, option: str = "run.dir") -> Iterator[None]:
     """Create a run's folder if necessary, and hold its lease inside the block.
+
+    Args:
+        folder: Folder of the run.
+        option: The option that the folder follows from, for messages.
 
     Raises:
         ShardOwned: Another process holds it; the message names folder, host and process.
         ConfigError: The folder cannot be written.
     """
-    with writable("run.dir", folder):
+    with writable(option, folder):
         leases = file_lease.lease_path(folder, 0).parent
         make_folder(leases)
         if not os.access(leases, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(leases))
+            refusal = errno.EROFS if os.statvfs(leases).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(refusal, os.strerror(refusal), str(leases))
     with file_lease.hold(folder, 0, _name(folder)):
         yield
 
@@ -70,13 +76,14 @@ def busy(folder: Path) -> str | None:
 
 @contextmanager
 def writable(option: str, folder: Path) -> Iterator[None]:
-    """Turn a file system error while `folder` is created into a ConfigError that names its option."""
+    """Turn a file system error while `folder` is created into a ConfigError that names the option it follows from."""
     try:
         yield
     except OSError as error:
+        remedy = remedy_of(error)
         raise ConfigError(
-            f"{option} is {folder}, which cannot be written ({error.strerror}: {error.filename}); check its "
-            f"permissions or set another --{option}"
+            f"{folder} cannot be written ({error.strerror}: {error.filename}); {f'{remedy}, or ' if remedy else ''}set "
+            f"another --{option}"
         ) from None
 
 

@@ -164,7 +164,7 @@ def _train_unfinished(
             experiment.require_trained_on(done.run.dir)
             require_same_questions(done.run.dir, experiment.data_record, config.data.root)
         groups_folder = out / GROUPS
-        with writable("run.dir" if config.run.table is None else "run.table", groups_folder):
+        with writable(_folder_option(config), groups_folder):
             make_folder(groups_folder)
         outcomes = _train_all(config, configs, experiment, groups_folder, label, command)
     return outcomes, experiment.features.bytes_read
@@ -250,7 +250,7 @@ def _hold_all(configs: Sequence[Config]) -> ExitStack | None:
     with ExitStack() as leases:
         try:
             for config in configs:
-                leases.enter_context(hold(config.run.dir))
+                leases.enter_context(hold(config.run.dir, _folder_option(config)))
         except ShardOwned:
             return None
         return leases.pop_all()
@@ -328,6 +328,11 @@ def _shape(config: Config) -> str:
             if f"{section}.{option}" not in STACKED
         ]
     )
+
+
+def _folder_option(config: Config) -> str:
+    """The option that decides where the sweep's folder is."""
+    return "run.dir" if config.run.table is None else "run.table"
 
 
 def _finished(config: Config) -> bool:
