@@ -117,17 +117,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
-    make_folder(path.parent)
+def errors_of_temporary(temporary: Path, path: Path) -> Iterator[None]:
+    """An OSError within the block about `temporary`, whose name would tell the user nothing, names `path`."""
     try:
-        yield temporary
-        sync_file(temporary)
-        rename_into_place(temporary, path)
+        yield
     except OSError as error:
-        # The error of an open file that cannot grow has no name, and the temporary name would tell the user nothing.
+        # The error of an open file that cannot grow has no name.
         if error.filename == str(temporary) or (error.filename is None and error.errno in NO_SPACE):
             raise OSError(error.errno, error.strerror, str(path)) from error  # FFmpeg's errors cannot be renamed
         raise
+
+
+@contextmanager
+def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
+    make_folder(path.parent)
+    try:
+        with errors_of_temporary(temporary, path):
+            yield temporary
+            sync_file(temporary)
+            rename_into_place(temporary, path)
     finally:
         # A read-only file system refuses this even if there is no such file, which would hide the first error.
         with suppress(OSError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from egopatch.features.common.units import counted
-from egopatch.features.io.files import make_folder, rename_into_place, write_errors_explained
+from egopatch.features.io.files import errors_of_temporary, make_folder, rename_into_place, write_errors_explained
 from egopatch.features.state.origin import Origin
 from egopatch.features.store.store import Store, open_store
 from egopatch.features.tools.convert import OnProgress, require_separate
@@ -64,7 +64,7 @@ def export(
     groups = _by_video(store, origins) if by_video else {name: [name] for name in store.clip_ids}
     partial = to.with_name(f".{to.name}.{uuid.uuid4().hex}")
     try:
-        with write_errors_explained(f"exporting to {to}", "nothing is kept"):
+        with write_errors_explained(f"exporting to {to}", "nothing is kept"), errors_of_temporary(partial, to):
             make_folder(partial)
             WRITERS[kind](partial, _clips(store, groups, pooled, origins, on_clips))
             rename_into_place(partial, to)

@@ -1,11 +1,13 @@
 """Unusable input files and unwritable destinations each give a one-line error."""
 
+import errno
 import os
 import resource
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -329,6 +331,23 @@ def test_an_export_onto_a_full_disk_prints_one_line(
     assert line.startswith(f"features export: failed: no space left while exporting to {tmp_path / 'out'} (")
     assert line.endswith("); nothing is kept: free some space and run the same command again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "store"]
+
+
+def test_an_export_into_a_folder_that_cannot_be_written_names_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the hidden folder beside it, which becomes `--out` once it is complete."""
+    store, out = import_features(write(tmp_path / "files"), tmp_path / "store"), tmp_path / "out"
+    make = Path.mkdir
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        if path.parent == tmp_path:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["export", str(store.path), "--to", "npy", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.startswith(f"features export: failed: {out} cannot be written (Read-only file system")
 
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "hdf5"])
