@@ -55,9 +55,10 @@ def repair(path: Location | str, changed: Collection[str] = ()) -> RepairReport:
     for folder in substores(root):
         storage = storage_at(root.location / folder)
         storage.require_no_writers()
-        with storage.adding_rows():
-            names = _repair_description(storage, before.bad_clips)
-        rewritten += [f"{folder}/{name}" if folder else name for name in names]
+        if not before.ok:  # an intact store may be read-only
+            with storage.adding_rows():
+                names = _repair_description(storage, before.bad_clips)
+            rewritten += [f"{folder}/{name}" if folder else name for name in names]
         dropped += _repair_shards(storage, () if folder else changed)
     committed = open_store(root.location).clip_ids
     lost = [name for name in before.bad_clips if name not in dropped and name not in committed]

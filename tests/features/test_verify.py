@@ -353,6 +353,25 @@ def test_repair_removes_leftovers_of_dead_writers(root: Path) -> None:
     assert verify(root).ok
 
 
+def test_repair_of_an_intact_store_writes_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be on a read-only file system, where nothing is lost either."""
+    open_file = os.open
+
+    def read_only(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert main(["repair", str(root)]) == 0
+    assert capsys.readouterr().out == "no clip was lost\n"
+    damage_row(open_store(root), IDS[0])
+    assert main(["repair", str(root)]) == 1
+    assert "growth.lock: Read-only file system; mount its file system for writing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_a_shard_whose_clips_are_dropped_during_verify_has_no_fault(store: Store, kept: int) -> None:
     audit = audit_store(LocalStorage(store.path))
