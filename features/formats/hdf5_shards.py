@@ -121,14 +121,14 @@ class Hdf5Shard:
     def __init__(self, files: ReadableFiles, name: str, spec: StoreSpec, index: object) -> None:
         self._compressed = spec.codec == "gzip"
         try:
-            self._file = files.open(name)
-            status = Path(self._file.path).stat()
-            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-            if isinstance(index, _Index) and index.file == identity:
-                self.index = index
-                return
-            with opening(Path(self._file.path)), open_unlocked(self._file.path) as file:
-                self.index = _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
+            path = Path(files.open(name).path)
+            before: tuple[int, ...] | None = None
+            now = _identity(path)
+            while now != before:  # a writer may replace the file before the second of the openings
+                before = now
+                self._file = files.open(name)
+                self.index = index if isinstance(index, _Index) and index.file == now else _read_index(path, now, spec)
+                now = _identity(path)
         except DamagedStore as error:
             raise DamagedStore(f"{name} {error}") from error
         except StoreError:
@@ -145,6 +145,16 @@ class Hdf5Shard:
             raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside the file")
         width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
         return Chunk(self._file, offset, size, partial(_decode, width) if self._compressed else None)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read_index(path: Path, identity: tuple[int, ...], spec: StoreSpec) -> _Index:
+    with opening(path), open_unlocked(path) as file:
+        return _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
 
 
 def open_unlocked(path: Path | str) -> h5py.File:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from egopatch.features import ArraySpec, DamagedStore, Store, StoreSpec, create_store, open_store
+from egopatch.features.formats import hdf5_shards
 from egopatch.features.store import reader
 from egopatch.features.tools.verify import verify
 from egopatch.features.values.tensors import bytes_of, torch_dtype
@@ -187,3 +188,25 @@ def test_rows_are_aligned_to_64_bytes(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "store" / "shards" / "00000000.h5") as file:
         offsets = [file["patches"].id.get_chunk_info(n).byte_offset for n in range(3)]
     assert all(offset % 64 == 0 for offset in offsets)
+
+
+def test_offsets_are_those_of_the_file_that_is_read(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is killed after it has put a new file in place leaves no commit that would tell readers of it."""
+    fill(store)
+    expected = store.read(IDS[5:8])
+    shutil.copytree(store.path, tmp_path / "repaired")
+    open_store(tmp_path / "repaired").rewrite_shard(1, without=IDS[4:5])
+    new, open_h5 = [tmp_path / "repaired" / SHARD], hdf5_shards.open_unlocked
+
+    def after_a_replacement(path: Path) -> h5py.File:
+        if new:
+            new.pop().replace(path)
+        return open_h5(path)
+
+    monkeypatch.setattr(hdf5_shards, "open_unlocked", after_a_replacement)
+    read = open_store(store.path).read(IDS[5:8])
+    assert torch.equal(read.patches, expected.patches)
+    assert torch.equal(read.cls, expected.cls)
+    assert not new
