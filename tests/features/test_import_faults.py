@@ -347,7 +347,9 @@ def test_an_export_into_a_folder_that_cannot_be_written_names_out(
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert main(["export", str(store.path), "--to", "npy", "--out", str(out)]) == 1
-    assert capsys.readouterr().err.startswith(f"features export: failed: {out} cannot be written (Read-only file system")
+    assert capsys.readouterr().err.startswith(
+        f"features export: failed: {out} cannot be written (Read-only file system"
+    )
 
 
 @pytest.mark.parametrize("kind", ["npy", "pt", "hdf5"])
