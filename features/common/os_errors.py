@@ -48,4 +48,6 @@ def with_remedy(error: BaseException) -> str:
         return f"{path}: {error.strerror}; {remedy}{then}"
     if isinstance(error, OSError) and error.filename and error.errno in _OTHERS:
         return f"{error.filename}: {error.strerror}; {_OTHERS[error.errno]}"
+    if isinstance(error, OSError) and "temporary directory" in str(error.strerror):  # as the module tempfile raises it
+        return f"{error.strerror}; set TMPDIR to a folder that can be written"
     return str(error)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -201,7 +202,7 @@ def test_the_gpu_libraries_lack_of_memory_is_recognised(text: str, said: str | N
     assert gpu_shortage(RuntimeError(text)) == said
 
 
-def test_os_errors_come_with_a_remedy() -> None:
+def test_os_errors_come_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/x")
     assert with_remedy(full) == (
         "/scratch/x: No space left on device; free some space there and run the same command again"
@@ -221,6 +222,13 @@ def test_os_errors_come_with_a_remedy() -> None:
     )
     assert with_remedy(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith(
         "a file or standard output: No space"
+    )
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError) as unusable:
+        patch.setattr(tempfile, "tempdir", None)
+        patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+        tempfile.gettempdir()
+    assert with_remedy(unusable.value) == (
+        "No usable temporary directory found in ['/nowhere']; set TMPDIR to a folder that can be written"
     )
     assert with_remedy(ValueError("no")) == "no"
     assert with_remedy(OSError("no route")) == "no route"
