@@ -223,10 +223,11 @@ def test_os_errors_come_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_remedy(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith(
         "a file or standard output: No space"
     )
-    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError) as unusable:
+    with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
-        tempfile.gettempdir()
+        with pytest.raises(FileNotFoundError) as unusable:
+            tempfile.gettempdir()
     assert with_remedy(unusable.value) == (
         "No usable temporary directory found in ['/nowhere']; set TMPDIR to a folder that can be written"
     )
