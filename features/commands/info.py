@@ -13,7 +13,7 @@ from egopatch.features.state.counts import machines_line
 from egopatch.features.state.header import parse_header, read_header
 from egopatch.features.state.quarantine import Quarantine
 from egopatch.features.storage.pick import storage_at
-from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences
+from egopatch.features.store.text_substore import TEXT_FOLDER, network_differences, substores
 from egopatch.features.values.errors import NoStore
 from egopatch.features.values.location import Location
 
@@ -25,7 +25,7 @@ def main(parser: CommandParser, args: Sequence[str]) -> int:
     require_store(options.store)
     clips = catalog_at(options.store)
     result = facts(clips)
-    if storage_at(options.store).exists(TEXT_FOLDER):
+    if TEXT_FOLDER in substores(storage_at(options.store)):
         try:
             texts = catalog_at(options.store / TEXT_FOLDER)
         except NoStore as error:

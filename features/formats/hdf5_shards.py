@@ -18,7 +18,7 @@ import numpy as np
 
 from egopatch.features.formats.interface import ArrayRows, Chunk, StagedFile
 from egopatch.features.io.fields import Record
-from egopatch.features.io.files import opening, size_and_crc
+from egopatch.features.io.files import identity_of, opening, size_and_crc
 from egopatch.features.storage.interface import ReadableFiles, Storage
 from egopatch.features.values.dtypes import disk_dtype, row_bytes
 from egopatch.features.values.errors import DamagedStore, StoreError
@@ -107,7 +107,7 @@ class _Index:
     """Chunk offsets in one file.
 
     Attributes:
-        file: The file's device, inode, size and time of its last change.
+        file: Identity of the file, as in `OpenFile`.
         chunks: Array -> [slots, 2], offset and size of each row's chunk; zeros where there is none.
     """
 
@@ -121,14 +121,18 @@ class Hdf5Shard:
     def __init__(self, files: ReadableFiles, name: str, spec: StoreSpec, index: object) -> None:
         self._compressed = spec.codec == "gzip"
         try:
-            path = Path(files.open(name).path)
-            before: tuple[int, ...] | None = None
-            now = _identity(path)
-            while now != before:  # a writer may replace the file before the second of the openings
-                before = now
+            while True:
                 self._file = files.open(name)
-                self.index = index if isinstance(index, _Index) and index.file == now else _read_index(path, now, spec)
-                now = _identity(path)
+                if isinstance(index, _Index) and index.file == self._file.identity:
+                    self.index = index
+                    return
+                path = Path(self._file.path)
+                with opening(path), open_unlocked(path) as file:
+                    chunks = {array.name: _chunks(file, array, spec) for array in spec.arrays}
+                if self._file.identity == identity_of(path.stat()):
+                    self.index = _Index(self._file.identity, chunks)
+                    return
+                # A writer has replaced the file, perhaps between its two openings here.
         except DamagedStore as error:
             raise DamagedStore(f"{name} {error}") from error
         except StoreError:
@@ -145,16 +149,6 @@ class Hdf5Shard:
             raise DamagedStore(f"{self._file.path} places row {slot} of {array.name} outside the file")
         width = np.dtype(disk_dtype(array.dtype).numpy).itemsize
         return Chunk(self._file, offset, size, partial(_decode, width) if self._compressed else None)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _read_index(path: Path, identity: tuple[int, ...], spec: StoreSpec) -> _Index:
-    with opening(path), open_unlocked(path) as file:
-        return _Index(identity, {array.name: _chunks(file, array, spec) for array in spec.arrays})
 
 
 def open_unlocked(path: Path | str) -> h5py.File:

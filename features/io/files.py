@@ -142,6 +142,11 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def identity_of(status: os.stat_result) -> tuple[int, ...]:
+    """Device, inode, size and time of the last change: another file, or another content, has another identity."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_at(handle: int, size: int, offset: int) -> bytes:
     """`size` bytes of an open file from `offset`, fewer where it ends before; one call to the system gives 2 GiB."""
     parts = []

@@ -158,7 +158,10 @@ class Catalog:
         return [commit.clip(name) for name, commit in pairs if commit is not None]
 
     def read_unchanged(self, ids: Sequence[str], read: Callable[[], T]) -> tuple[T, dict[str, RowVersion]]:
-        """What `read` returns of the clips `ids`, and their rows: both of the same commits, whatever others replace."""
+        """What `read` returns of the clips `ids`, and the version of each one's row, both of the same commits.
+
+        `read` is called again if another process has replaced or removed a row meanwhile. Errors are those of `read`.
+        """
         while True:
             versions = self.ledger.versions(ids)
             result = read()

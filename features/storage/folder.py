@@ -17,6 +17,7 @@ from egopatch.features.io.fields import FileSum, FileSums, Record
 from egopatch.features.io.files import (
     REMEDIES,
     crc32c,
+    identity_of,
     lock_file,
     locked,
     make_folder,
@@ -43,7 +44,8 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.handle = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.handle).st_size
+        status = os.fstat(self.handle)
+        self.size, self.identity = status.st_size, identity_of(status)
 
     def read(self, size: int, offset: int) -> bytes:
         with self._errors_explained():

@@ -28,6 +28,10 @@ class OpenFile(Protocol):
     def size(self) -> int:
         """Size in bytes."""
 
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """As `features.io.files.identity_of` the file when it was opened; empty for an object."""
+
     def read(self, size: int, offset: int) -> bytes:
         """Up to `size` bytes from `offset`.
 

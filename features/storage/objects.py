@@ -36,6 +36,8 @@ _TAIL = 1 << 16  # bytes that hold the index of a shard, and small arrays entire
 class ObjectFile:
     """See `interface.OpenFile`. Opening takes one request, which also fetches the end of the file."""
 
+    identity = ()
+
     def __init__(self, bucket: Bucket, key: str) -> None:
         self.path = f"{bucket.url}/{key}"
         self._bucket = bucket
