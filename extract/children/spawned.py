@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from egopatch.features.common.child_errors import ChildTraceback, sendable
 from egopatch.features.common.parent import exit_with_parent
-from egopatch.features.common.signals import SCHEDULER_SIGNALS, children_without_interrupts, signals_held
+from egopatch.features.common.signals import SCHEDULER_SIGNALS, blocked_in_children, signals_held
 
 FAILED_STARTS = 3  # children in a row that end before they are ready: the next one would, too
 
@@ -108,7 +108,8 @@ class SpawnedPool:
         self._thread = threading.Thread(target=self._serve, args=(started,), name=f"{doing} children", daemon=True)
         resource_tracker.ensure_running()  # its start unblocks signals, and the first child would start it
         try:
-            with signals_held(), children_without_interrupts():  # an exception in between would leave the thread behind
+            # An exception in between would leave the thread behind.
+            with signals_held(), blocked_in_children(signal.SIGINT):
                 self._thread.start()
             started.result()
         except BaseException:  # such as a Ctrl-C meanwhile

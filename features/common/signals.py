@@ -95,13 +95,14 @@ def start_trackers() -> None:
 
 
 @contextmanager
-def children_without_interrupts() -> Iterator[None]:
-    """Processes and threads that start within the block never get the SIGINT that a terminal sends to all of them.
+def blocked_in_children(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes and threads that start within the block do not receive the signals `numbers` until they unblock them.
 
-    This thread receives it after the block. A child that ignores the signal only once it runs could still receive it
-    during its imports, and print a traceback. Call `start_trackers` before: starting a tracker unblocks signals again.
+    This thread receives them after the block. Terminals and schedulers signal all processes of a job, and a child that
+    handled a signal only once it runs could be ended by it during its imports. Call `start_trackers` before: starting a
+    tracker unblocks signals again.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ video.
 """
 
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -26,7 +27,7 @@ from egopatch.extract.datasets.egosynth.scene import SETTINGS, Difficulty, Scene
 from egopatch.extract.datasets.egosynth.splits import multiple_choice, split_direct, split_indirect
 from egopatch.extract.datasets.egotaskqa import ANNOTATION_FOLDERS, ANSWER_SET, FILE_NAMES, VIDEO_FOLDER
 from egopatch.extract.datasets.records import PARTS, Part, answer_vocabulary
-from egopatch.features.common.signals import children_without_interrupts, start_trackers
+from egopatch.features.common.signals import blocked_in_children, start_trackers
 from egopatch.features.io.files import locked, make_folder, write_file
 
 FPS = 12
@@ -92,7 +93,7 @@ def render(
         jobs = (joblib.delayed(_write_clips)(videos, scenes[first:last], size) for first, last in pairwise(bounds))
         done = 0
         start_trackers()
-        with children_without_interrupts():
+        with blocked_in_children(signal.SIGINT):
             each_written = joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
         for written in each_written:
             done += written

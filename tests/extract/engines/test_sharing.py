@@ -77,9 +77,6 @@ def test_worker_processes_use_the_configured_device(
         seen.append(device)
 
     monkeypatch.setattr(joblib_engine, "run_worker", run_worker)
-    for patched in ("signal.signal", "multiprocessing.set_start_method"):
-        monkeypatch.setattr(f"egopatch.extract.engines.joblib_engine.{patched}", lambda *_, **__: None)
-    monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
     for rank in range(2):
         joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device=device)), b"", [], {}), rank, 2)
     assert seen == used
@@ -176,7 +173,8 @@ def test_progress_is_counted_without_going_through_all_rows(tmp_path: Path, monk
 
 
 def test_signal_during_device_selection_stops_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding GPUs takes seconds; a worker that missed the signal would be killed in the midst of its work."""
+    """Finding GPUs takes seconds; a worker that missed the signal would be killed in the midst of its work. It refuses
+    the call that was meant for another worker, which has not begun."""
 
     def device_of_worker(*_: object) -> str:
         signal.raise_signal(signal.SIGTERM)
@@ -184,50 +182,36 @@ def test_signal_during_device_selection_stops_the_worker(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(joblib_engine, "device_of_worker", device_of_worker)
     monkeypatch.setattr(joblib_engine, "run_worker", lambda *_, **__: pytest.fail("the worker missed the signal"))
-    monkeypatch.setattr(joblib_engine, "exit_with_parent", lambda: None)
-    monkeypatch.setattr(
-        "egopatch.extract.engines.joblib_engine.multiprocessing.set_start_method", lambda *_, **__: None
-    )
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = signal.getsignal(signal.SIGTERM)
+    call = (SharedJob(Config(), b"", [], {}), 0, 1)
     try:
         with pytest.raises(Requeue, match="SIGTERM"):
-            joblib_engine._run_worker(SharedJob(Config(), b"", [], {}), 0, 1)
+            joblib_engine._in_worker(joblib_engine._run_worker, call)
+        with pytest.raises(Requeue, match="SIGTERM"):
+            joblib_engine._in_worker(lambda: pytest.fail("the worker forgot the signal"), ())
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end_a_child() -> int:
     """The exit code of a child of a worker."""
-    codes: list[int] = []
-
-    def run_worker(*_: object, **__: object) -> None:
-        child = subprocess.Popen(["sleep", "60"])
-        child.terminate()
-        try:
-            codes.append(child.wait(5))
-        finally:
-            child.kill()
-
-    joblib_engine.run_worker = run_worker  # type: ignore[assignment]
-    joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device="cpu")), b"", [], {}), 0, 1)
-    return codes[0]
+    child = subprocess.Popen(["sleep", "60"])
+    child.terminate()
+    try:
+        return child.wait(5)
+    finally:
+        child.kill()
 
 
 def _commit_slowly(folder: Path, rank: int) -> None:
     """As worker 1, begin something that takes until after a signal; as worker 0, have nothing to do."""
-
-    def run_worker(*_: object, **__: object) -> None:
-        try:
-            if rank:
-                (folder / f"begun {rank}").touch()
-                time.sleep(60)
-        finally:
-            time.sleep(rank)
-            (folder / f"ended {rank}").touch()
-
-    joblib_engine.run_worker = run_worker  # type: ignore[assignment]
-    joblib_engine._run_worker(SharedJob(Config(encoder=EncoderConfig(device="cpu")), b"", [], {}), rank, 2)
+    try:
+        if rank:
+            (folder / f"begun {rank}").touch()
+            time.sleep(60)
+    finally:
+        time.sleep(rank)
+        (folder / f"ended {rank}").touch()
 
 
 def network_with(build_video: Any) -> Network:
