@@ -7,8 +7,10 @@ It imports nothing from the package, so that it is ready before the first slow i
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,10 +25,49 @@ JOBS = {"extract": ("run", "retry", "videos"), "train": ("fit", "sweep")}
 
 
 class Requeue(BaseException):
-    """The scheduler wants the machine back.
+    """The scheduler wants the machine back; the argument is the name of its signal.
 
     A BaseException, so that `except Exception` does not treat it as a failure.
     """
+
+
+def raise_requeue(number: int, _: object) -> None:
+    """Handler of `SCHEDULER_SIGNALS`, for the first: from then on they are ignored, because the process ends now."""
+    for each in SCHEDULER_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Requeue(signal.Signals(number).name)
+
+
+@contextmanager
+def interrupts_not_dropped() -> Iterator[None]:
+    """Within the block, an interrupt that arrives in a destructor or a callback is raised once that has ended.
+
+    Nothing can be raised there: Python would print the exception and go on. Imports run many destructors: of 40 signals
+    to jobs that were starting, two were lost.
+    """
+    before = sys.unraisablehook
+
+    def raise_later(unraisable: sys.UnraisableHookArgs) -> None:
+        interrupt = unraisable.exc_value
+        if isinstance(interrupt, KeyboardInterrupt):
+            _thread.start_new_thread(_signal_soon, (_thread.get_ident(), signal.SIGINT))
+        elif isinstance(interrupt, Requeue):
+            number = signal.Signals[interrupt.args[0]]
+            signal.signal(number, raise_requeue)
+            _thread.start_new_thread(_signal_soon, (_thread.get_ident(), number))
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = raise_later
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _signal_soon(thread: int, number: signal.Signals) -> None:
+    time.sleep(0.01)
+    signal.pthread_kill(thread, number)
 
 
 def end_on_interrupt() -> None:
@@ -63,8 +104,9 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
     ending = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     try:
         for number in ending:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _requeue)
-        yield
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else raise_requeue)
+        with interrupts_not_dropped():
+            yield
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(exit_code_of_interrupt()) from None
@@ -73,7 +115,8 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
         raise SystemExit(REQUEUE) from None
     finally:
         for number in ending:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) != signal.SIG_IGN:  # a repeated signal would replace the exit code
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _runs_job(program: str) -> bool:
@@ -81,7 +124,3 @@ def _runs_job(program: str) -> bool:
     args = sys.argv[1:] if program == "egopatch" else [program, *sys.argv[1:]]
     started = sys.orig_argv[-len(sys.argv[1:]) :] == sys.argv[1:]
     return started and len(args) > 1 and args[1] in JOBS.get(args[0], ())
-
-
-def _requeue(number: int, _: object) -> None:
-    raise Requeue(signal.Signals(number).name)

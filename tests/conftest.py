@@ -45,6 +45,16 @@ def torch_threads_stay() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers_stay() -> Iterator[None]:
+    """After a scheduler's signal a program ignores further ones until it ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def closing_terminal() -> Iterator[None]:
     """A closing terminal reaches the test and its children, as it does unless `nohup` started the tests."""

@@ -83,9 +83,11 @@ def test_interrupt_during_imports_prints_one_line(program: str, module: str) -> 
 def test_a_schedulers_signal_during_imports_requests_a_requeue_of_jobs(
     program: str, command: tuple[str, ...], code: int, tmp_path: Path
 ) -> None:
+    """The exit code stays the same if the signal comes again while the program ends."""
     module = "egopatch.features.common.command_line"
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
+        "import atexit, os, signal, sys\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGUSR1)\n"
         "class Signalling:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}:\n"

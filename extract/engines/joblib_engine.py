@@ -99,10 +99,6 @@ def _in_worker(function: Callable[..., Result], args: tuple[Any, ...]) -> Result
     """Call `function` in a worker, where SIGTERM raises `Requeue`, even if it came before the call."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         raise Requeue("SIGTERM")  # this worker was told to end; the call is for one that was still importing
-    try:
-        with requeue_on_signals():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)
-            return function(*args)
-    except Requeue:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
+    with requeue_on_signals():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)
+        return function(*args)

@@ -12,13 +12,15 @@ from typing import Any
 from egopatch.interrupt import REQUEUE as REQUEUE
 from egopatch.interrupt import SCHEDULER_SIGNALS as SCHEDULER_SIGNALS
 from egopatch.interrupt import Requeue as Requeue
+from egopatch.interrupt import interrupts_not_dropped, raise_requeue
 
 
 @contextmanager
 def signal_handlers(
     numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Within the block `handler` receives the signals `numbers`; afterwards the former handlers are back.
+    """Within the block `handler` receives the signals `numbers`; afterwards the former handlers are back, except for
+    signals to which the handler has given another one.
 
     SIGHUP stays ignored where it is: the job was started by `nohup`.
 
@@ -34,19 +36,14 @@ def signal_handlers(
         yield
     finally:
         for number, former in before.items():
-            signal.signal(number, former)
+            if signal.getsignal(number) is handler:
+                signal.signal(number, former)
 
 
 @contextmanager
 def requeue_on_signals() -> Iterator[None]:
-    """Within the block SIGTERM, SIGUSR1 and SIGHUP raise `Requeue`, once; the notices that follow are ignored."""
-
-    def requeue(number: int, _: FrameType | None) -> None:
-        for each in SCHEDULER_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise Requeue(signal.Signals(number).name)
-
-    with signal_handlers(SCHEDULER_SIGNALS, requeue):
+    """Within the block the first of SIGTERM, SIGUSR1 and SIGHUP raises `Requeue`; further ones are ignored for good."""
+    with signal_handlers(SCHEDULER_SIGNALS, raise_requeue), interrupts_not_dropped():
         yield
 
 

@@ -285,20 +285,22 @@ def test_signal_during_imports_requests_a_requeue(
     command: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a shared file system that may take half a minute."""
-    before = signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr("egopatch.extract.__main__.load_command", lambda _: signal.raise_signal(number))
     assert main([command, "--config", "a.yaml"]) == REQUEUE
     line = f"extract {command}: interrupted by {number.name}; run the same command again to resume\n"
     assert capsys.readouterr().err == line
-    assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_signals_after_the_first_are_ignored() -> None:
+def test_signals_after_the_first_are_ignored_to_the_end() -> None:
+    with pytest.raises(Requeue, match="SIGUSR1"), requeue_on_signals():
+        signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGTERM)  # what a scheduler sends when the time is up
+
+
+def test_without_a_signal_the_former_handler_is_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with requeue_on_signals():
-        with pytest.raises(Requeue, match="SIGUSR1"):
-            signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGTERM)  # what a scheduler sends when the time is up
+        assert signal.getsignal(signal.SIGUSR1) is not before
     assert signal.getsignal(signal.SIGUSR1) is before
 
 

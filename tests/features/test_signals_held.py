@@ -1,12 +1,14 @@
-"""Signals that arrive within a block reach their handlers at its end."""
+"""Signals that arrive within a block reach their handlers at its end, and those in a destructor at once after it."""
 
 import signal
 import threading
+import time
 from types import FrameType
 
 import pytest
 
-from egopatch.features.common.signals import signal_handlers, signals_held
+from egopatch.features.common.signals import Requeue, requeue_on_signals, signal_handlers, signals_held
+from egopatch.interrupt import interrupts_not_dropped
 
 
 def test_a_held_signal_is_handled_once_after_the_block() -> None:
@@ -48,3 +50,37 @@ def test_signals_are_not_held_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+class Signalling:
+    """An object whose destructor is interrupted."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+def destroy(signalling: Signalling) -> None:
+    del signalling
+    time.sleep(5)
+
+
+def test_an_interrupt_in_a_destructor_is_raised_after_it() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts_not_dropped():
+        destroy(Signalling(signal.SIGINT))
+    with pytest.raises(Requeue, match="SIGTERM"), requeue_on_signals():
+        destroy(Signalling(signal.SIGTERM))
+
+
+def test_other_errors_in_a_destructor_are_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError
+
+    reported: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: reported.append(unraisable.exc_type))
+    with interrupts_not_dropped():
+        Failing()
+    assert reported == [ValueError]

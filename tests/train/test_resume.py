@@ -115,7 +115,8 @@ def test_the_exit_code_asks_a_scheduler_for_another_start(
     before = signal.getsignal(number)
     assert main(["fit", "--config", written(tiny)]) == code
     assert capsys.readouterr().err.endswith("; run the same command again to resume\n")
-    assert signal.getsignal(number) is before
+    if trains or number == signal.SIGINT:
+        assert signal.getsignal(number) is before
 
 
 def test_a_head_that_makes_no_step_keeps_its_log(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,15 +182,11 @@ def test_signal_during_device_selection_stops_the_worker(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(joblib_engine, "device_of_worker", device_of_worker)
     monkeypatch.setattr(joblib_engine, "run_worker", lambda *_, **__: pytest.fail("the worker missed the signal"))
-    before = signal.getsignal(signal.SIGTERM)
     call = (SharedJob(Config(), b"", [], {}), 0, 1)
-    try:
-        with pytest.raises(Requeue, match="SIGTERM"):
-            joblib_engine._in_worker(joblib_engine._run_worker, call)
-        with pytest.raises(Requeue, match="SIGTERM"):
-            joblib_engine._in_worker(lambda: pytest.fail("the worker forgot the signal"), ())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(Requeue, match="SIGTERM"):
+        joblib_engine._in_worker(joblib_engine._run_worker, call)
+    with pytest.raises(Requeue, match="SIGTERM"):
+        joblib_engine._in_worker(lambda: pytest.fail("the worker forgot the signal"), ())
 
 
 def _end_a_child() -> int:
