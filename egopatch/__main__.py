@@ -26,11 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code: 0 done, 1 the work failed, 2 wrong usage or configuration,
     130 interrupted by Ctrl-C.
     """
-    with interrupts_in_one_line("egopatch"):
-        return _run(list(sys.argv[1:] if args is None else args))
-
-
-def _run(args: list[str]) -> int:
+    args = list(sys.argv[1:] if args is None else args)
     # Imported here, because it takes half a second, during which an interrupt must print one line too.
     from egopatch.features.common.command_line import find_command, run_command
 
@@ -52,5 +48,11 @@ def _commands_of_stages() -> dict[str, str]:
     return {name: f"{stage} {name}" for stage, module in modules.items() for name in module.COMMANDS}
 
 
+def program() -> None:
+    """Run the command line of this process, and end it."""
+    with interrupts_in_one_line("egopatch"):
+        sys.exit(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -42,8 +42,8 @@ def raise_requeue(number: int, _: object) -> None:
 def interrupts_not_dropped() -> Iterator[None]:
     """Within the block, an interrupt that arrives in a destructor or a callback is raised once that has ended.
 
-    Nothing can be raised there: Python would print the exception and go on. Imports run many destructors: of 40 signals
-    to jobs that were starting, two were lost.
+    Nothing can be raised there: Python would print the exception and continue. Imports run many destructors: of 40
+    signals to jobs that were starting, two were lost.
     """
     before = sys.unraisablehook
 
@@ -102,11 +102,13 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
     numbers = (signal.SIGINT, *(SCHEDULER_SIGNALS if _runs_job(program) else ()))
     # Other handlers stay; `nohup`, for instance, has SIGHUP ignored.
     ending = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    is_last = True  # what the program does: it ends by an exception, such as SystemExit
     try:
         for number in ending:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else raise_requeue)
         with interrupts_not_dropped():
             yield
+        is_last = False
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(exit_code_of_interrupt()) from None
@@ -115,8 +117,9 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
         raise SystemExit(REQUEUE) from None
     finally:
         for number in ending:
-            if signal.getsignal(number) != signal.SIG_IGN:  # a repeated signal would replace the exit code
-                signal.signal(number, signal.SIG_DFL)
+            # While the program ends, a scheduler's signal would replace its exit code.
+            ignored = is_last and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
 
 def _runs_job(program: str) -> bool:

@@ -99,6 +99,16 @@ def test_a_schedulers_signal_during_imports_requests_a_requeue_of_jobs(
     assert (done.returncode, done.stderr) == (code, line if code == 75 else "")
 
 
+@pytest.mark.parametrize("program", ["egopatch", "extract"])
+def test_a_schedulers_signal_at_the_end_of_a_job_keeps_its_exit_code(program: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+    )
+    command = ("extract", "run") if program == "egopatch" else ("run",)
+    done = run(sys.executable, "-m", program, *command, "--help", cwd=ROOT, path=tmp_path)
+    assert done.returncode == 0
+
+
 # Python imports it before everything else.
 INTERRUPTING_SITE = """
 import os, signal, sys
