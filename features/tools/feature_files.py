@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from egopatch.features.common.disk import free_bytes
+from egopatch.features.common.signals import signals_held
 from egopatch.features.formats.hdf5_shards import open_unlocked
 from egopatch.features.io.lfs import pointer_fault
 from egopatch.features.io.walk import files_below, is_file_or_lost
@@ -83,7 +84,8 @@ def write_pt(folder: Path, clips: Iterable[Clip]) -> None:
     """One file per clip, with all its tensors."""
     for name, arrays in clips:
         content = io.BytesIO()
-        torch.save({key: value.clone() for key, value in arrays.items()}, content)
+        with signals_held():  # torch and HDF5 make other errors of an interrupt within their calls of `content.write`
+            torch.save({key: value.clone() for key, value in arrays.items()}, content)
         _write_file(folder, f"{name}.pt", content.getvalue())
 
 
@@ -91,7 +93,7 @@ def write_hdf5(folder: Path, clips: Iterable[Clip]) -> None:
     """One file per clip, with a dataset for each array."""
     for name, arrays in clips:
         content = io.BytesIO()
-        with h5py.File(content, "w") as file:
+        with signals_held(), h5py.File(content, "w") as file:
             for key, value in arrays.items():
                 file.create_dataset(key, data=as_numpy(value))
         _write_file(folder, f"{name}.h5", content.getvalue())

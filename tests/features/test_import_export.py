@@ -1,9 +1,12 @@
 """Features in other programs' file formats: an export and an import lose no bit."""
 
+import io
 import json
+import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -240,3 +243,21 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     (files / "disk2").symlink_to(write(tmp_path / "elsewhere", names=("2",)))
     (files / "circle").symlink_to(files)
     assert import_features(files, tmp_path / "store").clip_ids == ("day/1", "disk2/2")
+
+
+@pytest.mark.parametrize("kind", ["pt", "hdf5"])
+def test_ctrl_c_while_a_file_is_made_is_not_taken_for_a_fault(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, content: Any) -> int:
+            self.writes += 1
+            if self.writes == 3:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(content)
+
+    monkeypatch.setattr(io, "BytesIO", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        WRITERS[kind](tmp_path, [("a", {"patches": torch.ones(200, 300)})])

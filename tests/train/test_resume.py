@@ -27,6 +27,7 @@ from egopatch.train.heads import Head, Sizes
 from egopatch.train.heads.registry import _PLUGINS as HEADS
 from egopatch.train.processes.stopping import Stopped
 from egopatch.train.rundir import lease
+from egopatch.train.rundir.resume import ResumeState
 from egopatch.train.rundir.run_folder import RunError, plain
 from tests.train.kills import Killed, after_each_batch, held, killed_after
 from tests.train.tiny import FIELDS, clock, events, losses, same_weights, with_run, write_tiny, written
@@ -65,6 +66,20 @@ def test_signal_saves_the_place_within_an_epoch(tiny: Config) -> None:
     assert torch.load(tiny.run.dir / "last.pt", weights_only=True)["stack"]["step"] == 11
     fit(tiny, "x")
     assert losses(tiny.run.dir) == losses(undisturbed.run.dir)
+
+
+def test_ctrl_c_while_the_position_is_saved_is_raised_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = torch.save
+
+    def interrupted(*args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    state = ResumeState((0, 1), (), (), {}, None)
+    with pytest.raises(KeyboardInterrupt):
+        state.write(tmp_path / "last.pt")
+    assert ResumeState.read(tmp_path / "last.pt") == state
 
 
 def test_a_run_resumes_in_a_renamed_folder(tiny: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from egopatch.features.common.signals import signals_held
 from egopatch.features.io.files import replacing
 from egopatch.train.rundir.run_folder import RunError
 from egopatch.train.rundir.trained_on import DataRecord
@@ -46,7 +47,8 @@ class ResumeState:
             "stack": dict(self.heads),
             "data": None if self.data is None else {name: list(record) for name, record in self.data.items()},
         }
-        with replacing(path) as new:
+        # torch would turn an interrupt within its calls of `file.write` into an error of its own.
+        with signals_held(), replacing(path) as new:
             try:
                 with new.open("wb") as file:
                     torch.save(state, file)
