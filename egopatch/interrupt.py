@@ -8,11 +8,13 @@ It imports nothing from the package, so that it is ready before the first slow i
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 INTERRUPTED = 130  # exit code of a command that a signal interrupted
 # sysexits.h EX_TEMPFAIL: "try again later". Schedulers can be told to requeue a job that ends with it.
@@ -31,11 +33,53 @@ class Requeue(BaseException):
     """
 
 
-def raise_requeue(number: int, _: object) -> None:
-    """Handler of `SCHEDULER_SIGNALS`, for the first: from then on they are ignored, because the process ends now."""
+def raise_requeue(number: int, frame: FrameType | None, program: str | None = None) -> None:
+    """Handler of `SCHEDULER_SIGNALS`, for the first: further ones are ignored, because the process ends now.
+
+    Args:
+        number: The signal.
+        frame: What it interrupts. If that is an import, it is raised after the import.
+        program: Name of the program if the process may also end at once during an import.
+    """
+    if _importing(frame):
+        if program is not None:
+            _end_at_once(program, number)
+        _thread.start_new_thread(_signal_soon, (_thread.get_ident(), number))
+        return
     for each in SCHEDULER_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, ignore_repeated)
     raise Requeue(signal.Signals(number).name)
+
+
+def ignore_repeated(_: int, __: object) -> None:
+    """Handler of `SCHEDULER_SIGNALS` after `raise_requeue`."""
+
+
+def raise_dropped_requeue() -> None:
+    """Raise `Requeue` again if it was raised before, and dropped: compiled libraries discard errors in some places."""
+    if signal.getsignal(signal.SIGTERM) is ignore_repeated:
+        raise Requeue("a signal")
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether `frame` is within an import, where an exception may be dropped, or leave a module half imported."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _end_at_once(program: str, number: int) -> None:
+    """End the process as after an interrupt. An import holds nothing that an interrupted job must release."""
+    interrupted = number == signal.SIGINT
+    _report(program, None if interrupted else signal.Signals(number).name)
+    os._exit(INTERRUPTED if interrupted else REQUEUE)
+
+
+def _report(program: str, notice: object) -> None:
+    by = "" if notice is None else f" by {notice}"
+    print(f"{program}: interrupted{by}; run the same command again to resume", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -65,7 +109,7 @@ def interrupts_not_dropped() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _signal_soon(thread: int, number: signal.Signals) -> None:
+def _signal_soon(thread: int, number: int) -> None:
     time.sleep(0.01)
     signal.pthread_kill(thread, number)
 
@@ -103,17 +147,25 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
     # Other handlers stay; `nohup`, for instance, has SIGHUP ignored.
     ending = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     is_last = True  # what the program does: it ends by an exception, such as SystemExit
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            raise_requeue(number, frame, program)
+        elif _importing(frame):
+            _end_at_once(program, number)
+        raise KeyboardInterrupt
+
     try:
         for number in ending:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else raise_requeue)
+            signal.signal(number, handle)
         with interrupts_not_dropped():
             yield
         is_last = False
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
+        _report(program, None)
         raise SystemExit(exit_code_of_interrupt()) from None
     except Requeue as notice:
-        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        _report(program, notice)
         raise SystemExit(REQUEUE) from None
     finally:
         for number in ending:

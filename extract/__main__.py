@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None, program: str = "extract") -> int:
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        with requeue_on_signals() if name in JOBS["extract"] else nullcontext():
+        with requeue_on_signals(parser.prog) if name in JOBS["extract"] else nullcontext():
             return int(load_command(name).main(parser, args[1:], **retry))
 
     return run_command(

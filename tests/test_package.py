@@ -70,6 +70,21 @@ def test_interrupt_during_imports_prints_one_line(program: str, module: str) -> 
     assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
 
 
+@pytest.mark.parametrize("program", ["egopatch", "train"])
+def test_an_interrupt_that_an_import_drops_ends_the_program(program: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import contextlib, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'egopatch.features.common.command_line':\n"
+        "            with contextlib.suppress(BaseException):\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    done = run(sys.executable, "-m", program, "--help", cwd=ROOT, path=tmp_path)
+    assert (done.returncode, done.stderr) == (130, f"{program}: interrupted; run the same command again to resume\n")
+
+
 @pytest.mark.parametrize(
     ("program", "command", "code"),
     [
@@ -86,12 +101,13 @@ def test_a_schedulers_signal_during_imports_requests_a_requeue_of_jobs(
     """The exit code stays the same if the signal comes again while the program ends."""
     module = "egopatch.features.common.command_line"
     (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, signal, sys\n"
+        "import atexit, contextlib, os, signal, sys\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGUSR1)\n"
         "class Signalling:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}:\n"
-        "            os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "            with contextlib.suppress(BaseException):  # as some compiled libraries do\n"
+        "                os.kill(os.getpid(), signal.SIGUSR1)\n"
         "sys.meta_path.insert(0, Signalling())\n"
     )
     done = run(sys.executable, "-m", program, *command, "--config", "a.yaml", cwd=ROOT, path=tmp_path)

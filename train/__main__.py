@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None, program: str = "train") -> int:
 
     def command() -> int:
         # Imported when it is called, to save start-up time: most commands need torch, which takes seconds to import.
-        with requeue_on_signals() if name in JOBS["train"] else nullcontext(), experiment_named(args[1:]):
+        with requeue_on_signals(parser.prog) if name in JOBS["train"] else nullcontext(), experiment_named(args[1:]):
             return int(load_command(name).main(parser, args[1:]))
 
     return run_command(

@@ -18,8 +18,8 @@ from egopatch.extract.worker.job_stats import JobStats
 from egopatch.features.common.parent import exit_with_parent
 from egopatch.features.common.signals import (
     SCHEDULER_SIGNALS,
-    Requeue,
     blocked_in_children,
+    raise_dropped_requeue,
     requeue_on_signals,
     signals_held,
     start_trackers,
@@ -97,8 +97,7 @@ def _start_worker(begun: Event) -> None:
 
 def _in_worker(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
     """Call `function` in a worker, where SIGTERM raises `Requeue`, even if it came before the call."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
-        raise Requeue("SIGTERM")  # this worker was told to end; the call is for one that was still importing
+    raise_dropped_requeue()  # if an earlier call was told to end, this one is for a worker that was still importing
     with requeue_on_signals():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)
         return function(*args)

@@ -24,6 +24,7 @@ from egopatch.extract.worker.job import ExtractionJob
 from egopatch.extract.worker.job_stats import JobStats, Stages
 from egopatch.extract.writing.shard_writer import BackgroundShardWriter, EncodedShard
 from egopatch.features import Failure, ShardWork, Store
+from egopatch.features.common.signals import raise_dropped_requeue
 
 OnProgress = Callable[[int, int], None]  # `fill_stores` says what it is called with
 # A clip may end that much later than its video without a note, because annotations have rounded times.
@@ -151,6 +152,7 @@ def fill_stores(
         requested: deque[list[int]] = deque()  # for each clip that is being decoded, the targets that lack it
         results = _TimedResults(pool.map(_merged(fillings, clips, requested), ahead, TOGETHER))
         for result in results:
+            raise_dropped_requeue()
             lacking = requested.popleft()
             shares: Sequence[Result] = [result] * len(lacking)
             if len(targets) > 1 and isinstance(result, PreparedClip):

@@ -13,6 +13,7 @@ from egopatch.interrupt import REQUEUE as REQUEUE
 from egopatch.interrupt import SCHEDULER_SIGNALS as SCHEDULER_SIGNALS
 from egopatch.interrupt import Requeue as Requeue
 from egopatch.interrupt import interrupts_not_dropped, raise_requeue
+from egopatch.interrupt import raise_dropped_requeue as raise_dropped_requeue
 
 
 @contextmanager
@@ -41,9 +42,17 @@ def signal_handlers(
 
 
 @contextmanager
-def requeue_on_signals() -> Iterator[None]:
-    """Within the block the first of SIGTERM, SIGUSR1 and SIGHUP raises `Requeue`; further ones are ignored for good."""
-    with signal_handlers(SCHEDULER_SIGNALS, raise_requeue), interrupts_not_dropped():
+def requeue_on_signals(program: str | None = None) -> Iterator[None]:
+    """Within the block the first of SIGTERM, SIGUSR1 and SIGHUP raises `Requeue`; further ones are ignored for good.
+
+    Args:
+        program: Name of the program, which a signal during an import ends at once; None in a worker process.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise_requeue(number, frame, program)
+
+    with signal_handlers(SCHEDULER_SIGNALS, handle), interrupts_not_dropped():
         yield
 
 

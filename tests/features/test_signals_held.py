@@ -3,6 +3,8 @@
 import signal
 import threading
 import time
+from importlib import import_module
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -72,6 +74,18 @@ def test_an_interrupt_in_a_destructor_is_raised_after_it() -> None:
         destroy(Signalling(signal.SIGINT))
     with pytest.raises(Requeue, match="SIGTERM"), requeue_on_signals():
         destroy(Signalling(signal.SIGTERM))
+
+
+def test_a_signal_in_an_import_is_raised_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imported_slowly.py").write_text("import signal\nsignal.raise_signal(signal.SIGTERM)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work() -> None:
+        assert import_module("imported_slowly").whole
+        time.sleep(5)
+
+    with pytest.raises(Requeue, match="SIGTERM"), requeue_on_signals():
+        work()
 
 
 def test_other_errors_in_a_destructor_are_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

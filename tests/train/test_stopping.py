@@ -1,10 +1,11 @@
 """Signals as requests to stop."""
 
 import signal
+from contextlib import suppress
 
 import pytest
 
-from egopatch.features.common.signals import REQUEUE
+from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signals
 from egopatch.interrupt import INTERRUPTED
 from egopatch.train.processes.stopping import SIGNALS, Stopped, stop_signals
 
@@ -36,6 +37,14 @@ def test_the_first_signal_decides_the_exit_code(number: signal.Signals) -> None:
     with pytest.raises(Stopped) as stopped:
         train()
     assert stopped.value.code == (INTERRUPTED if number == signal.SIGINT else REQUEUE)
+
+
+def test_a_signal_that_a_library_dropped_before_stops_the_training() -> None:
+    with requeue_on_signals():
+        with suppress(Requeue):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Requeue), stop_signals():
+            pytest.fail("the signal was forgotten")
 
 
 def test_only_a_second_ctrl_c_stops_at_once() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from egopatch.features.common.signals import REQUEUE, SCHEDULER_SIGNALS, signal_handlers
+from egopatch.features.common.signals import REQUEUE, SCHEDULER_SIGNALS, raise_dropped_requeue, signal_handlers
 from egopatch.interrupt import INTERRUPTED
 
 SIGNALS = (signal.SIGINT, *SCHEDULER_SIGNALS)
@@ -52,6 +52,7 @@ def stop_signals(second_raises: bool = True, on_first: Callable[[], object] | No
         if on_first is not None:
             on_first()
 
+    raise_dropped_requeue()
     with signal_handlers((*SIGNALS, FORWARDED), handle):
         try:
             yield stopping

@@ -185,7 +185,7 @@ def test_signal_during_device_selection_stops_the_worker(monkeypatch: pytest.Mon
     call = (SharedJob(Config(), b"", [], {}), 0, 1)
     with pytest.raises(Requeue, match="SIGTERM"):
         joblib_engine._in_worker(joblib_engine._run_worker, call)
-    with pytest.raises(Requeue, match="SIGTERM"):
+    with pytest.raises(Requeue):
         joblib_engine._in_worker(lambda: pytest.fail("the worker forgot the signal"), ())
 
 
