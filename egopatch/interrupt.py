@@ -1,6 +1,6 @@
-"""Handles Ctrl-C while a program imports its modules: one line and the exit code of an interrupt, not a traceback.
+"""Ctrl-C and a scheduler's signals, from a program's first import to its end: one line and an exit code, no traceback.
 
-A job that schedulers start handles their signals there too. On a shared file system, imports may take half a minute.
+A scheduler's signals matter to the jobs that it starts. On a shared file system, imports may take half a minute.
 
 It imports nothing from the package, so that it is ready before the first slow import. Python 3.8 can read it.
 """
@@ -38,8 +38,9 @@ def raise_requeue(number: int, frame: FrameType | None, program: str | None = No
 
     Args:
         number: The signal.
-        frame: What it interrupts. If that is an import, it is raised after the import.
-        program: Name of the program if the process may also end at once during an import.
+        frame: What it interrupts.
+        program: Name of the program, which ends at once if that is an import. Without a name, `Requeue` is raised after
+            the import.
     """
     if _importing(frame):
         if program is not None:
@@ -96,7 +97,7 @@ def interrupts_not_dropped() -> Iterator[None]:
         if isinstance(interrupt, KeyboardInterrupt):
             _thread.start_new_thread(_signal_soon, (_thread.get_ident(), signal.SIGINT))
         elif isinstance(interrupt, Requeue):
-            number = signal.Signals[interrupt.args[0]]
+            number = signal.Signals.__members__.get(interrupt.args[0], signal.SIGTERM)
             signal.signal(number, raise_requeue)
             _thread.start_new_thread(_signal_soon, (_thread.get_ident(), number))
         else:
