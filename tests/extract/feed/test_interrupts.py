@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from egopatch.extract.engines.joblib_engine import ENDING_S
 from tests.extract.job import wait_until
 
 DECODERS = """
@@ -97,7 +95,7 @@ if any(arg.endswith("popen_loky_posix") for arg in sys.orig_argv):
         (folder / "first").touch(exist_ok=False)
     except FileExistsError:
         (folder / "importing").touch()
-        time.sleep(4)
+        time.sleep(2)
 """
 
 
@@ -109,9 +107,7 @@ def test_worker_signalled_while_importing_lets_the_other_finish_its_commit(to_al
     (tmp_path / "sitecustomize.py").write_text(SLOW_SECOND_IMPORT)
     job = start(script)
     wait_until(lambda: all((tmp_path / file).exists() for file in ("begun 0", "importing")))
-    signalled = time.monotonic()
     (os.killpg if to_all else os.kill)(job.pid, signal.SIGTERM)
     _, errors = job.communicate()
     assert errors == "SIGTERM\n"
     assert sorted(file.name for file in tmp_path.glob("* ?")) == ["begun 0", "ended 0"]
-    assert time.monotonic() - signalled < ENDING_S
