@@ -74,11 +74,12 @@ def _importing(frame: FrameType | None) -> bool:
 def _end_at_once(program: str, number: int) -> None:
     """End the process as after an interrupt. An import holds nothing that an interrupted job must release."""
     interrupted = number == signal.SIGINT
-    _report(program, None if interrupted else signal.Signals(number).name)
+    report_interrupt(program, None if interrupted else signal.Signals(number).name)
     os._exit(INTERRUPTED if interrupted else REQUEUE)
 
 
-def _report(program: str, notice: object) -> None:
+def report_interrupt(program: str, notice: object = None) -> None:
+    """Print the line with which `program` ends after Ctrl-C, or after a scheduler's signal, which is the notice."""
     by = "" if notice is None else f" by {notice}"
     print(f"{program}: interrupted{by}; run the same command again to resume", file=sys.stderr, flush=True)
 
@@ -163,10 +164,10 @@ def interrupts_in_one_line(program: str) -> Iterator[None]:
             yield
         is_last = False
     except KeyboardInterrupt:
-        _report(program, None)
+        report_interrupt(program)
         raise SystemExit(exit_code_of_interrupt()) from None
     except Requeue as notice:
-        _report(program, notice)
+        report_interrupt(program, notice)
         raise SystemExit(REQUEUE) from None
     finally:
         for number in ending:

@@ -17,7 +17,7 @@ from typing import Any
 from egopatch.features.common.os_errors import with_remedy
 from egopatch.features.common.signals import REQUEUE, Requeue
 from egopatch.interrupt import INTERRUPTED as INTERRUPTED
-from egopatch.interrupt import exit_code_of_interrupt
+from egopatch.interrupt import exit_code_of_interrupt, report_interrupt
 
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
@@ -87,10 +87,10 @@ def run_command(
         print(f"{program}: failed: {failure}", file=sys.stderr)
         return 1
     except Requeue as notice:
-        print(f"{program}: interrupted by {notice}; run the same command again to resume", file=sys.stderr)
+        report_interrupt(program, notice)
         return REQUEUE
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
+        report_interrupt(program)
         return exit_code_of_interrupt()
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +23,16 @@ from egopatch.extract.children.slots import SharedSlots
 from egopatch.extract.commands.run import HELD
 from egopatch.extract.datasets import load_dataset
 from egopatch.extract.engines.job_slice import Slice
+from egopatch.extract.run import extract_features
 from egopatch.extract.worker.batch_encoder import BatchEncoder
+from egopatch.extract.worker.job import resolve_job
 from egopatch.extract.worker.job_stats import jobs_path
 from egopatch.features import ShardWork, open_store
 from egopatch.features.common.signals import REQUEUE, Requeue, requeue_on_signals, signals_held
 from egopatch.features.io import file_lease
 from egopatch.features.tools.repair import repair
 from egopatch.features.tools.verify import verify
+from egopatch.interrupt import ignore_repeated
 from tests.extract.job import (
     CLIPS,
     committed,
@@ -289,12 +292,22 @@ def test_signal_during_imports_requests_a_requeue(
     assert main([command, "--config", "a.yaml"]) == REQUEUE
     line = f"extract {command}: interrupted by {number.name}; run the same command again to resume\n"
     assert capsys.readouterr().err == line
+    assert signal.getsignal(number) is ignore_repeated
 
 
 def test_signals_after_the_first_are_ignored_to_the_end() -> None:
     with pytest.raises(Requeue, match="SIGUSR1"), requeue_on_signals():
         signal.raise_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGTERM)  # what a scheduler sends when the time is up
+
+
+def test_a_signal_that_a_library_dropped_stops_the_job(bare: Path) -> None:
+    with requeue_on_signals():
+        with suppress(Requeue):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Requeue):
+            extract_features(resolve_job(config_of(bare)))
+    assert committed(bare / "store") == 0
 
 
 def test_without_a_signal_the_former_handler_is_back() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from egopatch.extract.engines.joblib_engine import ENDING_S
 from tests.extract.job import wait_until
 
 DECODERS = """
@@ -59,7 +60,7 @@ def test_children_interrupted_while_importing_print_nothing(work: str, tmp_path:
     with (tmp_path / "importing").open("rb", buffering=0) as importing:
         assert importing.read(1) == b"x"
         os.killpg(job.pid, signal.SIGINT)
-        _, errors = job.communicate()
+        _, errors = job.communicate(timeout=ENDING_S)  # workers that have begun nothing are not waited for
     assert job.returncode == 130, errors
     assert errors == ""
 
